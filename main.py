@@ -1,0 +1,207 @@
+"""Supervised fine-tuning of a causal language model with DeepSpeed: one run, from arguments to a saved model.
+
+What it does
+  * trains any decoder-only model of transformers under ZeRO 0 to 3, with or without offload and LoRA, on one
+    process (`python main.py`) or many (`deepspeed --num_gpus 8 main.py`, torchrun), on GPUs or a CPU;
+  * the loss of an optimizer step is the mean over all label tokens of its whole global batch, so ranks,
+    micro batch and accumulation change nothing; padding never counts;
+  * perplexity is exp(summed negative log-likelihood / label tokens) over the evaluation set;
+  * saves what plain `from_pretrained` loads, LoRA merged, and verifies it before it says it is done.
+
+What it refuses: fp16 on a CPU (DeepSpeed can't), sequences longer than the model's positions, a LoRA name that
+matches no layer, data that is not what it should be. All of it is found before a model is loaded.
+"""
+
+import os
+from argparse import Namespace
+from functools import partial
+
+import deepspeed
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_scheduler
+
+from utils.args import exit_with, parse_args
+from utils.checks import check_run, end_of_conversation_token
+from utils.data.batches import eval_batches, train_batches
+from utils.data.collate import collate_padded
+from utils.data.data_utils import PromptDataset, create_prompt_dataset
+from utils.data.sampler import epoch_order, micro_batches_per_epoch, steps_per_epoch
+from utils.ds_utils import build_ds_config, local_rank_of, start_process_group, world_size
+from utils.errors import UserError
+from utils.evaluation import evaluate
+from utils.loss import summed_loss
+from utils.metrics import MetricsFile, draw_losses
+from utils.model.model_utils import create_hf_model, describe_parameters
+from utils.module.lora import (
+    convert_linear_layer_to_lora,
+    make_model_gradient_checkpointing_compatible,
+    only_optimize_lora_parameters,
+)
+from utils.optimizer import create_optimizer
+from utils.progress import Progress
+from utils.saving import live_logits, verify_saved_model
+from utils.utils import (
+    global_rank,
+    load_hf_tokenizer,
+    print_rank_0,
+    save_hf_format,
+    set_random_seed,
+    to_device,
+)
+
+SFT_PHASE = 1
+VERIFIED_TOKENS = 64
+MEMORY_ADVICE = (
+    "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much), add "
+    "--gradient_checkpointing, raise --zero_stage, add --offload, or train with --lora_dim."
+)
+
+
+def main(args: Namespace) -> None:
+    """One run, top to bottom."""
+    check_run(args)
+    device = start_process_group(args.local_rank, args.ddp_timeout)
+    ds_config = build_ds_config(args, world_size())
+    set_random_seed(args.seed)
+
+    tokenizer = create_tokenizer(args)
+    model = None if args.dry_run else create_model(args, tokenizer, ds_config)
+    train_data, eval_data = create_prompt_dataset(
+        args.local_rank, args.data_path, args.data_split, args.data_output_path, SFT_PHASE, args.seed, tokenizer,
+        args.max_seq_len, end_of_conversation_token(args, tokenizer), args.sft_only_data_path,
+    )  # fmt: skip
+    steps = print_plan(args, train_data, eval_data)
+    if args.dry_run:
+        print_rank_0("Dry run: everything is checked and the data prepared; nothing was trained or saved")
+        return
+
+    optimizer = create_optimizer(model, args)
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, steps)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    # Weights are the same on all ranks by now; from here on each draws its own dropout masks.
+    set_random_seed(args.seed + global_rank())
+
+    train(engine, train_data, eval_data, tokenizer, args, device)
+    if args.output_dir is None:
+        print_rank_0("no --output_dir: the model is not saved")
+    else:
+        save(engine, tokenizer, train_data, args, device)
+
+
+def create_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, with `--eot_token` added if asked for."""
+    tokenizer = load_hf_tokenizer(args.model_name_or_path, True, args.eot_token if args.add_eot_token else None)
+    print_rank_0(
+        f"Tokenizer: {type(tokenizer).__name__}, {len(tokenizer)} entries; every sample ends with "
+        f"{end_of_conversation_token(args, tokenizer)!r}; padding is {tokenizer.pad_token!r}"
+    )
+    return tokenizer
+
+
+def create_model(args: Namespace, tokenizer: PreTrainedTokenizerBase, ds_config: dict) -> torch.nn.Module:
+    """The model as it will train: loaded, LoRA wrapped, checkpointing on."""
+    model = create_hf_model(
+        AutoModelForCausalLM, args.model_name_or_path, tokenizer, ds_config,
+        disable_dropout=args.disable_dropout, dropout=args.dropout,
+    )  # fmt: skip
+    if args.add_eot_token:
+        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(args.eot_token)
+    if args.lora_dim > 0:
+        model = convert_linear_layer_to_lora(model, args.lora_module_name, args.lora_dim)
+        if args.only_optimize_lora:
+            model = only_optimize_lora_parameters(model)
+            model = make_model_gradient_checkpointing_compatible(model)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    print_rank_0(f"Model: {describe_parameters(model)}")
+    return model
+
+
+def print_plan(args: Namespace, train_data: PromptDataset, eval_data: PromptDataset) -> int:
+    """Say what will run; returns the number of optimizer steps."""
+    micro, accumulation, ranks = (
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        world_size(),
+    )
+    steps = args.num_train_epochs * steps_per_epoch(len(train_data), micro * accumulation * ranks)
+    print_rank_0(
+        f"Plan: {steps} optimizer steps = {args.num_train_epochs} epoch(s) of {len(train_data)} samples in steps of "
+        f"{micro} x {accumulation} accumulation x {ranks} rank(s); an epoch's last step takes what is left"
+    )
+    return steps
+
+
+def train(
+    engine: deepspeed.DeepSpeedEngine,
+    train_data: PromptDataset,
+    eval_data: PromptDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Namespace,
+    device: torch.device,
+) -> None:
+    """All epochs, with perplexity before the first and after each."""
+    rank, ranks = global_rank(), world_size()
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    lengths = train_data.lengths()
+    metrics = MetricsFile(args.output_dir, rank == 0)
+    progress = Progress(engine, args, device, metrics)
+    collate = partial(collate_padded, pad_token_id=tokenizer.pad_token_id)
+
+    def perplexity_after(epoch: int) -> None:
+        print_rank_0(f"***** Evaluating perplexity, Epoch {epoch}/{args.num_train_epochs} *****")
+        batches = eval_batches(eval_data, collate, args.per_device_eval_batch_size, ranks, rank)
+        perplexity, loss = evaluate(engine, batches, device)
+        print_rank_0(f"ppl: {perplexity}, loss: {loss}" if len(eval_data) else "no evaluation data: no perplexity")
+        metrics.write(epoch=epoch, step=progress.step, eval_loss=loss, perplexity=perplexity)
+
+    print_rank_0("***** Running training *****")
+    perplexity_after(0)
+    for epoch in range(1, args.num_train_epochs + 1):
+        progress.start_epoch(epoch, micro_batches_per_epoch(len(train_data), micro, accumulation, ranks))
+        engine.train()
+        order = epoch_order(len(train_data), args.seed, epoch)
+        for batch in train_batches(train_data, order, lengths, collate, micro, accumulation, ranks, rank):
+            engine.set_gradient_accumulation_boundary(batch.is_last)
+            loss = summed_loss(engine, to_device(batch.tensors, device))
+            engine.backward(loss * batch.weight)
+            engine.step()
+            progress.add(loss, batch)
+        progress.report()
+        perplexity_after(epoch)
+    if args.output_dir is not None and rank == 0:
+        print_rank_0(f"Loss curve: {draw_losses(args.output_dir)}")
+
+
+def save(
+    engine: deepspeed.DeepSpeedEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    train_data: PromptDataset,
+    args: Namespace,
+    device: torch.device,
+) -> None:
+    """Save the model, load it again with plain transformers, and compare. Every rank takes part."""
+    print_rank_0("saving the final model ...")
+    sample = train_data[0]["input_ids"][None, :VERIFIED_TOKENS]
+    expected = live_logits(engine.module, sample.to(device))
+    folder = save_hf_format(engine, tokenizer, args)
+    if global_rank() == 0:
+        difference = verify_saved_model(folder, sample, expected)
+        print_rank_0(f"Saved to {folder} and verified: reloaded logits differ by {difference:.1e} of the largest")
+
+
+def run(argv: list[str] | None = None) -> None:
+    """Start `main`, turning the user's own mistakes into one message without a traceback."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        args = parse_args(argv)
+        args.local_rank = local_rank_of(args.local_rank)
+        main(args)
+    except UserError as err:
+        exit_with(err, rank)
+    except torch.OutOfMemoryError as err:
+        exit_with(UserError(f"the device ran out of memory ({err}): {MEMORY_ADVICE}"), rank)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# OPT-30b with LoRA on every GPU of one node (8 of them: 32 samples a step). Stage 3 splits the frozen
+# weights too, so each card holds an eighth of them; take large cards. If it does not fit: add
+# --only_optimize_lora, then --offload.
+# --lora_learning_rate is for the LoRA weights, --learning_rate for embeddings, norms and biases, which
+# train gently.
+#
+# usage: bash training_scripts/single_node/run_30b_lora.sh [OUTPUT] [ZERO_STAGE] [further main.py arguments]
+set -euo pipefail
+OUTPUT=./output_30b_lora ZERO_STAGE=3
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+deepspeed "$ROOT/main.py" \
+    --model_name_or_path facebook/opt-30b \
+    --data_path Dahoas/rm-static Dahoas/full-hh-rlhf \
+        Dahoas/synthetic-instruct-gptj-pairwise yitingxie/rlhf-reward-datasets \
+    --data_split 2,4,4 \
+    --max_seq_len 512 \
+    --per_device_train_batch_size 4 \
+    --per_device_eval_batch_size 4 \
+    --learning_rate 9.65e-6 \
+    --lora_learning_rate 5e-4 \
+    --weight_decay 0. \
+    --num_train_epochs 16 \
+    --gradient_accumulation_steps 1 \
+    --lr_scheduler_type cosine \
+    --num_warmup_steps 0 \
+    --seed 1234 \
+    --gradient_checkpointing \
+    --lora_dim 128 \
+    --lora_module_name decoder.layers. \
+    --zero_stage "$ZERO_STAGE" \
+    --deepspeed \
+    --output_dir "$OUTPUT" \
+    "$@" 2>&1 | tee -i "$OUTPUT/training.log"

@@ -1,0 +1,131 @@
+"""What can be known to fail is found here, all at once, before a model is loaded or a file is written."""
+
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from utils.args import join_problems
+from utils.data.cache import cache_lock
+from utils.data.data_utils import SFT_ONLY_SPLIT, end_token_id, get_raw_dataset
+from utils.data.splits import split_boundaries
+from utils.ds_utils import check_local_rank, read_deepspeed_config, resolve_dtype
+from utils.errors import UserError
+from utils.model.model_utils import load_model_config, max_positions
+from utils.module.lora import check_lora_module_name
+from utils.utils import load_hf_tokenizer
+
+Result = TypeVar("Result")
+PROBE_TEXT = "Human: How many legs has a spider? Assistant: Eight. 蜘蛛有八条腿。"
+
+
+def check_run(args: Namespace) -> None:
+    """Check arguments (their `local_rank` resolved) against machine, model, tokenizer and data.
+
+    Raises:
+        UserError: everything that is wrong, in one message.
+    """
+    problems: list[str] = []
+
+    def attempt(check: Callable[..., Result], *arguments: Any) -> Result | None:
+        try:
+            return check(*arguments)
+        except UserError as err:
+            if str(err) not in problems:
+                problems.append(str(err))
+            return None
+
+    attempt(check_local_rank, args.local_rank)
+    attempt(resolve_dtype, args.dtype)
+    if args.deepspeed_config:
+        attempt(read_deepspeed_config, args.deepspeed_config)
+    if args.output_dir is not None:
+        attempt(_check_writable, args.output_dir, "--output_dir")
+    config = attempt(_check_model_folder, args.model_name_or_path)
+    if config is not None:
+        attempt(_check_length, args.max_seq_len, config)
+        if args.lora_dim > 0:
+            attempt(_check_lora_names, config, args.lora_module_name)
+    attempt(_check_tokenizer, args)
+    if attempt(_check_writable, args.data_output_path, "--data_output_path"):
+        for name in args.data_path:
+            attempt(_check_data, name, args.data_split, args)
+        for name in args.sft_only_data_path:
+            attempt(_check_data, name, SFT_ONLY_SPLIT, args)
+    if problems:
+        raise UserError(join_problems(problems))
+
+
+def _check_writable(folder: str, argument: str) -> bool:
+    """Try to write where `folder` is or would be made."""
+    existing = os.path.abspath(folder)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return True
+    except OSError as err:
+        raise UserError(f"{argument} {folder} can't be written ({err}): give a folder you may write to.") from err
+
+
+def _check_model_folder(name: str) -> PretrainedConfig:
+    if os.path.isdir(name):
+        files = os.listdir(name)
+        if "config.json" not in files:
+            raise UserError(f"no config.json in the model folder {name}: give a complete model folder or a hub name.")
+        if not any(file.endswith((".safetensors", ".bin", ".index.json")) for file in files):
+            raise UserError(f"no weights (*.safetensors or *.bin) in the model folder {name}: it is not complete.")
+    return load_model_config(name)
+
+
+def _check_length(max_seq_len: int, config: PretrainedConfig) -> None:
+    limit = max_positions(config)
+    if limit is not None and max_seq_len > limit:
+        raise UserError(f"--max_seq_len {max_seq_len} is more than the model's {limit} positions: use {limit} or less.")
+
+
+def _check_lora_names(config: PretrainedConfig, module_name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    check_lora_module_name(model, module_name)
+
+
+def _check_tokenizer(args: Namespace) -> None:
+    """Load it, save it and load that: what would fail after training fails now instead."""
+    tokenizer = load_hf_tokenizer(
+        args.model_name_or_path, add_special_tokens=args.eot_token if args.add_eot_token else None
+    )
+    end_of_conversation_token(args, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        again = load_hf_tokenizer(folder)
+    if again(PROBE_TEXT)["input_ids"] != tokenizer(PROBE_TEXT)["input_ids"]:
+        raise UserError(
+            f"the tokenizer of {args.model_name_or_path} gives other ids after being saved and loaded again: with "
+            "this version of transformers a fine-tuned copy of it would be useless."
+        )
+
+
+def end_of_conversation_token(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that ends every sample: `--eot_token` if it was asked for, else the tokenizer's own eos."""
+    token = args.eot_token if args.add_eot_token else tokenizer.eos_token
+    if token is None:
+        raise UserError(f"the tokenizer of {args.model_name_or_path} has no end token: add one with --add_eot_token.")
+    end_token_id(tokenizer, token)
+    return token
+
+
+def _check_data(name: str, data_split: str, args: Namespace) -> None:
+    """The data set is known, readable and well-formed, and phase 1 gets rows of it."""
+    with cache_lock(args.data_output_path):
+        raw = get_raw_dataset(name, args.data_output_path, args.seed, 1)
+        rows = len(raw.get_train_data())
+    if split_boundaries(data_split, rows).boundaries[1] == 0:
+        raise UserError(
+            f"the first part of --data_split {data_split} holds none of the {rows} training rows of {name}: "
+            "give it a larger share."
+        )

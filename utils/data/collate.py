@@ -1,0 +1,43 @@
+"""Turn samples of different lengths into one batch of tensors. Masks come from lengths, never from ids."""
+
+from collections.abc import Sequence
+
+import torch
+
+IGNORE_INDEX = -100
+
+
+def collate_padded(
+    samples: Sequence[dict[str, torch.Tensor]], pad_token_id: int, pad_to: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Pad to the longest sample (or to `pad_to`) on the right.
+
+    Args:
+        samples: each with `input_ids` and `labels`, both [length].
+
+    Returns:
+        input_ids, attention_mask, labels: [batch, width] int64, padding labelled -100;
+        positions: [label tokens] where in the flattened [batch * width] logits a label is predicted;
+        targets: [label tokens] the labels to predict there.
+    """
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    width = max(max(lengths), pad_to or 0)
+    input_ids = torch.full((len(samples), width), pad_token_id, dtype=torch.long)
+    labels = torch.full((len(samples), width), IGNORE_INDEX, dtype=torch.long)
+    attention_mask = torch.zeros((len(samples), width), dtype=torch.long)
+    for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+        input_ids[row, :length] = sample["input_ids"]
+        labels[row, :length] = sample["labels"]
+        attention_mask[row, :length] = 1
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    return {**batch, **label_positions(labels)}
+
+
+def label_positions(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Where the flattened logits predict a label: the token before it in the same row (the shift).
+
+    Worked out here, on the CPU, so that picking the rows out never makes the training loop wait.
+    """
+    predicted = labels[:, 1:] != IGNORE_INDEX
+    rows, columns = predicted.nonzero(as_tuple=True)
+    return {"positions": rows * labels.shape[1] + columns, "targets": labels[:, 1:][predicted]}

@@ -1,0 +1,324 @@
+"""From data set names to memory-mapped prompt data sets: split, tokenise, mix, cache.
+
+Rows are tokenised in batches over several processes, kept unpadded as Arrow, and memory-mapped, so memory
+stays flat however large the set is. A cache folder belongs to one content: its name is a hash over
+everything that changes the result.
+"""
+
+import copy
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from utils.data import prompt_cache
+from utils.data.cache import build_folder, cache_lock
+from utils.data.raw_datasets import PromptRawDataset, find_raw_dataset_class
+from utils.data.splits import get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
+from utils.errors import UserError
+
+SFT_ONLY_SPLIT = "10,0,0"
+DEFAULT_END_TOKEN = "<|endoftext|>"
+ROWS_PER_PROCESS = 2000  # below that, starting another process costs more than it saves
+ID_COLUMNS = {1: ["input_ids"], 2: ["chosen_ids", "rejected_ids"], 3: ["prompt_ids"]}
+
+
+def get_raw_dataset(dataset_name: str, output_path: str, seed: int, local_rank: int) -> PromptRawDataset:
+    """The data set whose known name is contained in `dataset_name` (so a mirror's path works too).
+
+    Raises:
+        UserError: the name is unknown, or its data can't be read or is malformed.
+    """
+    return find_raw_dataset_class(dataset_name)(output_path, seed, local_rank, dataset_name)
+
+
+class PromptDataset(torch.utils.data.Dataset):
+    """Tokenised samples of one phase, memory-mapped.
+
+    Items, tensors of int64:
+        phase 1: dict of `input_ids`, `attention_mask`, `labels`, each [length], unpadded;
+        phase 2: (chosen ids, chosen mask, rejected ids, rejected mask), each [1, max_seq_len], padded, as the
+            reward phase concatenates them;
+        phase 3: (reversed prompt ids, reversed mask, pad id), [length]; the RLHF phase pads and turns them back.
+    """
+
+    def __init__(
+        self, table: datasets.Dataset, train_phase: int, pad_token_id: int | None = None, max_seq_len: int = 0
+    ) -> None:
+        self.table = table.with_format("numpy")
+        self.train_phase = train_phase
+        self.pad_token_id = pad_token_id
+        self.max_seq_len = max_seq_len
+        self.rows_given = len(table)  # rows it was made from, those left out included
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of every sample of phase 1, [samples] int64, read from the Arrow offsets."""
+        lists = self.table.with_format("arrow")[:]["input_ids"]
+        return pc.list_value_length(lists).to_numpy().astype(np.int64)
+
+    def __getitem__(self, index: int) -> Any:
+        row = {key: torch.from_numpy(np.asarray(ids, dtype=np.int64)) for key, ids in self._ids(int(index)).items()}
+        if self.train_phase == 1:
+            ids = row["input_ids"]
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        if self.train_phase == 2:
+            return (*self._padded(row["chosen_ids"]), *self._padded(row["rejected_ids"]))
+        ids = row["prompt_ids"].flip(0)
+        return ids, torch.ones_like(ids), self.pad_token_id
+
+    def _ids(self, index: int) -> dict[str, np.ndarray]:
+        row = self.table[index]
+        return {key: row[key] for key in ID_COLUMNS[self.train_phase]}
+
+    def _padded(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        padded = torch.full((1, self.max_seq_len), self.pad_token_id, dtype=torch.long)
+        mask = torch.zeros((1, self.max_seq_len), dtype=torch.long)
+        padded[0, : len(ids)] = ids
+        mask[0, : len(ids)] = 1
+        return padded, mask
+
+
+# ------------------------------------------------------------------------------------------ tokenising
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase, end_of_conversation_token: str) -> int:
+    """The one id that ends every sample; UserError when the tokenizer has no such single token."""
+    token_id = tokenizer.get_vocab().get(end_of_conversation_token)
+    if token_id is None and end_of_conversation_token == DEFAULT_END_TOKEN:
+        token_id = tokenizer.eos_token_id  # nobody asked for the default: the tokenizer's own end is meant
+    if token_id is None:
+        raise UserError(
+            f"the end-of-conversation token {end_of_conversation_token!r} is not one token of this tokenizer "
+            f"(its own end token is {tokenizer.eos_token!r}): use that, or add it with --add_eot_token."
+        )
+    return token_id
+
+
+def _with_end(ids: list[int], end_id: int) -> list[int]:
+    """`ids` ending in `end_id` exactly once (some tokenizers append it themselves)."""
+    return ids if ids and ids[-1] == end_id else [*ids, end_id]
+
+
+def _tokenise(
+    columns: dict[str, list],
+    source: PromptRawDataset,
+    tokenizer: Any,
+    phase: int,
+    end_id: int,
+    max_seq_len: int,
+) -> dict[str, list]:
+    """One batch of rows -> the phase's id columns and `cut`; rows without a text or a label are left out."""
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if phase == 1:
+        texts = [(source.get_prompt_and_chosen(row),) for row in rows]
+    elif phase == 2:
+        texts = [(source.get_prompt_and_chosen(row), source.get_prompt_and_rejected(row)) for row in rows]
+    else:
+        texts = [(source.get_prompt(row),) for row in rows]
+    texts = [pair for pair in texts if None not in pair]
+    flat = [text for pair in texts for text in pair]
+    encoded = tokenizer(flat, add_special_tokens=True, verbose=False)["input_ids"] if flat else []
+    if phase == 3:
+        kept = [ids for ids in encoded if 0 < len(ids) <= max_seq_len]
+        return {"prompt_ids": kept, "cut": [False] * len(kept)}
+    whole = [_with_end(ids, end_id) for ids in encoded]
+    names = ID_COLUMNS[phase]
+    result: dict[str, list] = {name: [] for name in [*names, "cut"]}
+    for start in range(0, len(whole), len(names)):
+        pair = whole[start : start + len(names)]
+        if min(map(len, pair)) < 2:  # nothing follows the first token: no label
+            continue
+        for name, ids in zip(names, pair, strict=True):
+            result[name].append(ids[:max_seq_len])
+        result["cut"].append(max(map(len, pair)) > max_seq_len)
+    return result
+
+
+def create_dataset_split(
+    current_dataset: datasets.Dataset,
+    raw_dataset: PromptRawDataset,
+    train_phase: int,
+    tokenizer: PreTrainedTokenizerBase,
+    end_of_conversation_token: str,
+    max_seq_len: int,
+    work_file: str | None = None,
+    num_proc: int | None = None,
+) -> PromptDataset:
+    """Tokenise the rows of `current_dataset` for one phase.
+
+    Args:
+        work_file: Arrow file to write to; None keeps the result in memory.
+        num_proc: processes; None decides by the number of rows and cores.
+    """
+    source = copy.copy(raw_dataset)
+    source.raw_datasets = None  # workers need its texts' description, not its data
+    features = {name: datasets.List(datasets.Value("int32")) for name in ID_COLUMNS[train_phase]}
+    arguments = {
+        "source": source,
+        "tokenizer": tokenizer,
+        "phase": train_phase,
+        "end_id": end_token_id(tokenizer, end_of_conversation_token),
+        "max_seq_len": max_seq_len,
+    }
+    workers = num_proc or max(1, min(os.cpu_count() or 1, len(current_dataset) // ROWS_PER_PROCESS))
+    if workers > 1:
+        # Processes already use every core; the tokenizer's own threads on top deadlock after a fork.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    table = current_dataset.map(
+        _tokenise,
+        batched=True,
+        fn_kwargs=arguments,
+        remove_columns=current_dataset.column_names,
+        features=datasets.Features({**features, "cut": datasets.Value("bool")}),
+        num_proc=workers if workers > 1 else None,
+        cache_file_name=work_file,
+        keep_in_memory=work_file is None,
+        load_from_cache_file=False,
+        new_fingerprint=hashlib.sha256(repr((work_file, train_phase, max_seq_len)).encode()).hexdigest()[:16],
+        desc=f"tokenising {raw_dataset.dataset_name_clean}",
+    )
+    return PromptDataset(table, train_phase, tokenizer.pad_token_id, max_seq_len)
+
+
+def create_dataset(
+    local_rank: int,
+    dataset_name: str,
+    data_split: str,
+    output_path: str,
+    train_phase: int,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    end_of_conversation_token: str,
+    max_seq_len: int,
+    rebuild: bool = False,
+    work_folder: str | None = None,
+    num_proc: int | None = None,
+) -> tuple[PromptDataset, PromptDataset]:
+    """The phase's part of one data set's training and evaluation rows, tokenised: (train, eval)."""
+    raw = get_raw_dataset(dataset_name, output_path, seed, local_rank)
+    parts = []
+    for split_name, rows in (("train", raw.get_train_data()), ("eval", raw.get_eval_data())):
+        index = get_raw_dataset_split_index(
+            local_rank, output_path, raw.dataset_name_clean, seed, split_name, data_split, train_phase - 1,
+            len(rows), rebuild,
+        )  # fmt: skip
+        rule = split_boundaries(data_split, len(rows)).rule
+        if rule != "published" and local_rank <= 0:
+            print(
+                f"{raw.dataset_name} {split_name}: {data_split} of {len(rows)} rows is cut by {rule}",
+                flush=True,
+            )
+        work_file = None
+        if work_folder:
+            os.makedirs(work_folder, exist_ok=True)
+            work_file = os.path.join(work_folder, f"{split_name}.arrow")
+        part = create_dataset_split(
+            rows.select(index), raw, train_phase, tokenizer, end_of_conversation_token, max_seq_len, work_file, num_proc
+        )
+        part.rows_given = len(index)
+        parts.append(part)
+    return parts[0], parts[1]
+
+
+# ---------------------------------------------------------------------------------- the whole, cached
+
+
+def create_prompt_dataset(
+    local_rank: int,
+    data_path: list[str],
+    data_split: str,
+    output_path: str,
+    train_phase: int,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    end_of_conversation_token: str = DEFAULT_END_TOKEN,
+    sft_only_data_path: Iterable[str] = (),
+    reload: bool = False,
+    num_proc: int | None = None,
+) -> tuple[PromptDataset, PromptDataset]:
+    """The mixed, tokenised data of one phase: (train, eval), from the cache where it fits.
+
+    One process per cache folder builds; all others wait for its lock and then find the result. No collective
+    is used, so a slow build never runs into the process group's time-out.
+
+    Args:
+        local_rank: rank on this node; only 0 (or -1) prints.
+        data_path: data sets split by `data_split`, of which phase `train_phase` gets its part.
+        output_path: cache folder, on a node's own or a shared disk.
+        sft_only_data_path: data sets phase 1 uses whole.
+        reload: build anew even if the cache fits.
+        num_proc: tokenising processes; None decides by the number of rows and cores.
+
+    Raises:
+        UserError: bad data, or no training sample is left.
+    """
+    sources = [(name, data_split) for name in data_path]
+    if train_phase == 1:
+        sources += [(name, SFT_ONLY_SPLIT) for name in sft_only_data_path]
+
+    def build(work: str) -> None:
+        mixed: dict[str, list[PromptDataset]] = {"train": [], "eval": []}
+        for number, (name, shares) in enumerate(sources):
+            pair = create_dataset(
+                local_rank, name, shares, output_path, train_phase, seed, tokenizer, end_of_conversation_token,
+                max_seq_len, reload, os.path.join(work, f"part{number}"), num_proc,
+            )  # fmt: skip
+            for split, part in zip(mixed, pair, strict=True):
+                mixed[split].append(part)
+        for split, parts in mixed.items():
+            _save_mix(parts, len(data_path), seed, os.path.join(work, split))
+        prompt_cache.finish(work, mixed, ID_COLUMNS[train_phase])
+
+    with cache_lock(output_path):
+        raws = [(get_raw_dataset(name, output_path, seed, local_rank), shares) for name, shares in sources]
+        end_id = end_token_id(tokenizer, end_of_conversation_token)
+        key = prompt_cache.key(raws, train_phase, seed, tokenizer, max_seq_len, end_id)
+        folder = os.path.join(output_path, f"prompts_{key}")
+        reason = "asked for" if reload else prompt_cache.damage(folder)
+        if reason:
+            build_folder(folder, build)
+    report = prompt_cache.read_report(folder)
+    if local_rank <= 0:
+        print(f"Data cache {folder}: {f'built ({reason})' if reason else 'hit'}", flush=True)
+        print("\n".join(prompt_cache.describe(report, max_seq_len, train_phase)), flush=True)
+    if report["train"]["samples"] == 0:
+        raise UserError(
+            f"no training sample: part {train_phase} of --data_split {data_split} of {', '.join(data_path)} is empty. "
+            "Give that part a larger share, or more data."
+        )
+    train, evaluation = (
+        PromptDataset(
+            datasets.load_from_disk(os.path.join(folder, split)),
+            train_phase,
+            tokenizer.pad_token_id,
+            max_seq_len,
+        )
+        for split in ("train", "eval")
+    )
+    return train, evaluation
+
+
+def _save_mix(parts: list[PromptDataset], main_sets: int, seed: int, folder: str) -> None:
+    """Join the parts as published: the main sets, shuffled if several; then SFT-only sets added, all shuffled."""
+    tables = [part.table.with_format(None).remove_columns("cut") for part in parts]
+    mixed = tables[:main_sets]
+    if len(mixed) > 1:
+        mixed = [_shuffled(mixed, seed)]
+    if len(tables) > main_sets:
+        mixed = [_shuffled(mixed + tables[main_sets:], seed)]
+    mixed[0].save_to_disk(folder)
+
+
+def _shuffled(tables: list[datasets.Dataset], seed: int) -> datasets.Dataset:
+    joined = datasets.concatenate_datasets(tables)
+    return joined.select(get_shuffle_idx(seed, len(joined)))

@@ -1,0 +1,127 @@
+"""What a cache folder of tokenised prompts is called, whether it is whole, and what it says about its data."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from transformers import PreTrainedTokenizerBase
+
+REPORT = "report.json"
+SPLITS = ("train", "eval")
+
+
+def key(
+    raw_datasets: list[tuple[Any, str]],
+    train_phase: int,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    end_id: int,
+) -> str:
+    """Hash over everything that changes the result: contents, split, phase, seed, tokenizer, length, end, code."""
+    contents = [
+        [raw.dataset_name, raw.fingerprint("train"), raw.fingerprint("eval"), shares] for raw, shares in raw_datasets
+    ]
+    parts = [
+        contents,
+        train_phase,
+        seed,
+        tokenizer_fingerprint(tokenizer),
+        max_seq_len,
+        end_id,
+        _code_fingerprint(),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the tokenizer's content: vocabulary, merges, rules, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = json.dumps([type(tokenizer).__name__, str(tokenizer.special_tokens_map), tokenizer.pad_token_id])
+    return hashlib.sha256((content + special).encode()).hexdigest()
+
+
+def _code_fingerprint() -> str:
+    """Hash of this folder's source files: changed code never meets data that older code made."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def finish(work: str, parts: dict[str, list[Any]], id_columns: list[str]) -> None:
+    """Remove the per-set working files and write the report that makes the folder count as complete."""
+    report: dict[str, Any] = {split: _statistics(parts[split], id_columns) for split in SPLITS}
+    for file in Path(work).glob("part*/*"):
+        file.unlink()
+    for folder in Path(work).glob("part*"):
+        folder.rmdir()
+    report["files"] = {
+        str(file.relative_to(work)): file.stat().st_size for file in sorted(Path(work).rglob("*")) if file.is_file()
+    }
+    with open(os.path.join(work, REPORT), "w", encoding="utf-8") as out:
+        json.dump(report, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _statistics(parts: list[Any], id_columns: list[str]) -> dict[str, int]:
+    """Counts over the data sets of one split."""
+    tables = [part.table.with_format("arrow")[:] for part in parts if len(part)]
+    lengths = [pc.list_value_length(table[name]).to_numpy() for table in tables for name in id_columns]
+    lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
+    return {
+        "samples": sum(len(part) for part in parts),
+        "left_out": sum(part.rows_given - len(part) for part in parts),
+        "cut": sum(pc.sum(table["cut"]).as_py() or 0 for table in tables),
+        "tokens": int(lengths.sum()),
+        "longest": int(lengths.max(initial=0)),
+    }
+
+
+def damage(folder: str) -> str | None:
+    """Why the folder can't be used as it is; None when it is complete."""
+    try:
+        report = read_report(folder)
+        sizes = report["files"]
+        described = all(split in report for split in SPLITS)
+    except FileNotFoundError:
+        return "not there yet" if not os.path.exists(folder) else "incomplete"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its report is damaged"
+    for name, size in sizes.items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path) or os.path.getsize(path) != size:
+            return f"{name} is damaged"
+    return None if described else "its report is damaged"
+
+
+def read_report(folder: str) -> dict[str, Any]:
+    """The report written by `finish`."""
+    with open(os.path.join(folder, REPORT), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def describe(report: dict[str, Any], max_seq_len: int, train_phase: int) -> list[str]:
+    """One line per split: samples, tokens, how many were cut or left out."""
+    lines = []
+    for split in SPLITS:
+        part = report[split]
+        samples = part["samples"]
+        line = f"Data {split}: {samples} samples, {part['tokens']} tokens"
+        if samples:
+            line += f" (mean {part['tokens'] / samples:.1f}, longest {part['longest']}"
+            line += f"; {part['cut']} cut at max_seq_len {max_seq_len}"
+            if train_phase < 3:
+                line += f", so {part['cut'] / samples:.1%} lost their end token"
+            line += ")"
+        if part["left_out"]:
+            why = "no text, or nothing to label" if train_phase < 3 else "no text, or longer than max_seq_len"
+            line += f", {part['left_out']} left out ({why})"
+        lines.append(line)
+    return lines

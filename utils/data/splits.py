@@ -1,0 +1,194 @@
+"""Which rows belong to which phase: shuffled indexes that are the same on every machine and in every run.
+
+The three phases of RLHF training share one data set. Each takes its own part of one shuffled index, so a
+later phase, run elsewhere, must compute exactly the same parts: everything here depends on the seed, the
+split text and the number of rows only. numpy is all it needs.
+"""
+
+import io
+import math
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from itertools import pairwise
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from utils.errors import UserError
+
+PUBLISHED = "published"
+LARGEST_REMAINDER = "largest remainder"
+
+
+class Boundaries(NamedTuple):
+    """Where the parts of a split begin and end: part k is `[boundaries[k], boundaries[k + 1])`.
+
+    `rule` is `PUBLISHED` or `LARGEST_REMAINDER`, so that a caller can say when the second was needed.
+    """
+
+    boundaries: list[int]
+    rule: str
+
+
+def get_shuffle_idx(seed: int, size: int) -> np.ndarray:
+    """The row numbers 0 to `size - 1` in an order fixed by `seed`; shape `(size,)`, see `index_dtype`."""
+    index = np.arange(start=0, stop=size, step=1, dtype=index_dtype(size))
+    np.random.RandomState(seed=seed).shuffle(index)
+    return index
+
+
+def index_dtype(size: int) -> type:
+    """The integer type of an index over `size` rows: part of the published file format."""
+    return np.uint32 if size < 2**32 - 2 else np.int64
+
+
+def parse_data_split(text: str, parts: int | None = 3, argument: str = "--data_split") -> list[float]:
+    """The shares in a text such as "2,4,4".
+
+    Args:
+        text: numbers separated by commas.
+        parts: how many there must be; None takes any number from one up.
+        argument: what the user calls this text, for the message.
+
+    Raises:
+        UserError: not numbers, a wrong count, a negative or infinite share, or nothing but zeros.
+    """
+    example = ",".join(["2", "4", "4"][:parts] if parts is None or parts <= 3 else ["1"] * parts)
+    advice = f'give {parts or "some"} shares separated by commas, for example "{example}"'
+    try:
+        shares = [float(share) for share in text.split(",")]
+    except ValueError as err:
+        raise UserError(f'{argument} "{text}" is not a list of numbers: {advice}.') from err
+    if parts is not None and len(shares) != parts:
+        raise UserError(f'{argument} "{text}" has {len(shares)} shares where {parts} are needed: {advice}.')
+    if not all(math.isfinite(share) for share in [*shares, sum(shares)]):
+        raise UserError(f'{argument} "{text}" holds a share that is not a finite number: {advice}.')
+    if min(shares) < 0:
+        raise UserError(f'{argument} "{text}" holds a negative share: {advice}.')
+    if sum(shares) == 0:
+        raise UserError(f'{argument} "{text}" gives every part nothing: {advice}.')
+    return shares
+
+
+def split_boundaries(data_split: str, size: int) -> Boundaries:
+    """Cut `size` rows into consecutive parts whose lengths follow the shares in `data_split`.
+
+    The published rule decides wherever its boundaries run from 0 to `size` without going back. Where they do
+    go back (as "0,5,5" does for 7 rows) parts would overlap, and the largest remainder rule decides instead.
+
+    Raises:
+        UserError: `data_split` is malformed.
+    """
+    shares = parse_data_split(data_split, parts=None)
+    published = _published_boundaries(shares, size)
+    if published[-1] == size and all(low <= high for low, high in pairwise(published)):
+        return Boundaries(published, PUBLISHED)
+    return Boundaries(_largest_remainder_boundaries(shares, size), LARGEST_REMAINDER)
+
+
+def _published_boundaries(shares: list[float], size: int) -> list[int]:
+    """Rounded running sums, all but the first moved so that the last one is `size`."""
+    total = sum(shares)
+    ends = np.cumsum([round(share / total * float(size)) for share in shares], dtype=np.int64)
+    return [0, *(ends - (ends[-1] - size)).tolist()]
+
+
+def _largest_remainder_boundaries(shares: list[float], size: int) -> list[int]:
+    """Every part gets the whole rows of its quota; the rest go to the largest fractions, ties to the first.
+
+    Exact fractions, so a zero share has no remainder and never gets a row.
+    """
+    exact = [Fraction(share) for share in shares]
+    quotas = [share * size / sum(exact) for share in exact]
+    counts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(quotas)), key=lambda part: counts[part] - quotas[part])
+    for part in by_remainder[: size - sum(counts)]:
+        counts[part] += 1
+    return [0, *np.cumsum(counts, dtype=np.int64).tolist()]
+
+
+def get_raw_dataset_split_index(
+    local_rank: int,
+    output_path: str,
+    dataset_name: str,
+    seed: int,
+    split_name: str,
+    data_split: str,
+    split_index: int,
+    data_size: int,
+    rebuild: bool = False,
+) -> np.ndarray:
+    """The row numbers of one part of a data set, which are also kept on disk for all parts.
+
+    The files `{output_path}/{dataset_name}_seed{seed}_{split_name}_{data_split}_{k}.npy` are for later phases
+    and other tools. The answer is always computed, which takes no longer than checking a file would; a file
+    that differs from it by a byte (made for another size, cut off, overwritten) is written anew.
+
+    Args:
+        local_rank: only ranks 0 and -1 print.
+        dataset_name: the clean name, without `/` and `-`.
+        data_split: the shares, such as "2,4,4".
+        split_index: which part, from 0.
+        data_size: how many rows the data set has.
+        rebuild: write every file anew, even one that is right.
+
+    Returns:
+        Shape `(rows of that part,)`, uint32 (int64 from 2**32 - 2 rows up).
+
+    Raises:
+        UserError: `data_split` is malformed, or a file cannot be written.
+    """
+    boundaries = split_boundaries(data_split, data_size).boundaries
+    if not 0 <= split_index < len(boundaries) - 1:
+        raise ValueError(f'part {split_index} of split "{data_split}" was asked for: it has {len(boundaries) - 1}')
+    shuffled = get_shuffle_idx(seed, data_size)
+    prefix = os.path.join(output_path, f"{dataset_name}_seed{seed}_{split_name}_{data_split}")
+    for part in range(len(boundaries) - 1):
+        index = shuffled[boundaries[part] : boundaries[part + 1]]
+        _keep_index(f"{prefix}_{part}.npy", index, rebuild, quiet=local_rank > 0)
+    # A copy: a view would hold the whole index in memory.
+    return shuffled[boundaries[split_index] : boundaries[split_index + 1]].copy()
+
+
+def _keep_index(path: str, index: np.ndarray, rebuild: bool, quiet: bool) -> None:
+    """See to it that the file at `path` holds exactly `index`."""
+    buffer = io.BytesIO()
+    np.save(buffer, index, allow_pickle=True)
+    wanted = buffer.getvalue()
+    try:
+        found = None
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                found = file.read(len(wanted) + 1)
+        if found == wanted and not rebuild:
+            return
+        if found is not None and not quiet:
+            print(f"Split index {path} does not fit the data or was to be rebuilt: written anew", flush=True)
+        with write_aside(path) as file:
+            file.write(wanted)
+    except OSError as err:
+        raise UserError(
+            f"The split index {path} cannot be kept: {err}. Make the folder writable or free some space, or "
+            "choose another with --data_output_path."
+        ) from err
+
+
+@contextmanager
+def write_aside(path: str) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` in one step, once it is complete.
+
+    It is written under a name of its own in the same folder (made if missing), so any number of processes may
+    write the same path at once, and a reader never sees half a file.
+    """
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    aside = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(aside, "xb") as file:
+            yield file
+        os.replace(aside, path)
+    finally:
+        if os.path.exists(aside):
+            os.remove(aside)

@@ -1,0 +1,235 @@
+"""DeepSpeed: its configuration, and starting and checking the process group and device."""
+
+import json
+import os
+import socket
+from argparse import Namespace
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from utils.errors import UserError
+
+STEPS_PER_PRINT = 10
+
+
+def get_train_ds_config(
+    offload: bool,
+    stage: int = 2,
+    dtype: str = "fp16",
+    enable_hybrid_engine: bool = False,
+    inference_tp_size: int = 1,
+    release_inference_cache: bool = False,
+    pin_parameters: bool = True,
+    tp_gather_partition_size: int = 8,
+    max_out_tokens: int = 512,
+    enable_tensorboard: bool = False,
+    tb_path: str = "",
+    tb_name: str = "",
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of a training run (batch sizes are added by the caller).
+
+    Args:
+        offload: keep parameters (ZeRO 3) and optimizer states (ZeRO 1 and up) in CPU memory.
+        stage: ZeRO stage, 0 to 3.
+        dtype: "bf16", "fp16" or "fp32".
+        enable_tensorboard: DeepSpeed's own monitor writes below `{tb_path}/ds_tensorboard_logs/`.
+
+    Reference: https://www.deepspeed.ai/docs/config-json/
+    """
+    device = "cpu" if offload else "none"
+    config: dict[str, Any] = {
+        "steps_per_print": STEPS_PER_PRINT,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": True,
+            "offload_param": {"device": device},
+            "offload_optimizer": {"device": device},
+            "stage3_param_persistence_threshold": 1e4,
+            "stage3_max_live_parameters": 3e7,
+            "stage3_prefetch_bucket_size": 3e7,
+            "memory_efficient_linear": False,
+        },
+        "gradient_clipping": 1.0,
+        "prescale_gradients": False,
+        "wall_clock_breakdown": False,
+        # torch's AdamW is the fall-back where the fused kernels can't be built.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "hybrid_engine": {
+            "enabled": enable_hybrid_engine,
+            "max_out_tokens": max_out_tokens,
+            "inference_tp_size": inference_tp_size,
+            "release_inference_cache": release_inference_cache,
+            "pin_parameters": pin_parameters,
+            "tp_gather_partition_size": tp_gather_partition_size,
+        },
+        "tensorboard": {
+            "enabled": enable_tensorboard,
+            "output_path": os.path.join(tb_path, "ds_tensorboard_logs/"),
+            "job_name": f"{tb_name}_tensorboard",
+        },
+    }
+    if dtype == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale_window": 100}
+    elif dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    elif dtype != "fp32":
+        raise ValueError(f"dtype must be bf16, fp16 or fp32, not {dtype!r}")
+    return config
+
+
+def read_deepspeed_config(path: str) -> dict[str, Any]:
+    """The user's `--deepspeed_config` file; UserError when it is no JSON object or holds what flags decide."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError) as err:
+        raise UserError(f"--deepspeed_config {path} can't be read as JSON: {err}") from err
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed_config {path} must hold one JSON object, not a {type(config).__name__}.")
+    owned = {
+        "optimizer": "--learning_rate, --weight_decay",
+        "scheduler": "--lr_scheduler_type, --num_warmup_steps",
+        "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
+        "gradient_accumulation_steps": "--gradient_accumulation_steps",
+        "train_batch_size": "--per_device_train_batch_size and --gradient_accumulation_steps",
+    }
+    clash = [f"{key} (use {flag})" for key, flag in owned.items() if config.get(key, "auto") != "auto"]
+    if clash:
+        raise UserError(f"--deepspeed_config {path} sets what this program's flags decide: {'; '.join(clash)}.")
+    return config
+
+
+def merge_config(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `override` laid over it key by key, nested objects too; the value "auto" keeps base's."""
+    merged = dict(base)
+    for key, value in override.items():
+        if isinstance(value, dict):
+            below = merged.get(key)
+            merged[key] = merge_config(below if isinstance(below, dict) else {}, value)
+        elif value != "auto":
+            merged[key] = value
+    return merged
+
+
+def resolve_dtype(requested: str) -> tuple[str, str]:
+    """(dtype, reason) for `--dtype`; `auto` takes bf16 where the device has it, then fp16 on a GPU, then fp32.
+
+    Raises:
+        UserError: the device can't train in the requested dtype.
+    """
+    accelerator = get_accelerator()
+    name = accelerator.device_name()
+    bf16 = _has_bf16()
+    if requested == "auto":
+        if bf16:
+            return "bf16", f"{name} has it"
+        if name != "cpu" and accelerator.is_fp16_supported():
+            return "fp16", f"{name} has no bf16"
+        return "fp32", f"{name} has neither bf16 nor fp16"
+    if requested == "fp16" and (name == "cpu" or not accelerator.is_fp16_supported()):
+        raise UserError(f"--dtype fp16 can't be trained on {name}: use --dtype bf16 (or fp32).")
+    if requested == "bf16" and not bf16:
+        raise UserError(f"--dtype bf16 can't be trained on this {name}: use --dtype fp16 (or fp32).")
+    return requested, "as asked"
+
+
+def _has_bf16() -> bool:
+    """bf16 in hardware: torch also says yes to GPUs that only emulate it, at a fraction of their speed."""
+    accelerator = get_accelerator()
+    module = torch.get_device_module(accelerator.device_name())
+    probe = getattr(module, "is_bf16_supported", None)
+    if probe is not None:
+        try:
+            return probe(including_emulation=False)
+        except TypeError:
+            return probe()
+    return accelerator.is_bf16_supported()
+
+
+def local_rank_of(args_local_rank: int) -> int:
+    """LOCAL_RANK of any launcher (deepspeed, torchrun), else `--local_rank`, else 0."""
+    return int(os.environ.get("LOCAL_RANK", max(args_local_rank, 0)))
+
+
+def check_local_rank(local_rank: int) -> None:
+    """UserError when more processes were started on this node than it has devices (on a CPU: cores)."""
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    available = (os.cpu_count() or 1) if on_cpu else accelerator.device_count()
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", local_rank + 1)))
+    if max(started, local_rank + 1) > available:
+        what = f"CPU core{'s' * (available != 1)}" if on_cpu else f"{accelerator.device_name()} device(s)"
+        raise UserError(
+            f"{max(started, local_rank + 1)} processes were started but this machine has {available} {what}: "
+            f"use `deepspeed --num_gpus {available} main.py ...` (or plain `python main.py ...` for one process)."
+        )
+
+
+def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
+    """Join (or, for a plain `python main.py`, make) the process group; returns this rank's device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+    accelerator = get_accelerator()
+    accelerator.set_device(local_rank)
+    deepspeed.init_distributed(
+        accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout_seconds), verbose=False
+    )
+    name = accelerator.device_name()
+    return torch.device(name if name == "cpu" else accelerator.device_name(local_rank))
+
+
+def world_size() -> int:
+    """Number of ranks over all nodes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
+    """The run's DeepSpeed configuration from its arguments, `--deepspeed_config` laid over it.
+
+    `args.zero_stage` and `args.offload` are set to what the merged configuration says.
+    """
+    dtype, reason = resolve_dtype(args.dtype)
+    if args.offload and args.zero_stage == 0:
+        args.zero_stage = 1
+        _say("--offload with ZeRO 0: DeepSpeed offloads only what ZeRO shards, so stage 1 is used (same mathematics)")
+    config = get_train_ds_config(
+        args.offload, args.zero_stage, dtype, enable_tensorboard=args.enable_tensorboard,
+        tb_path=args.tensorboard_path, tb_name="step1_model",
+    )  # fmt: skip
+    config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
+    config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    if args.deepspeed_config:
+        override = read_deepspeed_config(args.deepspeed_config)
+        if "fp16" in override or "bf16" in override:  # its precision replaces --dtype's, not adds to it
+            config.pop("fp16", None)
+            config.pop("bf16", None)
+        config = merge_config(config, override)
+        args.zero_stage = config["zero_optimization"]["stage"]
+        args.offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+        _say(f"DeepSpeed configuration: {args.deepspeed_config} laid over the generated one: {', '.join(override)}")
+    config["train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+    precision = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
+    _say(f"Precision: {precision} ({reason if precision == dtype else 'as the DeepSpeed configuration says'})")
+    _say(f"DeepSpeed: ZeRO stage {args.zero_stage}, offload {'on' if args.offload else 'off'}, {ranks} rank(s)")
+    return config
+
+
+def _say(line: str) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(line, flush=True)

@@ -1,0 +1,37 @@
+"""Perplexity over a whole evaluation set, each sample counted once, whatever the batch size and rank count."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from utils.loss import summed_loss
+from utils.utils import all_reduce_sum, to_device
+
+
+def evaluate(
+    model: torch.nn.Module, batches: Iterable[tuple[dict[str, torch.Tensor], bool]], device: torch.device
+) -> tuple[float, float]:
+    """(perplexity, loss): exp(total negative log-likelihood / total label tokens), and that mean itself.
+
+    Every rank must call it with the same number of batches. An empty set gives (nan, nan).
+
+    Args:
+        batches: (batch, counts) pairs of this rank; one that does not count weighs 0.
+    """
+    training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    tokens = 0
+    with torch.no_grad():
+        for batch, counts in batches:
+            loss = summed_loss(model, to_device(batch, device))
+            if counts:
+                total += loss
+                tokens += batch["targets"].numel()
+    model.train(training)
+    loss_sum, token_sum = all_reduce_sum([total.item(), tokens], device)
+    if token_sum == 0:
+        return math.nan, math.nan
+    loss = loss_sum / token_sum
+    return (math.exp(loss) if loss < 700 else math.inf), loss

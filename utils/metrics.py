@@ -1,0 +1,88 @@
+"""What a run records of itself: the loss of every optimizer step, evaluations, and their picture."""
+
+import json
+import os
+
+import torch
+import torch.distributed as dist
+
+METRICS_FILE = "metrics.jsonl"
+PICTURE = "loss.png"
+
+
+class StepLosses:
+    """Collects the loss of optimizer steps on the device and brings them over in one go when asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: list[torch.Tensor] = []
+        self.tokens: list[int] = []
+        self.current = torch.zeros((), device=device)
+
+    def add(self, summed_loss: torch.Tensor, counts: bool) -> None:
+        """Add one micro batch of the current step."""
+        if counts:
+            self.current = self.current + summed_loss.detach()
+
+    def finish_step(self, step_label_tokens: int) -> None:
+        """The step is complete; it had so many label tokens over all ranks."""
+        self.sums.append(self.current)
+        self.tokens.append(step_label_tokens)
+        self.current = torch.zeros((), device=self.device)
+
+    def collect(self) -> list[float]:
+        """Mean loss per label token of every step since the last call. Every rank must call it."""
+        if not self.sums:
+            return []
+        sums = torch.stack(self.sums)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        losses = [total / tokens for total, tokens in zip(sums.tolist(), self.tokens, strict=True)]
+        self.sums, self.tokens = [], []
+        return losses
+
+
+class MetricsFile:
+    """Appends one JSON object per record to `{output_dir}/metrics.jsonl`; does nothing without a folder."""
+
+    def __init__(self, output_dir: str | None, is_writer: bool) -> None:
+        self.path = os.path.join(output_dir, METRICS_FILE) if output_dir and is_writer else None
+        if self.path:
+            os.makedirs(output_dir, exist_ok=True)
+            open(self.path, "w").close()
+
+    def write(self, **record: float | int | str) -> None:
+        """Append one record: `step` and either `loss` and `learning_rate`, or `eval_loss` and `perplexity`."""
+        if self.path:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(output_dir: str) -> list[dict[str, float]]:
+    """The records of a run."""
+    with open(os.path.join(output_dir, METRICS_FILE), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def draw_losses(output_dir: str) -> str:
+    """Draw training and evaluation loss over the optimizer steps into `loss.png`; returns its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_metrics(output_dir)
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o--")):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per label token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = os.path.join(output_dir, PICTURE)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return path

@@ -1,0 +1,136 @@
+"""Load a causal language model for training: dtype, dropout, vocabulary, special ids."""
+
+import math
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
+
+from utils.errors import UserError
+
+# All spellings of dropout in the configurations of decoder-only families.
+DROPOUT_KEYS = (
+    "dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "classifier_dropout",
+    "embd_pdrop", "attn_pdrop", "resid_pdrop", "embed_dropout", "resid_dropout",
+)  # fmt: skip
+EMBEDDING_MULTIPLE = 8
+
+
+def load_model_config(model_name_or_path: str) -> PretrainedConfig:
+    """The model's configuration; UserError when there is none or its family is unknown."""
+    try:
+        return AutoConfig.from_pretrained(model_name_or_path)
+    except (OSError, ValueError, KeyError) as err:
+        reason = " ".join(str(err).split())[:300]
+        raise UserError(
+            f"no usable model configuration at {model_name_or_path} ({reason}). "
+            "Give a folder with config.json, or a hub name while the hub can be reached."
+        ) from err
+
+
+def configure_dropout(config: PretrainedConfig, dropout: float | None) -> None:
+    """Set every dropout the configuration has; None leaves them. 0 also turns whole-layer dropping off."""
+    if dropout is None:
+        return
+    for key in DROPOUT_KEYS:
+        if isinstance(getattr(config, key, None), (int, float)):
+            setattr(config, key, dropout)
+    if dropout == 0 and hasattr(config, "layerdrop"):
+        config.layerdrop = 0.0
+
+
+def _training_dtype(ds_config: dict[str, Any] | None) -> torch.dtype:
+    """The dtype to load in: float32, from which DeepSpeed makes its master weights.
+
+    Under ZeRO 3 the weights are partitioned while they load and must already have the training dtype.
+    """
+    if ds_config is None or ds_config["zero_optimization"]["stage"] < 3:
+        return torch.float32
+    if ds_config.get("bf16", {}).get("enabled"):
+        return torch.bfloat16
+    return torch.float16 if ds_config.get("fp16", {}).get("enabled") else torch.float32
+
+
+def create_hf_model(
+    model_class: type,
+    model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ds_config: dict[str, Any] | None = None,
+    rlhf_training: bool = False,
+    disable_dropout: bool = False,
+    dropout: float | None = None,
+) -> PreTrainedModel:
+    """Load `model_name_or_path` for training.
+
+    Args:
+        model_class: an Auto class, e.g. AutoModelForCausalLM.
+        tokenizer: sets the end and pad ids, and the smallest vocabulary the model must have.
+        ds_config: DeepSpeed configuration; with stage 3 weights are partitioned while they load.
+        rlhf_training: build the architecture only, the weights come from elsewhere.
+        disable_dropout: turn every dropout off.
+        dropout: set every dropout to this value (None: as the model has it).
+
+    The embedding grows, to a multiple of 8, only if the tokenizer has more entries; it never shrinks.
+    """
+    config = load_model_config(model_name_or_path)
+    configure_dropout(config, 0.0 if disable_dropout else dropout)
+    # transformers keeps a weak reference: the object has to live as long as the model is being built.
+    keep_alive = (
+        HfDeepSpeedConfig(ds_config) if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3 else None
+    )
+    dtype = _training_dtype(ds_config)
+    try:
+        if rlhf_training:
+            model = model_class.from_config(config, dtype=dtype)
+        else:
+            model = model_class.from_pretrained(model_name_or_path, config=config, dtype=dtype)
+    except (OSError, ValueError) as err:
+        reason = " ".join(str(err).split())[:300]
+        raise UserError(f"the model at {model_name_or_path} can't be loaded: {reason}") from err
+    del keep_alive
+
+    model.config.end_token_id = tokenizer.eos_token_id
+    for settings in (model.config, model.generation_config):
+        settings.eos_token_id = tokenizer.eos_token_id
+        settings.pad_token_id = tokenizer.pad_token_id
+    grow_embeddings(model, len(tokenizer))
+    return model
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Rows of the input embedding, also where ZeRO 3 has partitioned it."""
+    weight = model.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+def grow_embeddings(model: PreTrainedModel, entries: int) -> bool:
+    """Give the model at least `entries` embedding rows, rounded up to a multiple of 8; True if it grew."""
+    if embedding_rows(model) >= entries:
+        return False
+    # The same new rows on every rank, and in every run: seeded apart from what else was drawn.
+    rng_state = torch.get_rng_state()
+    get_accelerator().manual_seed_all(entries)
+    torch.manual_seed(entries)
+    rows = EMBEDDING_MULTIPLE * math.ceil(entries / EMBEDDING_MULTIPLE)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    torch.set_rng_state(rng_state)
+    return True
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """The longest sequence the model has positions for; None when its positions have no end (BLOOM)."""
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
+        value = getattr(config, key, None)
+        if isinstance(value, int) and config.model_type != "bloom":
+            return value
+    return None
+
+
+def describe_parameters(model: torch.nn.Module) -> str:
+    """Total and trainable parameters in words, each counted once."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    total = sum(numel for numel, _ in sizes)
+    trainable = sum(numel for numel, trains in sizes if trains)
+    return f"{type(model).__name__}, {total:,} parameters, {trainable:,} of them train ({trainable / total:.1%})"

@@ -1,0 +1,188 @@
+"""Write a trained model as a plain Hugging Face folder, whatever it was trained under.
+
+Weights are gathered (ZeRO 3), merged (LoRA, in float32) and written one safetensors shard at a time, so
+rank 0 never holds more than one shard beside its own part. A folder is complete or absent: everything is
+written into a sub-folder first, then moved, `config.json` last, and no loader accepts a folder without it.
+"""
+
+import json
+import os
+import shutil
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from utils.errors import UserError
+from utils.module.lora import LinearLayer_LoRA
+
+MAX_SHARD_BYTES = 5 * 10**9
+INCOMPLETE = ".incomplete-model"
+
+
+class SavedTensor(NamedTuple):
+    """One tensor of the saved model and the live parameters it is computed from."""
+
+    name: str
+    source: torch.Tensor
+    lora: LinearLayer_LoRA | None
+    size: int  # bytes
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The bare model inside a DeepSpeed engine (or anything with `.module`)."""
+    return getattr(model, "module", model)
+
+
+def _is_partitioned(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "ds_id")
+
+
+def saved_tensors(model: torch.nn.Module) -> list[SavedTensor]:
+    """The tensors a plain copy of `model` has, in order; tied ones once, under their first name."""
+    lora_modules = {name: module for name, module in model.named_modules() if isinstance(module, LinearLayer_LoRA)}
+    tensors, seen = [], set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner, _, leaf = name.rpartition(".")
+        if id(tensor) in seen or (owner in lora_modules and leaf.startswith("lora_")):
+            continue
+        seen.add(id(tensor))
+        lora = lora_modules.get(owner) if leaf == "weight" else None
+        numel = tensor.ds_numel if _is_partitioned(tensor) else tensor.numel()
+        tensors.append(SavedTensor(name, tensor, lora, numel * tensor.element_size()))
+    return tensors
+
+
+def plan_shards(tensors: list[SavedTensor], max_bytes: int) -> list[list[SavedTensor]]:
+    """Cut the tensors, in order, into shards of at most `max_bytes` (a larger tensor stands alone)."""
+    shards: list[list[SavedTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.size
+    return shards
+
+
+def _gathered(entry: SavedTensor) -> torch.Tensor | None:
+    """The whole tensor on the CPU, merged if LoRA sits on it. A collective under ZeRO 3."""
+    sources = [entry.source]
+    if entry.lora is not None:
+        sources += [entry.lora.lora_right_weight, entry.lora.lora_left_weight]
+    partitioned = [tensor for tensor in sources if _is_partitioned(tensor)]
+    with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():
+        if dist.is_initialized() and dist.get_rank() != 0:
+            return None
+        if entry.lora is None:
+            return entry.source.detach().to("cpu", copy=True).contiguous()
+        merged = entry.source.detach().float() + entry.lora.delta_weight()
+        return merged.to(entry.source.dtype).cpu().contiguous()
+
+
+def write_weights(model: torch.nn.Module, folder: str, is_writer: bool, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write `model.safetensors`, or numbered shards with an index, into `folder`. Every rank must call it."""
+    shards = plan_shards(saved_tensors(model), max_shard_bytes)
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        content = {entry.name: _gathered(entry) for entry in shard}
+        index.update(dict.fromkeys(content, name))
+        if is_writer:
+            save_file(content, os.path.join(folder, name), metadata={"format": "pt"})
+            # safetensors makes files only their owner can read; a model is shared like any other file.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(os.path.join(folder, name), 0o666 & ~umask)
+    if is_writer and len(shards) > 1:
+        total = sum(entry.size for shard in shards for entry in shard)
+        with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
+            json.dump({"metadata": {"total_size": total}, "weight_map": index}, file, indent=2)
+
+
+def save_model_folder(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """Save everything `from_pretrained(folder)` needs; complete or absent. Every rank must call it."""
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    work = os.path.join(folder, INCOMPLETE)
+    try:
+        if is_writer:
+            shutil.rmtree(work, ignore_errors=True)
+            os.makedirs(work)
+            tokenizer.save_pretrained(work)
+            _save_configs(model, work)
+        write_weights(model, work, is_writer)
+        if is_writer:
+            _publish(work, folder)
+    except OSError as err:
+        shutil.rmtree(work, ignore_errors=True)
+        raise UserError(f"the model can't be saved to {folder}: {err}. Nothing half-written was left there.") from err
+
+
+def _save_configs(model: torch.nn.Module, folder: str) -> None:
+    """config.json and generation_config.json, with the dtype the weights are written in."""
+    config = model.config
+    config.dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def _publish(work: str, folder: str) -> None:
+    """Move the finished files up, the old configuration away first and the new one in last."""
+    new = sorted(os.listdir(work), key=lambda name: name == "config.json")
+    for name in new:
+        with open(os.path.join(work, name), "rb") as file:
+            os.fsync(file.fileno())
+    for name in os.listdir(folder):
+        if name == "config.json" or name.endswith(".safetensors") or name.endswith(".safetensors.index.json"):
+            os.remove(os.path.join(folder, name))
+    for name in new:
+        os.replace(os.path.join(work, name), os.path.join(folder, name))
+    os.rmdir(work)
+
+
+# ----------------------------------------------------------------------------------------- verification
+
+
+def live_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits [1, length, vocabulary] of the live model, float32 on the CPU. Every rank must call it."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    model.train(training)
+    return logits.float().cpu()
+
+
+def verify_saved_model(folder: str, input_ids: torch.Tensor, expected: torch.Tensor) -> float:
+    """Load `folder` with plain transformers on the CPU and compare its logits with the live model's.
+
+    Args:
+        input_ids: [1, length] token ids.
+        expected: [1, length, vocabulary] float32 logits of the live model on the same ids.
+
+    Returns:
+        the largest difference relative to the largest logit.
+
+    Raises:
+        UserError: it does not load, or differs by more than the dtype's rounding explains.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as err:
+        raise UserError(f"the model saved in {folder} does not load again: {err}") from err
+    actual = live_logits(model, input_ids.cpu())
+    difference = ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if not difference <= tolerance:
+        raise UserError(
+            f"the model saved in {folder} is not the trained one: its logits differ by {difference:.2%} "
+            f"(allowed {tolerance:.1%} in {model.dtype}). The folder was left for inspection; don't use it."
+        )
+    return difference
