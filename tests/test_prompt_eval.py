@@ -24,6 +24,15 @@ TEXTS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small only lose time to threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_tokenizer(texts):
     """A byte-level BPE whose ids depend on the texts."""
     tokenizer = Tokenizer(models.BPE())

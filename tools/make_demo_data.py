@@ -3,9 +3,7 @@
 A data set a very small model learns from scratch in a minute: short facts, each asked in several ways.
 The evaluation records ask for facts that training holds too, but in a wording or an order in which training
 does not ask for this fact. A right answer there is generalisation, not recall of a line.
-
-Every choice follows a hash of the record's own text, so the files come out byte for byte the same on any
-machine and any Python, and adding facts leaves the other records as they are.
+Choices follow a hash of the record's text, so the files come out byte for byte the same on any machine.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ SEED = 1234
 EVAL_RECORDS = 200
 # A held-out question is fair only while training still asks for its fact in this many other ways.
 MIN_TRAIN_PER_FACT = 3
-REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
+DATA_DIR = Path(__file__).resolve().parents[1] / "data"
 
 # One block per family: "# " the answer, given a fact "a=b" ({A} is {a} with a capital letter); "? " the ways
 # to ask, separated by " / "; then the facts. "a<>b" holds both ways; "turned round": the block above as b=a.
@@ -92,8 +90,8 @@ Sunday=Monday; January=February; February=March; March=April; April=May; May=Jun
 August=September; September=October; October=November; November=December; December=January; spring=summer
 summer=autumn; autumn=winter; winter=spring
 # {a} is a month of {b}.
-? Which season is {a} in? / In what season is {a}? / Tell me the season of {a}. / To which season does {a} belong?
-? It is {a} now. Which season is it?
+? Which season is {a} in? / In what season is {a}? / Tell me the season of {a}.
+? To which season does {a} belong? / It is {a} now. Which season is it?
 December=winter; January=winter; February=winter; March=spring; April=spring; May=spring; June=summer
 July=summer; August=summer; September=autumn; October=autumn; November=autumn
 # {a} is a country in {b}.
@@ -187,8 +185,7 @@ KINDS = {
     "a tool": "a hammer, a saw, a drill, a shovel, an axe",
     "a vehicle": "a car, a bus, a train, a truck, a plane",
 }
-# From small to big.
-SIZES = ("an ant", "a bee", "a mouse", "a rabbit", "a dog", "a cow", "a whale")
+SIZES = ("an ant", "a bee", "a mouse", "a rabbit", "a dog", "a cow", "a whale")  # from small to big
 COMPARISONS = ("Which is {word}, {x} or {y}?", "Tell me which one is {word}: {x} or {y}.")
 # The built-in English prompts of prompt_eval.py: kept out of training, so that the demo shows no recall.
 BUILT_IN_QUESTIONS = (
@@ -223,11 +220,6 @@ def hash_key(text: str) -> str:
     return hashlib.sha256(f"{SEED}:{text}".encode()).hexdigest()
 
 
-def sentence(text: str) -> str:
-    """Return `text` with a capital first letter."""
-    return text[:1].upper() + text[1:]
-
-
 def table_records() -> Iterator[Record]:
     """Yield every fact of `FACTS` in every way to ask for it; rejected is another fact's answer."""
     facts: list[list[str]] = []
@@ -238,13 +230,12 @@ def table_records() -> Iterator[Record]:
             facts = [[b, a] for a, b in facts]
         else:
             items = [item for line in lines if line[0] != "?" for item in line.split("; ")]
-            facts = [item.split("=") for item in items if "=" in item]
-            for a, b in (item.split("<>") for item in items if "<>" in item):
-                facts += [[a, b], [b, a]]
+            facts = [item.replace("<>", "=").split("=") for item in items]
+            facts += [item.split("<>")[::-1] for item in items if "<>" in item]
         for (a, b), question in itertools.product(facts, questions):
             asked = question.format(a=a)
             wrong = min((other for _, other in facts if other != b), key=lambda o: hash_key(asked + o))
-            chosen, rejected = (answer.format(a=a, A=sentence(a), b=value) for value in (b, wrong))
+            chosen, rejected = (answer.format(a=a, A=a.capitalize(), b=value) for value in (b, wrong))
             yield Record(f"{answer}{a}", asked, chosen, rejected)
 
 
@@ -254,12 +245,12 @@ def choice_records() -> Iterator[Record]:
         for thing, other, swap in itertools.product(things.split(", "), KINDS, (False, True)):
             if other != kind:
                 first, second = (other, kind) if swap else (kind, other)
-                answers = (f"{sentence(thing)} is {k}." for k in (kind, other))
+                answers = (f"{thing.capitalize()} is {k}." for k in (kind, other))
                 yield Record(thing, f"Is {thing} {first} or {second}?", *answers)
     for (x, y), template in itertools.product(itertools.permutations(SIZES, 2), COMPARISONS):
         small, big = sorted((x, y), key=SIZES.index)
         for word, right, wrong in (("bigger", big, small), ("smaller", small, big)):
-            answers = (f"{sentence(one)} is {word}." for one in (right, wrong))
+            answers = (f"{one.capitalize()} is {word}." for one in (right, wrong))
             yield Record(f"{small} {big}", template.format(word=word, x=x, y=y), *answers)
 
 
@@ -291,15 +282,13 @@ def make_records() -> tuple[list[Record], list[Record]]:
 def write_records(records: list[Record], path: Path) -> None:
     """Write a JSON list with one record per line, so that diffs stay readable."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "[\n" + ",\n".join(record.as_json() for record in records) + "\n]\n"
-    path.write_bytes(text.encode())
+    path.write_bytes(("[\n" + ",\n".join(record.as_json() for record in records) + "\n]\n").encode())
 
 
 def main() -> None:
     """Write both files."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    default = REPOSITORY_ROOT / "data"
-    parser.add_argument("--output_dir", type=Path, default=default, help="folder for both files")
+    parser.add_argument("--output_dir", type=Path, default=DATA_DIR, help="folder for both files")
     output_dir = parser.parse_args().output_dir
     for name, records in zip(("train", "eval"), make_records(), strict=True):
         write_records(records, output_dir / f"{name}.json")

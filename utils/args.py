@@ -11,6 +11,8 @@ from transformers import SchedulerType
 from utils.data.splits import parse_data_split
 from utils.errors import UserError
 
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
 
 def default_cache_folder() -> str:
     """Per user and on the node's own disk: $XDG_CACHE_HOME or ~/.cache."""
@@ -34,241 +36,103 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# One argument per two or three lines reads better than one word per line.
+# fmt: off
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data")
-    add = group.add_argument
-    add(
-        "--data_path",
-        nargs="*",
-        default=["Dahoas/rm-static"],
-        metavar="NAME",
-        help="data sets: hub names, or folders whose path contains such a name; several are mixed",
-    )
-    add(
-        "--data_split",
-        default="2,4,4",
-        metavar="A,B,C",
-        help="shares of phases 1, 2 and 3; the default leaves the reward and RLHF phases their data",
-    )
-    add(
-        "--sft_only_data_path",
-        nargs="*",
-        default=[],
-        metavar="NAME",
-        help="data sets used whole for this phase, none by default",
-    )
-    add(
-        "--data_output_path",
-        default=default_cache_folder(),
-        metavar="DIR",
-        help="cache of split indexes and tokenised data; best on a node's own disk",
-    )
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", nargs="*", default=["Dahoas/rm-static"], metavar="NAME",
+        help="data sets: hub names, or folders whose path contains such a name; several are mixed")
+    add("--data_split", default="2,4,4", metavar="A,B,C",
+        help="shares of phases 1, 2 and 3; the default leaves the reward and RLHF phases their data")
+    add("--sft_only_data_path", nargs="*", default=[], metavar="NAME",
+        help="data sets used whole for this phase, none by default")
+    add("--data_output_path", default=default_cache_folder(), metavar="DIR",
+        help="cache of split indexes and tokenised data; best on a node's own disk")
     add("--max_seq_len", type=int, default=512, metavar="TOKENS",
-        help="longer samples are cut (and counted); 512 holds most dialogues")  # fmt: skip
+        help="longer samples are cut (and counted); 512 holds most dialogues")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    add = group.add_argument
-    add(
-        "--model_name_or_path",
-        required=True,
-        metavar="NAME",
-        help="a folder with model and tokenizer, or a hub name",
-    )
-    add(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="compute activations twice instead of keeping them: slower, far less memory",
-    )
-    add(
-        "--disable_dropout",
-        action="store_true",
-        help="turn every dropout of the model off; off by default, as the model was configured",
-    )
-    add(
-        "--dropout",
-        type=float,
-        default=None,
-        metavar="P",
-        help="set every dropout of the model; None leaves the model's own",
-    )
-    add(
-        "--dtype",
-        choices=["auto", "bf16", "fp16", "fp32"],
-        default="auto",
-        help="auto: bf16 where the device has it, else fp16 on a GPU, else fp32",
-    )
-    add(
-        "--compute_fp32_loss",
-        action="store_true",
-        help="compute the loss in float32; it always is here, the flag keeps old command lines working",
-    )
-    add(
-        "--add_eot_token",
-        action="store_true",
-        help="add --eot_token as a special token and end every sample with it; off: the tokenizer's own eos",
-    )
+    add = parser.add_argument_group("model").add_argument
+    add("--model_name_or_path", required=True, metavar="NAME",
+        help="a folder with model and tokenizer, or a hub name")
+    add("--gradient_checkpointing", action="store_true",
+        help="compute activations twice instead of keeping them: slower, far less memory")
+    add("--disable_dropout", action="store_true",
+        help="turn every dropout of the model off; off by default, as the model was configured")
+    add("--dropout", type=float, default=None, metavar="P",
+        help="set every dropout of the model; None leaves the model's own")
+    add("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+        help="auto: bf16 where the device has it, else fp16 on a GPU, else fp32")
+    add("--compute_fp32_loss", action="store_true",
+        help="compute the loss in float32; it always is here, the flag keeps old command lines working")
+    add("--add_eot_token", action="store_true",
+        help="add --eot_token as a special token and end every sample with it; off: the tokenizer's own eos")
     add("--eot_token", default="<|endoftext|>", metavar="TOKEN",
-        help="the token --add_eot_token adds; the default is the one GPT models use")  # fmt: skip
+        help="the token --add_eot_token adds; the default is the one GPT models use")
 
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    add = group.add_argument
-    add(
-        "--per_device_train_batch_size",
-        type=int,
-        default=16,
-        metavar="N",
-        help="samples per forward on each device (micro batch); 16 fits a 1.3b model on 80 GB",
-    )
-    add(
-        "--per_device_eval_batch_size",
-        type=int,
-        default=16,
-        metavar="N",
-        help="samples per evaluation forward on each device; changes no figure",
-    )
-    add(
-        "--gradient_accumulation_steps",
-        type=int,
-        default=1,
-        metavar="N",
-        help="micro batches per optimizer step; 1 takes a step after each",
-    )
-    add(
-        "--learning_rate",
-        type=float,
-        default=1e-3,
-        metavar="LR",
-        help="peak rate of all weights but LoRA's; 1e-3 suits small models, full runs of big ones want ~1e-5",
-    )
-    add(
-        "--weight_decay",
-        type=float,
-        default=0.0,
-        metavar="W",
-        help="AdamW's decay, never on biases and layer norms; short fine-tuning needs none",
-    )
-    add(
-        "--num_train_epochs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="passes over the training data; more overfit small sets",
-    )
-    add(
-        "--lr_scheduler_type",
-        type=SchedulerType,
-        default=SchedulerType.COSINE,
-        choices=[
-            SchedulerType(name)
-            for name in (
-                "linear",
-                "cosine",
-                "cosine_with_restarts",
-                "polynomial",
-                "constant",
-                "constant_with_warmup",
-            )
-        ],
-        metavar="NAME",
-        help="linear, cosine, cosine_with_restarts, polynomial, constant or "
-        "constant_with_warmup; cosine needs no tuning",
-    )
-    add(
-        "--num_warmup_steps",
-        type=int,
-        default=0,
-        metavar="N",
-        help="optimizer steps over which the rate rises from 0; pretrained models do without",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=1234,
-        metavar="N",
-        help="decides splits, order and dropout; 1234 gives the splits of the published runs",
-    )
+    add = parser.add_argument_group("training").add_argument
+    add("--per_device_train_batch_size", type=int, default=16, metavar="N",
+        help="samples per forward on each device (micro batch); 16 is the original's")
+    add("--per_device_eval_batch_size", type=int, default=16, metavar="N",
+        help="samples per evaluation forward on each device; it changes no figure, 16 is the original's")
+    add("--gradient_accumulation_steps", type=int, default=1, metavar="N",
+        help="micro batches per optimizer step; 1 takes a step after each")
+    add("--learning_rate", type=float, default=1e-3, metavar="LR",
+        help="peak rate of all weights but LoRA's; 1e-3 suits small models, full runs of big ones want about 1e-5")
+    add("--weight_decay", type=float, default=0.0, metavar="W",
+        help="AdamW's decay, never on biases and layer norms; short fine-tuning needs none")
+    add("--num_train_epochs", type=int, default=1, metavar="N",
+        help="passes over the training data; more overfit small sets")
+    add("--lr_scheduler_type", type=SchedulerType, default=SchedulerType.COSINE, metavar="NAME",
+        choices=[SchedulerType(name) for name in SCHEDULES],
+        help=f"one of {', '.join(SCHEDULES)}; cosine needs no tuning")
+    add("--num_warmup_steps", type=int, default=0, metavar="N",
+        help="optimizer steps over which the rate rises from 0; pretrained models do without")
+    add("--seed", type=int, default=1234, metavar="N",
+        help="decides splits, order and dropout; 1234 gives the splits of the published runs")
     add("--print_loss", action="store_true",
-        help="print the loss of every optimizer step; off, since printing waits for the device")  # fmt: skip
+        help="print the loss of every optimizer step; off, since printing waits for the device")
 
 
 def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("LoRA")
-    add = group.add_argument
-    add(
-        "--lora_dim",
-        type=int,
-        default=0,
-        metavar="R",
-        help="rank of the added weights; 0 trains without LoRA",
-    )
-    add(
-        "--lora_module_name",
-        default="decoder.layers.",
-        metavar="PART",
-        help="wrap Linear layers whose name contains this; the default is OPT's blocks (Llama: model.layers.)",
-    )
-    add(
-        "--only_optimize_lora",
-        action="store_true",
-        help="train the added weights alone; off: wrapped weights are frozen, everything else trains",
-    )
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--lora_dim", type=int, default=0, metavar="R",
+        help="rank of the added weights; 0 trains without LoRA")
+    add("--lora_module_name", default="decoder.layers.", metavar="PART",
+        help="wrap Linear layers whose name contains this; the default is OPT's blocks (Llama: model.layers.)")
+    add("--only_optimize_lora", action="store_true",
+        help="train the added weights alone; off: wrapped weights are frozen, everything else trains")
     add("--lora_learning_rate", type=float, default=5e-4, metavar="LR",
-        help="the added weights' own peak rate; they start from zero and want more than --learning_rate")  # fmt: skip
+        help="the added weights' own peak rate; 5e-4, since weights that start from zero want a high one")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("run")
-    add = group.add_argument
-    add("--output_dir", default=None, metavar="DIR", help="where the model is saved; none: nothing is saved")
-    add(
-        "--zero_stage",
-        type=int,
-        choices=[0, 1, 2, 3],
-        default=0,
-        help="ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too; 0 is fastest where it fits",
-    )
-    add(
-        "--offload",
-        action="store_true",
-        help="keep optimizer states (and weights, with ZeRO 3) in CPU memory; off, since it is slower",
-    )
-    add("--local_rank", type=int, default=-1, metavar="N", help="set by the launcher; -1 for a plain start")
-    add(
-        "--ddp_timeout",
-        type=int,
-        default=1800,
-        metavar="SECONDS",
-        help="longest wait of one rank for the others; half an hour outlasts a slow disk, not a dead rank",
-    )
-    add(
-        "--dry_run",
-        action="store_true",
-        help="check everything, prepare the data, print the plan and stop before the model is loaded",
-    )
-    add(
-        "--enable_tensorboard",
-        action="store_true",
-        help="write curves through DeepSpeed's monitor; off, since it needs the tensorboard package",
-    )
+    add = parser.add_argument_group("run and DeepSpeed").add_argument
+    add("--output_dir", default=None, metavar="DIR",
+        help="where the model, metrics and loss curve go; none: nothing is saved")
+    add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=0,
+        help="ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too; 0 is fastest where it fits")
+    add("--offload", action="store_true",
+        help="keep optimizer states (and weights, with ZeRO 3) in CPU memory; off, since it is slower")
+    add("--local_rank", type=int, default=-1, metavar="N",
+        help="set by the launcher; -1 for a plain start")
+    add("--ddp_timeout", type=int, default=1800, metavar="SECONDS",
+        help="longest wait of one rank for the others; half an hour outlasts a slow disk, not a dead rank")
+    add("--dry_run", action="store_true",
+        help="check everything, prepare the data, print the plan and stop before the model is loaded")
+    add("--enable_tensorboard", action="store_true",
+        help="write curves through DeepSpeed's monitor; off, since few look at them")
     add("--tensorboard_path", default="step1_tensorboard", metavar="DIR",
-        help="where the curves go; the default is the original's")  # fmt: skip
+        help="where the curves go; the default is the original's")
+# fmt: on
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse and check the command line; all problems are reported together.
-
-    Raises:
-        UserError: one or more arguments make no sense by themselves.
-    """
-    args = build_parser().parse_args(argv)
-    problems = check_values(args)
-    if problems:
-        raise UserError(join_problems(problems))
-    return args
+    """Parse the command line of main.py; `utils.checks.check_run` checks it."""
+    return build_parser().parse_args(argv)
 
 
 def join_problems(problems: list[str]) -> str:

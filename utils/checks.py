@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from utils.args import join_problems
+from utils.args import check_values, join_problems
 from utils.data.cache import cache_lock
 from utils.data.data_utils import SFT_ONLY_SPLIT, end_token_id, get_raw_dataset
-from utils.data.splits import split_boundaries
+from utils.data.splits import parse_data_split, split_boundaries
 from utils.ds_utils import check_local_rank, read_deepspeed_config, resolve_dtype
 from utils.errors import UserError
 from utils.model.model_utils import load_model_config, max_positions
@@ -29,7 +29,8 @@ def check_run(args: Namespace) -> None:
     Raises:
         UserError: everything that is wrong, in one message.
     """
-    problems: list[str] = []
+    problems = check_values(args)
+    can_split = not any(problem.startswith(("--seed", "--data_split")) for problem in problems)
 
     def attempt(check: Callable[..., Result], *arguments: Any) -> Result | None:
         try:
@@ -51,7 +52,7 @@ def check_run(args: Namespace) -> None:
         if args.lora_dim > 0:
             attempt(_check_lora_names, config, args.lora_module_name)
     attempt(_check_tokenizer, args)
-    if attempt(_check_writable, args.data_output_path, "--data_output_path"):
+    if attempt(_check_writable, args.data_output_path, "--data_output_path") and can_split:
         for name in args.data_path:
             attempt(_check_data, name, args.data_split, args)
         for name in args.sft_only_data_path:
@@ -124,7 +125,8 @@ def _check_data(name: str, data_split: str, args: Namespace) -> None:
     with cache_lock(args.data_output_path):
         raw = get_raw_dataset(name, args.data_output_path, args.seed, 1)
         rows = len(raw.get_train_data())
-    if split_boundaries(data_split, rows).boundaries[1] == 0:
+    # The published rounding can give a zero share one row; nobody who writes 0 wants to train on that.
+    if split_boundaries(data_split, rows).boundaries[1] == 0 or parse_data_split(data_split)[0] == 0:
         raise UserError(
             f"the first part of --data_split {data_split} holds none of the {rows} training rows of {name}: "
             "give it a larger share."

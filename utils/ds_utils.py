@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from utils.errors import UserError
+from utils.op_locks import clear_stale_build_locks, extension_folder
 
 STEPS_PER_PRINT = 10
 
@@ -185,6 +186,9 @@ def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
+    several_nodes = os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    for lock in clear_stale_build_locks(extension_folder(), several_nodes):
+        print(f"Removed {lock}: a run that was killed while compiling left it behind", flush=True)
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)
     deepspeed.init_distributed(

@@ -12,13 +12,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import datasets
-import numpy as np
-import pyarrow.compute as pc
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from utils.data import prompt_cache
 from utils.data.cache import build_folder, cache_lock
+from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
 from utils.data.raw_datasets import PromptRawDataset, find_raw_dataset_class
 from utils.data.splits import get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
 from utils.errors import UserError
@@ -26,7 +24,6 @@ from utils.errors import UserError
 SFT_ONLY_SPLIT = "10,0,0"
 DEFAULT_END_TOKEN = "<|endoftext|>"
 ROWS_PER_PROCESS = 2000  # below that, starting another process costs more than it saves
-ID_COLUMNS = {1: ["input_ids"], 2: ["chosen_ids", "rejected_ids"], 3: ["prompt_ids"]}
 
 
 def get_raw_dataset(dataset_name: str, output_path: str, seed: int, local_rank: int) -> PromptRawDataset:
@@ -36,55 +33,6 @@ def get_raw_dataset(dataset_name: str, output_path: str, seed: int, local_rank: 
         UserError: the name is unknown, or its data can't be read or is malformed.
     """
     return find_raw_dataset_class(dataset_name)(output_path, seed, local_rank, dataset_name)
-
-
-class PromptDataset(torch.utils.data.Dataset):
-    """Tokenised samples of one phase, memory-mapped.
-
-    Items, tensors of int64:
-        phase 1: dict of `input_ids`, `attention_mask`, `labels`, each [length], unpadded;
-        phase 2: (chosen ids, chosen mask, rejected ids, rejected mask), each [1, max_seq_len], padded, as the
-            reward phase concatenates them;
-        phase 3: (reversed prompt ids, reversed mask, pad id), [length]; the RLHF phase pads and turns them back.
-    """
-
-    def __init__(
-        self, table: datasets.Dataset, train_phase: int, pad_token_id: int | None = None, max_seq_len: int = 0
-    ) -> None:
-        self.table = table.with_format("numpy")
-        self.train_phase = train_phase
-        self.pad_token_id = pad_token_id
-        self.max_seq_len = max_seq_len
-        self.rows_given = len(table)  # rows it was made from, those left out included
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def lengths(self) -> np.ndarray:
-        """Tokens of every sample of phase 1, [samples] int64, read from the Arrow offsets."""
-        lists = self.table.with_format("arrow")[:]["input_ids"]
-        return pc.list_value_length(lists).to_numpy().astype(np.int64)
-
-    def __getitem__(self, index: int) -> Any:
-        row = {key: torch.from_numpy(np.asarray(ids, dtype=np.int64)) for key, ids in self._ids(int(index)).items()}
-        if self.train_phase == 1:
-            ids = row["input_ids"]
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-        if self.train_phase == 2:
-            return (*self._padded(row["chosen_ids"]), *self._padded(row["rejected_ids"]))
-        ids = row["prompt_ids"].flip(0)
-        return ids, torch.ones_like(ids), self.pad_token_id
-
-    def _ids(self, index: int) -> dict[str, np.ndarray]:
-        row = self.table[index]
-        return {key: row[key] for key in ID_COLUMNS[self.train_phase]}
-
-    def _padded(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        padded = torch.full((1, self.max_seq_len), self.pad_token_id, dtype=torch.long)
-        mask = torch.zeros((1, self.max_seq_len), dtype=torch.long)
-        padded[0, : len(ids)] = ids
-        mask[0, : len(ids)] = 1
-        return padded, mask
 
 
 # ------------------------------------------------------------------------------------------ tokenising

@@ -1,0 +1,170 @@
+"""Real DeepSpeed runs of a tiny model against the reference: one rank, two ranks, accumulation, every ZeRO stage."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import EVAL_RECORDS, ROOT, deepspeed_ranks, launch
+from reference_run import evaluate, read_documents, reference
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+REFERENCE = ROOT / "tests" / "references" / "tiny_opt.json"
+# Seen: 2e-6 between the runs and the reference; AdamW divides by small numbers, so rounding grows with the steps.
+TOLERANCE = 2e-5
+EPOCHS = ["--num_train_epochs", "2", "--learning_rate", "1e-3"]
+
+
+def losses_of(text: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"^Epoch: \d+, Step: \d+, loss = (\S+)$", text, re.MULTILINE)]
+
+
+def perplexities_of(text: str) -> list[tuple[float, float]]:
+    found = re.findall(r"^ppl: (\S+), loss: (\S+)$", text, re.MULTILINE)
+    return [(float(perplexity), float(loss)) for perplexity, loss in found]
+
+
+def assert_like_reference(output: str, wanted: dict) -> None:
+    losses, evaluations = losses_of(output), perplexities_of(output)
+    assert len(losses) == len(wanted["losses"])
+    differences = np.array(losses) - np.array(wanted["losses"])
+    assert np.abs(differences).max() < TOLERANCE, differences
+    # A one-sided bug (a token too many, a wrong mean) would shift all of them the same way.
+    assert abs(differences.mean()) < TOLERANCE / 4, differences
+    for (perplexity, loss), expected in zip(evaluations, wanted["eval_losses"], strict=True):
+        assert perplexity == pytest.approx(math.exp(expected), rel=1e-4)
+        assert perplexity == pytest.approx(math.exp(loss), rel=1e-12)
+
+
+def assert_loads_plain(folder: Path, printed_eval_loss: float, data: Path) -> None:
+    """The saved folder loads with plain transformers, has the run's perplexity, and generates."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert evaluate(model, read_documents(data / "eval.json", tokenizer)) == pytest.approx(printed_eval_loss, rel=1e-4)
+    prompt = tokenizer("Human: Hello Assistant:", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+    assert not list(folder.glob(".incomplete*"))
+
+
+@pytest.fixture(scope="session")
+def wanted() -> dict:
+    return json.loads(REFERENCE.read_text(encoding="utf-8"))
+
+
+def test_the_reference_file_is_what_the_reference_computes(tiny_opt, json_data, wanted):
+    computed = reference(str(tiny_opt), str(json_data))
+    for key, values in wanted.items():
+        assert computed[key] == pytest.approx(values, rel=1e-5), key
+
+
+def test_plain_python(run_arguments, wanted, json_data, tmp_path):
+    run = launch([], [*run_arguments, *EPOCHS, "--per_device_train_batch_size", "8", "--output_dir", tmp_path])
+    assert run.returncode == 0, run.stderr
+    assert_like_reference(run.stdout, wanted)
+    for line in (
+        "***** Running training *****",
+        "***** Evaluating perplexity, Epoch 0/2 *****",
+        "***** Evaluating perplexity, Epoch 2/2 *****",
+        "Beginning of Epoch 1/2, Total Micro Batches 10",
+        "saving the final model ...",
+    ):
+        assert line in run.stdout.splitlines()
+    assert "Precision: fp32" in run.stdout and "verified" in run.stdout
+    assert_loads_plain(tmp_path, perplexities_of(run.stdout)[-1][1], json_data)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["loss"] for record in records if "loss" in record] == losses_of(run.stdout)
+    # The schedule counts the steps that are taken: the rate reaches (almost) zero with the last one.
+    rates = [record["learning_rate"] for record in records if "loss" in record]
+    assert rates[-1] == 0.0 and rates[-2] > 0
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+# Eval batch sizes differ on purpose: perplexity must not.
+@pytest.mark.parametrize(
+    ("ranks", "micro", "accumulation", "more"),
+    [
+        (1, 4, 2, ["--zero_stage", "1", "--per_device_eval_batch_size", "5"]),
+        (2, 4, 1, ["--zero_stage", "0", "--per_device_eval_batch_size", "3"]),
+        (2, 2, 2, ["--zero_stage", "3", "--per_device_eval_batch_size", "8"]),
+        (2, 4, 1, ["--zero_stage", "2", "--offload", "--per_device_eval_batch_size", "37"]),
+    ],
+    ids=["accumulation-zero1", "two-ranks-zero0", "two-ranks-accumulation-zero3", "two-ranks-zero2-offload"],
+)
+def test_deepspeed_launcher(ranks, micro, accumulation, more, run_arguments, wanted, json_data, tmp_path):
+    run = launch(
+        deepspeed_ranks(ranks),
+        [
+            *run_arguments, *EPOCHS, "--per_device_train_batch_size", micro, "--gradient_accumulation_steps",
+            accumulation, "--output_dir", tmp_path, *more,
+        ],
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert_like_reference(run.stdout, wanted)
+    assert run.stdout.count("***** Running training *****") == 1  # rank 0 only
+    assert_loads_plain(tmp_path, perplexities_of(run.stdout)[-1][1], json_data)
+
+
+def test_evaluation_set_is_counted_once(json_data):
+    assert len(json.loads((json_data / "eval.json").read_text())) == EVAL_RECORDS
+
+
+@pytest.mark.parametrize(
+    ("launcher", "more"),
+    [
+        ([], ["--zero_stage", "2"]),
+        (["ranks", 2], ["--zero_stage", "3", "--only_optimize_lora", "--gradient_checkpointing"]),
+    ],
+    ids=["lora", "lora-only-checkpointing-zero3-two-ranks"],
+)
+def test_lora(launcher, more, run_arguments, json_data, tmp_path, tiny_opt):
+    launcher = deepspeed_ranks(launcher[1]) if launcher else []
+    run = launch(
+        launcher,
+        [
+            *run_arguments, "--lora_dim", "8", "--lora_learning_rate", "1e-2", "--per_device_train_batch_size", "4",
+            "--output_dir", tmp_path, *more,
+        ],
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    evaluations = perplexities_of(run.stdout)
+    assert evaluations[-1][0] < 0.8 * evaluations[0][0]
+    # The merged model has the trained model's perplexity, and it is another than the base model's.
+    assert_loads_plain(tmp_path, evaluations[-1][1], json_data)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    base = AutoModelForCausalLM.from_pretrained(tiny_opt).state_dict()
+    assert saved.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(base[name], saved[name])}
+    wrapped = {name for name in base if re.search(r"decoder\.layers\..*(proj|fc\d)\.weight", name)}
+    assert wrapped <= changed
+    if "--only_optimize_lora" in more:
+        assert changed == wrapped
+    else:
+        assert "model.decoder.embed_tokens.weight" in changed
+
+
+def test_bf16_and_configuration_file(run_arguments, tmp_path):
+    """bf16 as `--dtype auto` chooses it here, and a configuration file laid over the generated one."""
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"gradient_clipping": 0.5, "zero_optimization": {"stage": 1, "overlap_comm": False}}))
+    arguments = [argument for argument in run_arguments if argument not in ("--dtype", "fp32")]
+    run = launch(
+        [],
+        [
+            *arguments, "--per_device_train_batch_size", "8", "--deepspeed_config", config, "--output_dir",
+            tmp_path / "out", "--enable_tensorboard", "--tensorboard_path", tmp_path / "tb", "--add_eot_token",
+            "--eot_token", "<|done|>", "--lora_dim", "4",
+        ],
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "Precision: bf16" in run.stdout and "ZeRO stage 1" in run.stdout
+    losses = losses_of(run.stdout)
+    assert losses[-1] < losses[0] - 0.5
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    end = tokenizer.convert_tokens_to_ids("<|done|>")
+    assert model.generation_config.eos_token_id == end and end < model.get_input_embeddings().weight.shape[0]
+    assert list((tmp_path / "tb").rglob("events.out.tfevents*"))
