@@ -59,7 +59,7 @@ def test_unknown_data_set(run_inside, good):
         ('[{"prompt": "a", "chosen": "b"}, {"chosen": "d"}]', ["record 2", '"prompt"']),
         ('[{"prompt": "a", "chosen": "b"}, {"prompt": "c"}]', ["record 2", '"chosen"']),
         ('[{"prompt": "a", "chosen": null}]', ["record 1", "null"]),
-        ('[{"prompt": "a", "chosen": "b"}, {"prompt": "c", "chosen": "d"}, {"prompt": 7, "chosen": "e"}]', ["record 3", "number"]),
+        (json.dumps([{"prompt": "a", "chosen": "b"}] * 2 + [{"prompt": 7, "chosen": "e"}]), ["record 3", "number"]),
     ],
     ids=["missing", "empty", "truncated", "no prompt", "no chosen", "null", "number"],
 )  # fmt: skip

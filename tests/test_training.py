@@ -130,7 +130,7 @@ def test_lora(launcher, more, run_arguments, json_data, tmp_path, tiny_opt):
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     evaluations = perplexities_of(run.stdout)
-    assert evaluations[-1][0] < 0.8 * evaluations[0][0]
+    assert evaluations[-1][0] < 0.9 * evaluations[0][0]
     # The merged model has the trained model's perplexity, and it is another than the base model's.
     assert_loads_plain(tmp_path, evaluations[-1][1], json_data)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
