@@ -1,6 +1,7 @@
 """What a run records of itself: the loss of every optimizer step, evaluations, and their picture."""
 
 import json
+import math
 import os
 
 import torch
@@ -52,8 +53,15 @@ class MetricsFile:
             open(self.path, "w").close()
 
     def write(self, **record: float | int | str) -> None:
-        """Append one record: `step` and either `loss` and `learning_rate`, or `eval_loss` and `perplexity`."""
+        """Append one record: `step` and either `loss` and `learning_rate`, or `eval_loss` and `perplexity`.
+
+        A figure that is not finite becomes null: JSON has no word for it.
+        """
         if self.path:
+            record = {
+                key: value if not isinstance(value, float) or math.isfinite(value) else None
+                for key, value in record.items()
+            }
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
@@ -74,7 +82,7 @@ def draw_losses(output_dir: str) -> str:
     records = read_metrics(output_dir)
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o--")):
-        points = [(record["step"], record[key]) for record in records if key in record]
+        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2)
     axes.set_xlabel("optimizer step")

@@ -1,5 +1,6 @@
 """Throughput lines: real tokens, FLOPs by the Megatron-LM formula, share of the device's known peak."""
 
+import re
 from argparse import Namespace
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 
 # Dense 16-bit matrix rate in TFLOP/s by the vendors' data sheets; the longest name contained wins.
 PEAK_TFLOPS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "B200": 2250, "GB200": 2500,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "H800": 989, "B200": 2250, "GB200": 2500,
     "A100": 312, "A800": 312, "A10G": 70, "A10": 125, "A30": 165, "A40": 150, "A6000": 155,
     "V100": 125, "T4": 65, "L4": 121, "L40S": 362, "L40": 181,
     "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 210, "MI250X": 383, "MI300X": 1307,
@@ -66,7 +67,8 @@ def training_passes(model: torch.nn.Module, gradient_checkpointing: bool) -> flo
 
 def device_peak(name: str) -> int | None:
     """Known 16-bit peak of the device called `name` in TFLOP/s; None when it is not in the table."""
-    found = [key for key in PEAK_TFLOPS if key in name]
+    # Whole words: a T400 is no T4, an RTX A4000 no A40; and an RTX 4090 Laptop GPU shares only the name.
+    found = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b(?! (?:Ti|D|Laptop)\b)", name)]
     return PEAK_TFLOPS[max(found, key=len)] if found else None
 
 

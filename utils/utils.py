@@ -17,8 +17,8 @@ from utils.errors import UserError
 from utils.saving import save_model_folder, unwrap, write_weights
 
 # Spellings of "this parameter is a bias or belongs to a normalisation layer" in the families in use:
-# OPT/GPT-2 `..._layer_norm`, `ln_1`, BLOOM/NeoX `..._layernorm`, Llama/Qwen/Gemma `...norm.weight`.
-NO_DECAY_NAMES = ("bias", "layer_norm.", "layernorm.", "norm.", "ln_")
+# OPT/GPT-2 `..._layer_norm`, `ln_1`, BLOOM/NeoX `..._layernorm`, Llama/Qwen/Gemma `...norm.weight`, MPT `norm_1`.
+NO_DECAY_NAMES = ("bias", "layer_norm.", "layernorm.", "norm.", "norm_", "norm1.", "norm2.", "ln_")
 LORA_NAMES = ("lora_right_weight", "lora_left_weight")
 
 

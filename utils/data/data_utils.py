@@ -200,7 +200,7 @@ def create_prompt_dataset(
     is used, so a slow build never runs into the process group's time-out.
 
     Args:
-        local_rank: rank on this node; only 0 (or -1) prints.
+        local_rank: rank on this node; only 0 (or -1) describes the data; who builds says so.
         data_path: data sets split by `data_split`, of which phase `train_phase` gets its part.
         output_path: cache folder, on a node's own or a shared disk.
         sft_only_data_path: data sets phase 1 uses whole.
@@ -230,14 +230,16 @@ def create_prompt_dataset(
     with cache_lock(output_path):
         raws = [(get_raw_dataset(name, output_path, seed, local_rank), shares) for name, shares in sources]
         end_id = end_token_id(tokenizer, end_of_conversation_token)
-        key = prompt_cache.key(raws, train_phase, seed, tokenizer, max_seq_len, end_id)
+        key = prompt_cache.key(raws, train_phase, seed, tokenizer, max_seq_len, end_id, len(data_path))
         folder = os.path.join(output_path, f"prompts_{key}")
         reason = "asked for" if reload else prompt_cache.damage(folder)
         if reason:
             build_folder(folder, build)
+            print(f"Data cache {folder}: built ({reason})", flush=True)  # whichever rank came first
     report = prompt_cache.read_report(folder)
     if local_rank <= 0:
-        print(f"Data cache {folder}: {f'built ({reason})' if reason else 'hit'}", flush=True)
+        if not reason:
+            print(f"Data cache {folder}: hit", flush=True)
         print("\n".join(prompt_cache.describe(report, max_seq_len, train_phase)), flush=True)
     if report["train"]["samples"] == 0:
         raise UserError(

@@ -21,8 +21,12 @@ def key(
     tokenizer: PreTrainedTokenizerBase,
     max_seq_len: int,
     end_id: int,
+    main_sets: int,
 ) -> str:
-    """Hash over everything that changes the result: contents, split, phase, seed, tokenizer, length, end, code."""
+    """Hash over everything that changes the result: contents, split, phase, seed, tokenizer, length, end, code.
+
+    `main_sets` of `raw_datasets` come from `--data_path`; the others are mixed in after those, in a second shuffle.
+    """
     contents = [
         [raw.dataset_name, raw.fingerprint("train"), raw.fingerprint("eval"), shares] for raw, shares in raw_datasets
     ]
@@ -33,6 +37,7 @@ def key(
         tokenizer_fingerprint(tokenizer),
         max_seq_len,
         end_id,
+        main_sets,
         _code_fingerprint(),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

@@ -89,13 +89,14 @@ def create_hf_model(
     except (OSError, ValueError) as err:
         reason = " ".join(str(err).split())[:300]
         raise UserError(f"the model at {model_name_or_path} can't be loaded: {reason}") from err
-    del keep_alive
 
     model.config.end_token_id = tokenizer.eos_token_id
     for settings in (model.config, model.generation_config):
         settings.eos_token_id = tokenizer.eos_token_id
         settings.pad_token_id = tokenizer.pad_token_id
     grow_embeddings(model, len(tokenizer))
+    # Until here transformers had to know of ZeRO 3; from here on it must not, or rank 0 alone could load no model.
+    del keep_alive
     return model
 
 

@@ -84,30 +84,37 @@ class LinearLayer_LoRA(nn.Module):
         return output + (self.lora_dropout(input) @ self.lora_right_weight @ self.lora_left_weight) * self.lora_scaling
 
 
+def _wrappable_linears(model: nn.Module) -> list[str]:
+    """Names of the Linear layers with a weight of their own: merging into a tied head would change the embedding."""
+    tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module.weight) not in tied
+    ]
+
+
 def lora_candidates(model: nn.Module) -> list[str]:
     """Names a `--lora_module_name` can take: the prefixes under which Linear layers stand in numbered blocks."""
     prefixes = set()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            parts = name.split(".")
-            cut = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-            prefixes.add(name if cut is None else ".".join(parts[:cut]) + ".")
+    for name in _wrappable_linears(model):
+        parts = name.split(".")
+        cut = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        prefixes.add(name if cut is None else ".".join(parts[:cut]) + ".")
     return sorted(prefixes)
-
-
-def _matching_linears(model: nn.Module, part_module_name: str) -> list[str]:
-    return [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and part_module_name in name
-    ]
 
 
 def check_lora_module_name(model: nn.Module, part_module_name: str) -> list[str]:
     """The Linear layers whose name contains `part_module_name`; UserError with the candidates if none does."""
-    names = _matching_linears(model, part_module_name)
+    names = [name for name in _wrappable_linears(model) if part_module_name in name]
     if names:
         return names
     candidates = lora_candidates(model)
-    advice = f"it could be one of: {', '.join(candidates)}" if candidates else "it has no torch.nn.Linear layer"
+    advice = (
+        f"it could be one of: {', '.join(candidates)}"
+        if candidates
+        else "it has no torch.nn.Linear layer that LoRA could wrap"
+    )
     raise UserError(
         f"--lora_module_name {part_module_name!r} matches no Linear layer of {type(model).__name__}; {advice}."
     )
