@@ -5,13 +5,14 @@ import os
 import random
 from argparse import Namespace
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from utils.errors import UserError
 from utils.saving import save_model_folder, unwrap, write_weights
@@ -117,17 +118,20 @@ def _read_tokenizer(path: str, fast: bool) -> PreTrainedTokenizerBase:
                 f"no tokenizer in the folder {path}: it has none of {', '.join(sorted(known))}. "
                 "Put the model's tokenizer files there (tokenizer.save_pretrained(folder) writes them)."
             )
-        if _is_bare_opt_vocabulary(path, files):
-            return _opt_tokenizer(path)
     try:
+        if local and _is_bare_opt_vocabulary(path, files):
+            return _opt_tokenizer(path)
+        if local and _is_bare_llama_vocabulary(path, files):
+            return LlamaTokenizer.from_pretrained(path, add_bos_token=True, local_files_only=True)
         return AutoTokenizer.from_pretrained(path, use_fast=fast, local_files_only=local)
     except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as err:
         reason = " ".join(str(err).split())[:300]
-        advice = (
-            "check that the folder's tokenizer files are complete"
-            if local
-            else "is the name right and the hub reachable? Offline, give the path of a downloaded folder"
-        )
+        if not local:
+            advice = "is the name right and the hub reachable? Offline, give the path of a downloaded folder"
+        elif "tokenizer.model" in files and find_spec("sentencepiece") is None:
+            advice = "tokenizer.model wants `pip install sentencepiece protobuf`"
+        else:
+            advice = "check that the folder's tokenizer files are complete"
         raise UserError(f"the tokenizer of {path} can't be loaded ({reason}): {advice}.") from err
 
 
@@ -138,6 +142,13 @@ def _is_bare_opt_vocabulary(path: str, files: set[str]) -> bool:
     with open(os.path.join(path, "vocab.json"), encoding="utf-8") as file:
         vocab = json.load(file)
     return (vocab.get("<s>"), vocab.get("<pad>"), vocab.get("</s>")) == (0, 1, 2)
+
+
+def _is_bare_llama_vocabulary(path: str, files: set[str]) -> bool:
+    """True for a Llama's tokenizer.model without the configuration that says it starts with BOS and a space."""
+    if "tokenizer.model" not in files or "tokenizer.json" in files or "tokenizer_config.json" in files:
+        return False
+    return "config.json" in files and AutoConfig.from_pretrained(path).model_type in ("llama", "mistral")
 
 
 def _opt_tokenizer(path: str) -> PreTrainedTokenizerBase:
