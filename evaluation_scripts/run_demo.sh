@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The closing part of the demo: eight held-out questions to the tiny model before and after training, by
+# run_prompt.sh, then perplexity before and after, the picture of the losses, and the answers side by side.
+# OUTPUT is the folder training_scripts/single_cpu/run_tiny.sh wrote.
+#
+# usage: bash evaluation_scripts/run_demo.sh [OUTPUT] [further prompt_eval.py arguments]
+set -euo pipefail
+OUTPUT=./output_tiny
+ROOT=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [[ $# -gt 0 && $1 != -* ]]; then OUTPUT=$1; shift; fi
+
+mapfile -t prompts < <(python "$ROOT/evaluation_scripts/demo_report.py" --prompts)
+arguments=()
+for prompt in "${prompts[@]}"; do arguments+=(--prompt "$prompt"); done
+echo "asking both models ${#prompts[@]} held-out questions of data/eval.json ..."
+bash "$ROOT/evaluation_scripts/run_prompt.sh" "$OUTPUT/base" "$OUTPUT" \
+    --max_new_tokens 32 "${arguments[@]}" "$@" >"$OUTPUT/answers.txt"
+python "$ROOT/evaluation_scripts/demo_report.py" "$OUTPUT"
