@@ -53,6 +53,15 @@ def make_json_data(folder: Path, train: int = TRAIN_RECORDS, evaluation: int = E
     return data
 
 
+def write_json_data(folder: Path, train: list[dict], evaluation: list[dict]) -> Path:
+    """Records of one's own as a `local/jsonfile` folder."""
+    data = folder / "local" / "jsonfile"
+    data.mkdir(parents=True, exist_ok=True)
+    for name, records in (("train", train), ("eval", evaluation)):
+        (data / f"{name}.json").write_text(json.dumps(records), encoding="utf-8")
+    return data
+
+
 @pytest.fixture(scope="session")
 def tiny_opt(tmp_path_factory) -> Path:
     return make_tiny_opt(tmp_path_factory.mktemp("model") / "tiny_opt")

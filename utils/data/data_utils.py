@@ -109,7 +109,11 @@ def create_dataset_split(
     """
     source = copy.copy(raw_dataset)
     source.raw_datasets = None  # workers need its texts' description, not its data
-    features = {name: datasets.List(datasets.Value("int32")) for name in ID_COLUMNS[train_phase]}
+    ids = {name: datasets.List(datasets.Value("int32")) for name in ID_COLUMNS[train_phase]}
+    features = datasets.Features({**ids, "cut": datasets.Value("bool")})
+    if len(current_dataset) == 0:  # map would not make the columns
+        empty = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+        return PromptDataset(empty, train_phase, tokenizer.pad_token_id, max_seq_len)
     arguments = {
         "source": source,
         "tokenizer": tokenizer,
@@ -126,7 +130,7 @@ def create_dataset_split(
         batched=True,
         fn_kwargs=arguments,
         remove_columns=current_dataset.column_names,
-        features=datasets.Features({**features, "cut": datasets.Value("bool")}),
+        features=features,
         num_proc=workers if workers > 1 else None,
         cache_file_name=work_file,
         keep_in_memory=work_file is None,
