@@ -5,6 +5,8 @@ What it does
     process (`python main.py`) or many (`deepspeed --num_gpus 8 main.py`, torchrun), on GPUs or a CPU;
   * the loss of an optimizer step is the mean over all label tokens of its whole global batch, so ranks,
     micro batch and accumulation change nothing; padding never counts;
+  * by default there is no padding at all: samples lie end to end in one row, each attending to itself alone
+    (`--padding`, `--packing`); the real model shows before training that this changes nothing;
   * perplexity is exp(summed negative log-likelihood / label tokens) over the evaluation set;
   * saves what plain `from_pretrained` loads, LoRA merged, and verifies it before it says it is done.
 
@@ -14,18 +16,17 @@ matches no layer, data that is not what it should be. All of it is found before 
 
 import os
 from argparse import Namespace
-from functools import partial
 
 import deepspeed
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_scheduler
 
 from utils.args import exit_with, parse_args
+from utils.attention import set_documents
 from utils.checks import check_run, end_of_conversation_token
-from utils.data.batches import eval_batches, train_batches
-from utils.data.collate import collate_padded
+from utils.data.batches import collate_for, eval_batches, train_batches
 from utils.data.data_utils import PromptDataset, create_prompt_dataset
-from utils.data.sampler import epoch_order, micro_batches_per_epoch, steps_per_epoch
+from utils.data.sampler import Units, epoch_units, micro_batches_per_epoch, steps_per_epoch
 from utils.ds_utils import build_ds_config, local_rank_of, start_process_group, world_size
 from utils.errors import UserError
 from utils.evaluation import evaluate
@@ -37,9 +38,11 @@ from utils.module.lora import (
     make_model_gradient_checkpointing_compatible,
     only_optimize_lora_parameters,
 )
+from utils.neftune import add_embedding_noise
 from utils.optimizer import create_optimizer
 from utils.progress import Progress
 from utils.saving import live_logits, verify_saved_model
+from utils.self_check import choose_layout
 from utils.utils import (
     global_rank,
     load_hf_tokenizer,
@@ -69,15 +72,21 @@ def main(args: Namespace) -> None:
     train_data, eval_data = create_prompt_dataset(
         args.local_rank, args.data_path, args.data_split, args.data_output_path, SFT_PHASE, args.seed, tokenizer,
         args.max_seq_len, end_of_conversation_token(args, tokenizer), args.sft_only_data_path,
+        num_proc=args.preprocessing_num_workers, completion_only=args.completion_only_loss,
     )  # fmt: skip
-    steps = print_plan(args, train_data, eval_data)
     if args.dry_run:
+        print_plan(args, train_data)
         print_rank_0("Dry run: everything is checked and the data prepared; nothing was trained or saved")
         return
 
     optimizer = create_optimizer(model, args)
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, steps)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    args.padding = choose_layout(engine.module, args.padding, len(tokenizer), device)
+    args.packing = args.packing and args.padding == "free"
+    add_embedding_noise(engine.module, args.neftune_noise_alpha)
+    # Only now is the number of steps known: packing depends on what the model can do.
+    steps = print_plan(args, train_data)
+    engine.lr_scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, steps)
     # Weights are the same on all ranks by now; from here on each draws its own dropout masks.
     set_random_seed(args.seed + global_rank())
 
@@ -117,17 +126,28 @@ def create_model(args: Namespace, tokenizer: PreTrainedTokenizerBase, ds_config:
     return model
 
 
-def print_plan(args: Namespace, train_data: PromptDataset, eval_data: PromptDataset) -> int:
+def units_of_epoch(args: Namespace, train_data: PromptDataset, epoch: int) -> Units:
+    """What batches are counted in, in the epoch's order: samples, or with packing rows of samples."""
+    row_length = args.max_seq_len if args.packing else None
+    return epoch_units(train_data.lengths(), train_data.label_counts(), args.seed, epoch, row_length)
+
+
+def print_plan(args: Namespace, train_data: PromptDataset) -> int:
     """Say what will run; returns the number of optimizer steps."""
-    micro, accumulation, ranks = (
-        args.per_device_train_batch_size,
-        args.gradient_accumulation_steps,
-        world_size(),
-    )
-    steps = args.num_train_epochs * steps_per_epoch(len(train_data), micro * accumulation * ranks)
+    micro, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size()
+    units = units_of_epoch(args, train_data, epoch=1)
+    count = len(units.tokens)
+    steps = args.num_train_epochs * steps_per_epoch(count, micro * accumulation * ranks)
+    if args.packing:
+        print_rank_0(
+            f"Packing: {len(train_data)} samples in {count} rows of {args.max_seq_len}, "
+            f"{units.tokens.sum() / (count * args.max_seq_len):.1%} full; a step holds "
+            f"{micro * accumulation * ranks * len(train_data) / count:.1f} samples on average"
+        )
     print_rank_0(
-        f"Plan: {steps} optimizer steps = {args.num_train_epochs} epoch(s) of {len(train_data)} samples in steps of "
-        f"{micro} x {accumulation} accumulation x {ranks} rank(s); an epoch's last step takes what is left"
+        f"Plan: {steps} optimizer steps = {args.num_train_epochs} epoch(s) of {count} "
+        f"{'rows' if args.packing else 'samples'} in steps of {micro} x {accumulation} accumulation x {ranks} "
+        "rank(s); an epoch's last step takes what is left"
     )
     return steps
 
@@ -141,16 +161,15 @@ def train(
     device: torch.device,
 ) -> None:
     """All epochs, with perplexity before the first and after each."""
-    rank, ranks = global_rank(), world_size()
+    rank, ranks, on_cpu = global_rank(), world_size(), device.type == "cpu"
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    lengths = train_data.lengths()
     metrics = MetricsFile(args.output_dir, rank == 0)
     progress = Progress(engine, args, device, metrics)
-    collate = partial(collate_padded, pad_token_id=tokenizer.pad_token_id)
+    collate = collate_for(args.padding, tokenizer.pad_token_id, args.max_seq_len)
 
     def perplexity_after(epoch: int) -> None:
         print_rank_0(f"***** Evaluating perplexity, Epoch {epoch}/{args.num_train_epochs} *****")
-        batches = eval_batches(eval_data, collate, args.per_device_eval_batch_size, ranks, rank)
+        batches = eval_batches(eval_data, collate, args.per_device_eval_batch_size, ranks, rank, on_cpu)
         perplexity, loss = evaluate(engine, batches, device)
         print_rank_0(f"ppl: {perplexity}, loss: {loss}" if len(eval_data) else "no evaluation data: no perplexity")
         metrics.write(epoch=epoch, step=progress.step, eval_loss=loss, perplexity=perplexity)
@@ -158,10 +177,10 @@ def train(
     print_rank_0("***** Running training *****")
     perplexity_after(0)
     for epoch in range(1, args.num_train_epochs + 1):
-        progress.start_epoch(epoch, micro_batches_per_epoch(len(train_data), micro, accumulation, ranks))
+        units = units_of_epoch(args, train_data, epoch)
+        progress.start_epoch(epoch, micro_batches_per_epoch(len(units.tokens), micro, accumulation, ranks))
         engine.train()
-        order = epoch_order(len(train_data), args.seed, epoch)
-        for batch in train_batches(train_data, order, lengths, collate, micro, accumulation, ranks, rank):
+        for batch in train_batches(train_data, units, collate, micro, accumulation, ranks, rank, on_cpu):
             engine.set_gradient_accumulation_boundary(batch.is_last)
             loss = summed_loss(engine, to_device(batch.tensors, device))
             engine.backward(loss * batch.weight)
@@ -169,6 +188,7 @@ def train(
             progress.add(loss, batch)
         progress.report()
         perplexity_after(epoch)
+    set_documents(None)
     if args.output_dir is not None and rank == 0:
         print_rank_0(f"Loss curve: {draw_losses(args.output_dir)}")
 

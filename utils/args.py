@@ -50,6 +50,14 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="cache of split indexes and tokenised data; best on a node's own disk")
     add("--max_seq_len", type=int, default=512, metavar="TOKENS",
         help="longer samples are cut (and counted); 512 holds most dialogues")
+    add("--preprocessing_num_workers", type=int, default=None, metavar="N",
+        help="tokenising processes; by default as many as there are cores and work for them")
+    add("--padding", choices=["free", "longest", "max_length"], default="free",
+        help="free: samples end to end in one row, none attends to another; longest: pad to the longest in the "
+        "batch; max_length: pad all to --max_seq_len, the original's way. Same loss, free is fastest")
+    add("--packing", action="store_true",
+        help="count batches in rows of --max_seq_len filled with whole samples (best fit), not in samples; off, "
+        "since a step then holds more samples")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +101,10 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="optimizer steps over which the rate rises from 0; pretrained models do without")
     add("--seed", type=int, default=1234, metavar="N",
         help="decides splits, order and dropout; 1234 gives the splits of the published runs")
+    add("--completion_only_loss", action="store_true",
+        help="label only the response; off, as in the original, where the prompt is learned too")
+    add("--neftune_noise_alpha", type=float, default=None, metavar="A",
+        help="noise on the embeddings while training (NEFTune), 5 is usual; None adds none")
     add("--print_loss", action="store_true",
         help="print the loss of every optimizer step; off, since printing waits for the device")
 
@@ -157,6 +169,12 @@ def check_values(args: argparse.Namespace) -> list[str]:
     for name in ("learning_rate", "lora_learning_rate", "weight_decay"):
         if not 0 <= getattr(args, name) < float("inf"):
             problems.append(f"--{name} must be a finite number of at least 0, not {getattr(args, name)}.")
+    if args.preprocessing_num_workers is not None and args.preprocessing_num_workers < 1:
+        problems.append(f"--preprocessing_num_workers must be at least 1, not {args.preprocessing_num_workers}.")
+    if args.neftune_noise_alpha is not None and not 0 <= args.neftune_noise_alpha < float("inf"):
+        problems.append(f"--neftune_noise_alpha must be a finite number of at least 0, not {args.neftune_noise_alpha}.")
+    if args.packing and args.padding != "free":
+        problems.append(f"--packing puts samples end to end and needs --padding free, not {args.padding}.")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         problems.append(f"--dropout must be at least 0 and below 1, not {args.dropout}.")
     if args.dropout and args.disable_dropout:

@@ -101,6 +101,11 @@ def _check_tokenizer(args: Namespace) -> None:
         args.model_name_or_path, add_special_tokens=args.eot_token if args.add_eot_token else None
     )
     end_of_conversation_token(args, tokenizer)
+    if args.completion_only_loss and not tokenizer.is_fast:
+        raise UserError(
+            f"--completion_only_loss needs a fast tokenizer, which tells where each token stands in the text; "
+            f"{args.model_name_or_path} has none."
+        )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         again = load_hf_tokenizer(folder)

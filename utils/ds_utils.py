@@ -127,6 +127,8 @@ def resolve_dtype(requested: str) -> tuple[str, str]:
     accelerator = get_accelerator()
     name = accelerator.device_name()
     bf16 = _has_bf16()
+    if requested == "bf16" and name == "cpu" and not bf16:
+        return "bf16", "as asked, but this CPU has no bf16 instructions: fp32 is many times faster here"
     if requested == "auto":
         if bf16:
             return "bf16", f"{name} has it"
@@ -141,8 +143,10 @@ def resolve_dtype(requested: str) -> tuple[str, str]:
 
 
 def _has_bf16() -> bool:
-    """bf16 in hardware: torch also says yes to GPUs that only emulate it, at a fraction of their speed."""
+    """bf16 in hardware: torch also says yes to GPUs and CPUs that only emulate it, at a fraction of their speed."""
     accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     module = torch.get_device_module(accelerator.device_name())
     probe = getattr(module, "is_bf16_supported", None)
     if probe is not None:

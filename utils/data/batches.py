@@ -1,82 +1,81 @@
-"""Batches of a data set, in the order and cut that `sampler` plans."""
+"""Batches of a data set: the planned micro batches, read ahead and laid out as the run asks."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from utils.data.sampler import MicroBatch, plan_micro_batches
+from utils.data.collate import collate_free, collate_padded
+from utils.data.prompt_dataset import PromptDataset
+from utils.data.sampler import MicroBatch, StepSize, Units, plan_micro_batches, step_sizes
 
-Collate = Callable[[Sequence[dict[str, torch.Tensor]]], dict[str, torch.Tensor]]
-
-
-class StepSize(NamedTuple):
-    """What one optimizer step holds, over all ranks and accumulation steps."""
-
-    samples: int
-    tokens: int
-    label_tokens: int
+Collate = Callable[[Sequence[dict[str, torch.Tensor]]], dict[str, Any]]
 
 
 class TrainBatch(NamedTuple):
     """One micro batch of this rank and what it counts for."""
 
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Any]
     weight: float  # makes DeepSpeed's averages the mean over the step's label tokens; 0 for a stand-in
     is_last: bool  # the optimizer steps after this one
     step: StepSize
 
 
-def load_batches(dataset: Any, plans: list[MicroBatch], collate: Collate) -> Iterator[dict[str, torch.Tensor]]:
-    """Read and collate the planned micro batches one after another.
+def collate_for(padding: str, pad_token_id: int, max_seq_len: int) -> Collate:
+    """How samples become a batch: "free" (one row, no padding), "longest" or "max_length"."""
+    if padding == "free":
+        return collate_free
+    return partial(collate_padded, pad_token_id=pad_token_id, pad_to=max_seq_len if padding == "max_length" else None)
 
-    How samples become tensors is `collate`'s affair alone: this is the place for another layout.
+
+def load_batches(
+    dataset: PromptDataset, plans: list[MicroBatch], collate: Collate, on_cpu: bool
+) -> Iterator[dict[str, Any]]:
+    """Read and collate the planned micro batches: ahead, in a process of its own, where a GPU does the training.
+
+    On a CPU another process would take time from the training itself.
     """
-    return iter(DataLoader(dataset, batch_sampler=[plan.indices for plan in plans], collate_fn=collate))
+    workers = 0 if on_cpu or not plans else 1
+    return iter(
+        DataLoader(
+            dataset, batch_sampler=[plan.indices for plan in plans], collate_fn=collate, num_workers=workers,
+            prefetch_factor=4 if workers else None, pin_memory=not on_cpu,
+        )
+    )  # fmt: skip
 
 
 def train_batches(
-    dataset: Any,
-    order: np.ndarray,
-    lengths: np.ndarray,
+    dataset: PromptDataset,
+    units: Units,
     collate: Collate,
     micro_batch: int,
     accumulation: int,
     world_size: int,
     rank: int,
+    on_cpu: bool = True,
 ) -> Iterator[TrainBatch]:
-    """This rank's micro batches of one epoch.
-
-    Args:
-        order: [samples] the epoch's order.
-        lengths: [samples] tokens of each sample; all but the first are labels.
-    """
-    plans = list(plan_micro_batches(order, lengths, micro_batch, accumulation, world_size, rank))
-    steps = step_sizes(order, lengths, micro_batch * accumulation * world_size)
-    for plan, tensors in zip(plans, load_batches(dataset, plans, collate), strict=True):
+    """This rank's micro batches of one epoch over `units`."""
+    plans = list(plan_micro_batches(units, micro_batch, accumulation, world_size, rank))
+    steps = step_sizes(units, micro_batch * accumulation * world_size)
+    for plan, tensors in zip(plans, load_batches(dataset, plans, collate, on_cpu), strict=True):
         step = steps[plan.step]
         # DeepSpeed divides by the accumulation steps and averages over the ranks: undone here.
         weight = accumulation * world_size / step.label_tokens if plan.counts else 0.0
         yield TrainBatch(tensors, weight, plan.is_last, step)
 
 
-def step_sizes(order: np.ndarray, lengths: np.ndarray, global_batch: int) -> list[StepSize]:
-    """The sizes of every optimizer step of one epoch. All tokens of a sample but the first are labels."""
-    chosen = [lengths[order[start : start + global_batch]] for start in range(0, len(order), global_batch)]
-    return [StepSize(len(part), int(part.sum()), max(int(part.sum()) - len(part), 1)) for part in chosen]
-
-
 def eval_batches(
-    dataset: Any, collate: Collate, micro_batch: int, world_size: int, rank: int
-) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
+    dataset: PromptDataset, collate: Collate, micro_batch: int, world_size: int, rank: int, on_cpu: bool = True
+) -> Iterator[tuple[dict[str, Any], bool]]:
     """This rank's evaluation batches and whether they count (a stand-in on a rank without samples does not).
 
     Samples of like length go together: a sum over the whole set does not depend on its order.
     """
     lengths = dataset.lengths()
-    order = np.argsort(-lengths, kind="stable")
-    plans = list(plan_micro_batches(order, lengths, micro_batch, 1, world_size, rank))
-    for plan, batch in zip(plans, load_batches(dataset, plans, collate), strict=True):
-        yield batch, plan.counts
+    order = (-lengths).argsort(kind="stable")
+    units = Units(order, order, lengths[order], lengths[order])
+    plans = list(plan_micro_batches(units, micro_batch, 1, world_size, rank))
+    for plan, tensors in zip(plans, load_batches(dataset, plans, collate, on_cpu), strict=True):
+        yield tensors, plan.counts

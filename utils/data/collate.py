@@ -1,15 +1,41 @@
 """Turn samples of different lengths into one batch of tensors. Masks come from lengths, never from ids."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 IGNORE_INDEX = -100
+Sample = dict[str, torch.Tensor]
 
 
-def collate_padded(
-    samples: Sequence[dict[str, torch.Tensor]], pad_token_id: int, pad_to: int | None = None
-) -> dict[str, torch.Tensor]:
+def collate_free(samples: Sequence[Sample]) -> dict[str, Any]:
+    """One row of all samples end to end, without padding.
+
+    Args:
+        samples: each with `input_ids` and `labels`, both [length].
+
+    Returns:
+        input_ids, position_ids (from 0 in each sample), labels: [1, tokens] int64; a sample's first token is
+            labelled -100, since what stands before it is another sample;
+        document_lengths: tokens of each sample; cumulative: [samples + 1] int32, their running sums from 0;
+        positions, targets: see `label_positions`.
+    """
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    labels = torch.cat([sample["labels"] for sample in samples])
+    cumulative = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    labels[cumulative[:-1].long()] = IGNORE_INDEX
+    batch = {
+        "input_ids": torch.cat([sample["input_ids"] for sample in samples])[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "labels": labels[None],
+        "document_lengths": lengths,
+        "cumulative": cumulative,
+    }
+    return {**batch, **label_positions(batch["labels"])}
+
+
+def collate_padded(samples: Sequence[Sample], pad_token_id: int, pad_to: int | None = None) -> dict[str, torch.Tensor]:
     """Pad to the longest sample (or to `pad_to`) on the right.
 
     Args:
@@ -17,8 +43,7 @@ def collate_padded(
 
     Returns:
         input_ids, attention_mask, labels: [batch, width] int64, padding labelled -100;
-        positions: [label tokens] where in the flattened [batch * width] logits a label is predicted;
-        targets: [label tokens] the labels to predict there.
+        positions, targets: see `label_positions`.
     """
     lengths = [len(sample["input_ids"]) for sample in samples]
     width = max(max(lengths), pad_to or 0)
@@ -37,6 +62,9 @@ def label_positions(labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """Where the flattened logits predict a label: the token before it in the same row (the shift).
 
     Worked out here, on the CPU, so that picking the rows out never makes the training loop wait.
+
+    Returns:
+        positions: [label tokens] places in the flattened [batch * width] logits; targets: the labels there.
     """
     predicted = labels[:, 1:] != IGNORE_INDEX
     rows, columns = predicted.nonzero(as_tuple=True)

@@ -9,7 +9,6 @@ import copy
 import hashlib
 import os
 from collections.abc import Iterable
-from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -19,10 +18,10 @@ from utils.data.cache import build_folder, cache_lock
 from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
 from utils.data.raw_datasets import PromptRawDataset, find_raw_dataset_class
 from utils.data.splits import get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
+from utils.data.tokenise import DEFAULT_END_TOKEN, end_token_id, tokenise, tokenise_completions
 from utils.errors import UserError
 
 SFT_ONLY_SPLIT = "10,0,0"
-DEFAULT_END_TOKEN = "<|endoftext|>"
 ROWS_PER_PROCESS = 2000  # below that, starting another process costs more than it saves
 
 
@@ -35,62 +34,6 @@ def get_raw_dataset(dataset_name: str, output_path: str, seed: int, local_rank: 
     return find_raw_dataset_class(dataset_name)(output_path, seed, local_rank, dataset_name)
 
 
-# ------------------------------------------------------------------------------------------ tokenising
-
-
-def end_token_id(tokenizer: PreTrainedTokenizerBase, end_of_conversation_token: str) -> int:
-    """The one id that ends every sample; UserError when the tokenizer has no such single token."""
-    token_id = tokenizer.get_vocab().get(end_of_conversation_token)
-    if token_id is None and end_of_conversation_token == DEFAULT_END_TOKEN:
-        token_id = tokenizer.eos_token_id  # nobody asked for the default: the tokenizer's own end is meant
-    if token_id is None:
-        raise UserError(
-            f"the end-of-conversation token {end_of_conversation_token!r} is not one token of this tokenizer "
-            f"(its own end token is {tokenizer.eos_token!r}): use that, or add it with --add_eot_token."
-        )
-    return token_id
-
-
-def _with_end(ids: list[int], end_id: int) -> list[int]:
-    """`ids` ending in `end_id` exactly once (some tokenizers append it themselves)."""
-    return ids if ids and ids[-1] == end_id else [*ids, end_id]
-
-
-def _tokenise(
-    columns: dict[str, list],
-    source: PromptRawDataset,
-    tokenizer: Any,
-    phase: int,
-    end_id: int,
-    max_seq_len: int,
-) -> dict[str, list]:
-    """One batch of rows -> the phase's id columns and `cut`; rows without a text or a label are left out."""
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    if phase == 1:
-        texts = [(source.get_prompt_and_chosen(row),) for row in rows]
-    elif phase == 2:
-        texts = [(source.get_prompt_and_chosen(row), source.get_prompt_and_rejected(row)) for row in rows]
-    else:
-        texts = [(source.get_prompt(row),) for row in rows]
-    texts = [pair for pair in texts if None not in pair]
-    flat = [text for pair in texts for text in pair]
-    encoded = tokenizer(flat, add_special_tokens=True, verbose=False)["input_ids"] if flat else []
-    if phase == 3:
-        kept = [ids for ids in encoded if 0 < len(ids) <= max_seq_len]
-        return {"prompt_ids": kept, "cut": [False] * len(kept)}
-    whole = [_with_end(ids, end_id) for ids in encoded]
-    names = ID_COLUMNS[phase]
-    result: dict[str, list] = {name: [] for name in [*names, "cut"]}
-    for start in range(0, len(whole), len(names)):
-        pair = whole[start : start + len(names)]
-        if min(map(len, pair)) < 2:  # nothing follows the first token: no label
-            continue
-        for name, ids in zip(names, pair, strict=True):
-            result[name].append(ids[:max_seq_len])
-        result["cut"].append(max(map(len, pair)) > max_seq_len)
-    return result
-
-
 def create_dataset_split(
     current_dataset: datasets.Dataset,
     raw_dataset: PromptRawDataset,
@@ -100,12 +43,14 @@ def create_dataset_split(
     max_seq_len: int,
     work_file: str | None = None,
     num_proc: int | None = None,
+    completion_only: bool = False,
 ) -> PromptDataset:
     """Tokenise the rows of `current_dataset` for one phase.
 
     Args:
         work_file: Arrow file to write to; None keeps the result in memory.
         num_proc: processes; None decides by the number of rows and cores.
+        completion_only: note where the response begins (phase 1), so that only it is labelled.
     """
     source = copy.copy(raw_dataset)
     source.raw_datasets = None  # workers need its texts' description, not its data
@@ -117,16 +62,21 @@ def create_dataset_split(
     arguments = {
         "source": source,
         "tokenizer": tokenizer,
-        "phase": train_phase,
         "end_id": end_token_id(tokenizer, end_of_conversation_token),
         "max_seq_len": max_seq_len,
     }
+    if completion_only:
+        features["prompt_tokens"] = datasets.Value("int32")
+    else:
+        arguments["phase"] = train_phase
+    # Results go to a file of our own, never to the library's cache: any fingerprint that names it will do.
+    fingerprint = hashlib.sha256(repr((work_file, sorted(features), max_seq_len)).encode()).hexdigest()[:16]
     workers = num_proc or max(1, min(os.cpu_count() or 1, len(current_dataset) // ROWS_PER_PROCESS))
     if workers > 1:
         # Processes already use every core; the tokenizer's own threads on top deadlock after a fork.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     table = current_dataset.map(
-        _tokenise,
+        tokenise_completions if completion_only else tokenise,
         batched=True,
         fn_kwargs=arguments,
         remove_columns=current_dataset.column_names,
@@ -135,7 +85,7 @@ def create_dataset_split(
         cache_file_name=work_file,
         keep_in_memory=work_file is None,
         load_from_cache_file=False,
-        new_fingerprint=hashlib.sha256(repr((work_file, train_phase, max_seq_len)).encode()).hexdigest()[:16],
+        new_fingerprint=fingerprint,
         desc=f"tokenising {raw_dataset.dataset_name_clean}",
     )
     return PromptDataset(table, train_phase, tokenizer.pad_token_id, max_seq_len)
@@ -154,6 +104,7 @@ def create_dataset(
     rebuild: bool = False,
     work_folder: str | None = None,
     num_proc: int | None = None,
+    completion_only: bool = False,
 ) -> tuple[PromptDataset, PromptDataset]:
     """The phase's part of one data set's training and evaluation rows, tokenised: (train, eval)."""
     raw = get_raw_dataset(dataset_name, output_path, seed, local_rank)
@@ -174,7 +125,15 @@ def create_dataset(
             os.makedirs(work_folder, exist_ok=True)
             work_file = os.path.join(work_folder, f"{split_name}.arrow")
         part = create_dataset_split(
-            rows.select(index), raw, train_phase, tokenizer, end_of_conversation_token, max_seq_len, work_file, num_proc
+            rows.select(index),
+            raw,
+            train_phase,
+            tokenizer,
+            end_of_conversation_token,
+            max_seq_len,
+            work_file,
+            num_proc,
+            completion_only,
         )
         part.rows_given = len(index)
         parts.append(part)
@@ -197,6 +156,7 @@ def create_prompt_dataset(
     sft_only_data_path: Iterable[str] = (),
     reload: bool = False,
     num_proc: int | None = None,
+    completion_only: bool = False,
 ) -> tuple[PromptDataset, PromptDataset]:
     """The mixed, tokenised data of one phase: (train, eval), from the cache where it fits.
 
@@ -210,6 +170,7 @@ def create_prompt_dataset(
         sft_only_data_path: data sets phase 1 uses whole.
         reload: build anew even if the cache fits.
         num_proc: tokenising processes; None decides by the number of rows and cores.
+        completion_only: label only the response (phase 1).
 
     Raises:
         UserError: bad data, or no training sample is left.
@@ -223,7 +184,7 @@ def create_prompt_dataset(
         for number, (name, shares) in enumerate(sources):
             pair = create_dataset(
                 local_rank, name, shares, output_path, train_phase, seed, tokenizer, end_of_conversation_token,
-                max_seq_len, reload, os.path.join(work, f"part{number}"), num_proc,
+                max_seq_len, reload, os.path.join(work, f"part{number}"), num_proc, completion_only,
             )  # fmt: skip
             for split, part in zip(mixed, pair, strict=True):
                 mixed[split].append(part)
@@ -234,7 +195,7 @@ def create_prompt_dataset(
     with cache_lock(output_path):
         raws = [(get_raw_dataset(name, output_path, seed, local_rank), shares) for name, shares in sources]
         end_id = end_token_id(tokenizer, end_of_conversation_token)
-        key = prompt_cache.key(raws, train_phase, seed, tokenizer, max_seq_len, end_id, len(data_path))
+        key = prompt_cache.key(raws, train_phase, seed, tokenizer, max_seq_len, end_id, len(data_path), completion_only)
         folder = os.path.join(output_path, f"prompts_{key}")
         reason = "asked for" if reload else prompt_cache.damage(folder)
         if reason:

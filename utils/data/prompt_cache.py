@@ -22,6 +22,7 @@ def key(
     max_seq_len: int,
     end_id: int,
     main_sets: int,
+    completion_only: bool,
 ) -> str:
     """Hash over everything that changes the result: contents, split, phase, seed, tokenizer, length, end, code.
 
@@ -38,6 +39,7 @@ def key(
         max_seq_len,
         end_id,
         main_sets,
+        completion_only,
         _code_fingerprint(),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

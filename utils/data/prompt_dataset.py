@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
+from utils.data.collate import IGNORE_INDEX
+
 ID_COLUMNS = {1: ["input_ids"], 2: ["chosen_ids", "rejected_ids"], 3: ["prompt_ids"]}
 
 
@@ -14,7 +16,8 @@ class PromptDataset(torch.utils.data.Dataset):
     """Tokenised samples of one phase, memory-mapped.
 
     Items, tensors of int64:
-        phase 1: dict of `input_ids`, `attention_mask`, `labels`, each [length], unpadded;
+        phase 1: dict of `input_ids`, `attention_mask`, `labels`, each [length], unpadded; with completion-only loss
+            the prompt is labelled -100;
         phase 2: (chosen ids, chosen mask, rejected ids, rejected mask), each [1, max_seq_len], padded, as the
             reward phase concatenates them;
         phase 3: (reversed prompt ids, reversed mask, pad id), [length]; the RLHF phase pads and turns them back.
@@ -27,6 +30,7 @@ class PromptDataset(torch.utils.data.Dataset):
         self.train_phase = train_phase
         self.pad_token_id = pad_token_id
         self.max_seq_len = max_seq_len
+        self.completion_only = "prompt_tokens" in table.column_names
         self.rows_given = len(table)  # rows it was made from, those left out included
 
     def __len__(self) -> int:
@@ -37,19 +41,26 @@ class PromptDataset(torch.utils.data.Dataset):
         lists = self.table.with_format("arrow")[:]["input_ids"]
         return pc.list_value_length(lists).to_numpy().astype(np.int64)
 
+    def label_counts(self) -> np.ndarray:
+        """Label tokens of every sample of phase 1, [samples] int64: all but the first, or the response's."""
+        unlabelled = np.ones(len(self), dtype=np.int64)
+        if self.completion_only:
+            unlabelled = np.maximum(self.table.with_format("numpy")[:]["prompt_tokens"], 1)
+        return self.lengths() - unlabelled
+
     def __getitem__(self, index: int) -> Any:
-        row = {key: torch.from_numpy(np.asarray(ids, dtype=np.int64)) for key, ids in self._ids(int(index)).items()}
+        row = self.table[int(index)]
+        prompt_tokens = int(row.get("prompt_tokens", 0))
+        row = {key: torch.from_numpy(np.asarray(row[key], dtype=np.int64)) for key in ID_COLUMNS[self.train_phase]}
         if self.train_phase == 1:
             ids = row["input_ids"]
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+            labels = ids.clone()
+            labels[:prompt_tokens] = IGNORE_INDEX
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         if self.train_phase == 2:
             return (*self._padded(row["chosen_ids"]), *self._padded(row["rejected_ids"]))
         ids = row["prompt_ids"].flip(0)
         return ids, torch.ones_like(ids), self.pad_token_id
-
-    def _ids(self, index: int) -> dict[str, np.ndarray]:
-        row = self.table[index]
-        return {key: row[key] for key in ID_COLUMNS[self.train_phase]}
 
     def _padded(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         padded = torch.full((1, self.max_seq_len), self.pad_token_id, dtype=torch.long)

@@ -1,7 +1,8 @@
 """Which samples form which micro batch: a pure function of sizes, seed and epoch.
 
-The samples of one optimizer step are the same however the step is cut up (ranks, micro batch, accumulation),
-and every rank runs the same number of micro batches, which ZeRO 3 needs.
+A unit is what a batch is counted in: one sample, or with packing one row of samples. The units of one
+optimizer step are the same however the step is cut up (ranks, micro batch, accumulation), and every rank runs
+the same number of micro batches, which ZeRO 3 needs.
 """
 
 from collections.abc import Iterator
@@ -9,53 +10,99 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils.data.packing import pack_best_fit
+
+
+class Units(NamedTuple):
+    """The units of one epoch, in the order they are used; sizes are [units] int64."""
+
+    members: list[np.ndarray] | np.ndarray  # of each unit the samples; an array where a unit is one sample
+    samples: np.ndarray
+    tokens: np.ndarray
+    labels: np.ndarray
+
 
 class MicroBatch(NamedTuple):
     """What one rank feeds through the model at once."""
 
     indices: list[int]  # positions in the data set
-    counts: bool  # False: a stand-in for a rank that has no sample left; its loss weighs 0
+    counts: bool  # False: a stand-in for a rank that has nothing left; its loss weighs 0
     step: int  # optimizer step within the epoch, from 0
     is_last: bool  # the optimizer steps after this one
 
 
+class StepSize(NamedTuple):
+    """What one optimizer step holds, over all ranks and accumulation steps."""
+
+    samples: int
+    tokens: int
+    label_tokens: int
+
+
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of `size` samples in `epoch`, [size] int64; the same for the same (seed, epoch) everywhere."""
+    """The order of `size` things in `epoch`, [size] int64; the same for the same (seed, epoch) everywhere."""
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-def steps_per_epoch(size: int, global_batch: int) -> int:
+def epoch_units(
+    lengths: np.ndarray, label_counts: np.ndarray, seed: int, epoch: int, row_length: int | None = None
+) -> Units:
+    """The units of one epoch: samples in the epoch's order, or packed rows of `row_length` tokens.
+
+    Args:
+        lengths: [samples] tokens of each sample.
+        label_counts: [samples] label tokens of each sample.
+    """
+    order = epoch_order(len(lengths), seed, epoch)
+    if row_length is None:
+        return Units(order, np.ones(len(order), dtype=np.int64), lengths[order], label_counts[order])
+    rows = pack_best_fit(lengths, row_length, order)
+    # Packing goes from long to short; the rows are used in an order of their own.
+    rows = [rows[row] for row in epoch_order(len(rows), seed, epoch)]
+    sums = [np.array([values[row].sum() for row in rows], dtype=np.int64) for values in (lengths, label_counts)]
+    return Units(rows, np.array([len(row) for row in rows], dtype=np.int64), *sums)
+
+
+def steps_per_epoch(units: int, global_batch: int) -> int:
     """Optimizer steps of one epoch; the last, incomplete one counts: it steps too."""
-    return -(-size // global_batch)
+    return -(-units // global_batch)
 
 
-def micro_batches_per_epoch(size: int, micro_batch: int, accumulation: int, world_size: int) -> int:
+def micro_batches_per_epoch(units: int, micro_batch: int, accumulation: int, world_size: int) -> int:
     """Micro batches each rank runs in one epoch."""
-    global_batch = micro_batch * accumulation * world_size
-    full, rest = divmod(size, global_batch)
+    full, rest = divmod(units, micro_batch * accumulation * world_size)
     return full * accumulation + -(-rest // (micro_batch * world_size))
 
 
 def plan_micro_batches(
-    order: np.ndarray, lengths: np.ndarray, micro_batch: int, accumulation: int, world_size: int, rank: int
+    units: Units, micro_batch: int, accumulation: int, world_size: int, rank: int
 ) -> Iterator[MicroBatch]:
-    """Yield the micro batches of `rank` for one pass over `order`.
+    """Yield the micro batches of `rank` for one pass over `units`.
 
-    Within a step the samples are sorted by length, which changes nothing but the padding, and dealt out to
-    the ranks in turn, so that all have about the same work.
-
-    Args:
-        order: [n] positions in the data set, in the order they are used.
-        lengths: [size of the data set] tokens of each sample.
+    Within a step the units are sorted by length, which changes nothing but the padding, and dealt out to the
+    ranks in turn, so that all have about the same work.
     """
-    global_batch = micro_batch * accumulation * world_size
     width = micro_batch * world_size
-    for step, start in enumerate(range(0, len(order), global_batch)):
-        chosen = order[start : start + global_batch]
-        chosen = chosen[np.argsort(-lengths[chosen], kind="stable")]
+    global_batch = width * accumulation
+    for step, start in enumerate(range(0, len(units.tokens), global_batch)):
+        tokens = units.tokens[start : start + global_batch]
+        chosen = start + np.argsort(-tokens, kind="stable")
         for offset in range(0, len(chosen), width):
             shared = chosen[offset : offset + width]
             mine = shared[rank::world_size]
             counts = len(mine) > 0
-            indices = (mine if counts else shared[:1]).tolist()
+            indices = _members(units, mine if counts else shared[:1])
             yield MicroBatch(indices, counts, step, offset + width >= len(chosen))
+
+
+def _members(units: Units, chosen: np.ndarray) -> list[int]:
+    if isinstance(units.members, np.ndarray):
+        return units.members[chosen].tolist()
+    return np.concatenate([units.members[unit] for unit in chosen]).tolist()
+
+
+def step_sizes(units: Units, global_batch: int) -> list[StepSize]:
+    """The sizes of every optimizer step of one epoch; label tokens are at least 1, so that they can divide."""
+    starts = np.arange(0, len(units.tokens), global_batch)
+    sums = [np.add.reduceat(values, starts) for values in (units.samples, units.tokens, units.labels)]
+    return [StepSize(samples, tokens, max(labels, 1)) for samples, tokens, labels in np.stack(sums, axis=1).tolist()]
