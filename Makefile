@@ -23,7 +23,7 @@ test: $(VENV)/.installed-dev
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .
-	$(RUN) ruff format --check --diff main.py prompt_eval.py utils tools evaluation_scripts
+	$(RUN) ruff format --check .
 	if command -v shellcheck >/dev/null; then \
 		shellcheck -x -P training_scripts training_scripts/*/*.sh training_scripts/*/*/*.sh evaluation_scripts/*.sh; fi
 

@@ -71,7 +71,7 @@ def report(output: Path) -> str:
         before, after = one_line(pair.before, prompt), one_line(pair.after, prompt)
         right += after == record["chosen"]
         question = record["prompt"].removeprefix("Human: ").removesuffix(" Assistant:")
-        lines += [f"  question  {question}", f"  before    {shortened(before)}", f"  after     {after}"]
+        lines += [f"  question  {question}", f"  before    {shortened(before)}", f"  after     {shortened(after)}"]
         lines += [f"  expected  {record['chosen']}"] * (after != record["chosen"]) + [""]
     return "\n".join(
         [
@@ -79,8 +79,8 @@ def report(output: Path) -> str:
             "========== answers before and after training ==========",
             "",
             *lines,
-            f"{right} of {len(answers)} answers are the expected ones to the letter; training held these facts, but not "
-            "these questions",
+            f"{right} of {len(answers)} answers are the expected ones to the letter; training held these facts, "
+            "not these questions",
             f"perplexity on held-out data: {evaluations[0]['perplexity']:.1f} before, "
             f"{evaluations[-1]['perplexity']:.2f} after {evaluations[-1]['step']} optimizer steps",
             f"losses: {output / 'loss.png'}    whole answers: {output / 'answers.txt'}    model: {output}",

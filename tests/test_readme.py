@@ -1,0 +1,252 @@
+"""What README.md and CONTRIBUTING.md tell people to run exists, parses and, for the demo, runs."""
+
+import glob
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_json_data
+
+DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+REAL = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def load(path: str):
+    """A module by its file."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def block_commands() -> Iterator[str]:
+    """Every command in a bash block of the documents."""
+    for name in DOCUMENTS:
+        for block in re.findall(r"```bash\n(.*?)```", text_of(name), re.DOTALL):
+            for line in block.splitlines():
+                yield from (part.strip() for part in line.split("&&"))
+
+
+def table_commands() -> Iterator[str]:
+    """Every command in back quotes."""
+    for name in DOCUMENTS:
+        yield from re.findall(r"`((?:make|bash|python|deepspeed) [^`]+)`", text_of(name))
+
+
+def expanded(pattern: str) -> list[str]:
+    """The paths `a/{b,c}*` stands for; fails when an alternative stands for nothing."""
+    match = re.search(r"\{([^}]*)\}", pattern)
+    if match:
+        return [
+            path
+            for choice in match[1].split(",")
+            for path in expanded(pattern[: match.start()] + choice + pattern[match.end() :])
+        ]
+    found = glob.glob(pattern, root_dir=ROOT)
+    assert found, f"{pattern} stands for nothing"
+    return found
+
+
+def check(command: str) -> None:
+    """Paths, targets and arguments of one command are right."""
+    from utils.args import build_parser
+
+    words = shlex.split(command)
+    program = Path(words[0]).name
+    if program == "make":
+        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    elif program == "bash":
+        expanded(words[1])
+        flags = [word.startswith("--") for word in words]
+        further = words[flags.index(True) :] if True in flags else []
+        if words[1].endswith("run_prompt.sh"):
+            load("prompt_eval.py").build_parser().parse_args(
+                ["--model_name_or_path_baseline", "a", "--model_name_or_path_finetune", "b", *further]
+            )
+        else:
+            build_parser().parse_args(["--model_name_or_path", "a", *further])
+    elif "main.py" in words:
+        assert program in ("python", "deepspeed", "torchrun")
+        rest = words[words.index("main.py") + 1 :]
+        if rest not in ([], ["…"], ["..."]):
+            build_parser().parse_args(rest)
+    elif words[1:3] == ["-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in words[3:] if word.startswith("tests/"))
+    elif program == "python" and words[1].startswith("tools/"):
+        assert (ROOT / words[1]).is_file()
+    else:
+        # The environment and what fetches things: nothing of ours to check but their names.
+        assert program in ("git", "cd", "source", "python3", "pip", "hf"), command
+
+
+@pytest.mark.parametrize("command", [*block_commands(), *table_commands()])
+def test_command(command):
+    check(command)
+
+
+def test_the_check_finds_mistakes():
+    for command in ("bash training_scripts/none.sh", "python main.py --no_such_flag", "make nothing", "rm -r x"):
+        with pytest.raises((AssertionError, SystemExit, subprocess.CalledProcessError)):
+            check(command)
+
+
+def test_the_promised_commands_are_in_the_readme():
+    commands = [*block_commands(), *table_commands()]
+    for promised in ("make demo", "make test", "deepspeed --num_gpus 8 main.py", "python main.py"):
+        assert any(command.startswith(promised) for command in commands), promised
+    for script in (ROOT / "training_scripts").rglob("run_*.sh"):
+        if script.name == "run_single.sh":  # the sweep's own
+            continue
+        relative = str(script.relative_to(ROOT))
+        named = [command.split()[1] for command in commands if command.startswith("bash ")]
+        assert any(relative in expanded(pattern) for pattern in named), f"{relative} is not in the README"
+
+
+def test_table_of_arguments_is_up_to_date():
+    from utils.args import build_parser
+
+    module = load("tools/argument_table.py")
+    readme = text_of("README.md")
+    assert module.with_table(readme, module.table(build_parser())) == readme, "run python tools/argument_table.py"
+
+
+def test_table_holds_every_flag_with_its_default():
+    """The same seen from the other side, without the tool's own rows."""
+    from utils.args import build_parser
+
+    part = text_of("README.md").split("<!-- arguments")[1].split("<!-- end of arguments -->")[0]
+    shown = dict(re.findall(r"^\| `(--\w+)[^`]*` \| (.*?) \|", part, re.MULTILINE))
+    parser = build_parser()
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    known = {flag for flag in actions if flag.startswith("--")} - {"--help", "--deepscale", "--deepscale_config"}
+    assert set(shown) == known
+    for flag, default in shown.items():
+        value = actions[flag].default
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            assert float(default.strip("`")) == value, flag
+
+
+def test_every_data_set_is_in_the_readme():
+    from utils.data.raw_datasets import RAW_DATASETS
+
+    missing = [name for name in RAW_DATASETS if f"`{name}`" not in text_of("README.md")]
+    assert not missing
+
+
+def test_links_and_named_files_exist():
+    for name in DOCUMENTS:
+        text = text_of(name)
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (ROOT / target).exists(), f"{name}: {target}"
+        for path in re.findall(r"`((?:utils|tools|tests|data|demo|evaluation_scripts)/[\w./]+)`", text):
+            assert (ROOT / path).exists(), f"{name}: {path}"
+
+
+def test_figures_of_the_demo_are_those_of_its_data():
+    readme = text_of("README.md")
+    for split in ("train", "eval"):
+        count = len(json.loads(text_of(f"data/{split}.json")))
+        assert split == "eval" or f"{count:,} question-answer pairs" in readme
+
+
+def test_the_demo_runs_in_small(tmp_path):
+    """The two commands of `make demo`, on fewer records and one epoch."""
+    data, output = make_json_data(tmp_path, 64, 16), tmp_path / "out"
+    small = ["--data_path", data, "--num_train_epochs", "2", "--data_output_path", tmp_path / "cache"]
+    for command in (
+        [ROOT / "training_scripts/single_cpu/run_tiny.sh", output, "0", *small],
+        [ROOT / "evaluation_scripts/run_demo.sh", output, "--max_new_tokens", "8"],
+    ):
+        done = subprocess.run(
+            ["bash", *map(str, command)], cwd=tmp_path, env=REAL, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "config.json").is_file() and (output / "base" / "config.json").is_file()
+    page = done.stdout
+    assert page.count("  question  ") == page.count("  before    ") == page.count("  after     ") == 8
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    before, *_, after = [record["perplexity"] for record in records if "perplexity" in record]
+    assert after < before
+    assert f"perplexity on held-out data: {before:.1f} before, {after:.2f} after 4 optimizer steps" in page
+    assert f"losses: {output / 'loss.png'}" in page
+
+
+def test_right_answers_are_counted(tmp_path):
+    report = load("evaluation_scripts/demo_report.py")
+    printed = "on cpu: both in float32\n"
+    for number, (record, prompt) in enumerate(zip(report.demo_records(), report.demo_prompts(), strict=True)):
+        answer = record["chosen"] if number % 2 else "x " * 99
+        printed += f"==========Baseline: Greedy=========\n\n{prompt} no\n\n"
+        printed += f"==========finetune: Greedy=========\n\n{prompt} {answer}\n\n"
+        printed += "====================prompt end=============================\n\n\n"
+    (tmp_path / "answers.txt").write_text(printed, encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "perplexity": 9.0}\n{"step": 1, "loss": 2.0}\n{"step": 1, "perplexity": 2.0}\n'
+    )
+    page = report.report(tmp_path)
+    assert "4 of 8 answers are the expected ones" in page
+    assert page.count("  expected  ") == 4 and "x x…" in page
+    assert "9.0 before, 2.00 after 1 optimizer steps" in page
+
+
+def test_make_installs_once(tmp_path):
+    """A second call of make finds the stamp; changed requirements are installed again."""
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "python"  # "-m venv FOLDER" copies it there, "-m pip" is noted
+    python.write_text(
+        '#!/usr/bin/env bash\nif [[ $2 == venv ]]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; '
+        'else echo "$*" >>calls; [[ ! -e offline ]]; fi\n'
+    )
+    python.chmod(0o755)
+
+    def installs(target: str) -> int:
+        subprocess.run(["make", f"PYTHON={python}", target], cwd=tmp_path, capture_output=True, check=False)
+        return len((tmp_path / "calls").read_text().splitlines())
+
+    (tmp_path / "offline").touch()
+    assert installs(".venv/.installed") == 1
+    (tmp_path / "offline").unlink()
+    assert installs(".venv/.installed") == 2, "a failed install has to be tried again"
+    assert installs(".venv/.installed") == 2
+    assert installs(".venv/.installed-dev") == 3
+    assert installs(".venv/.installed-dev") == installs(".venv/.installed") == 3
+    os.utime(tmp_path / "requirements.txt", (2**31, 2**31))
+    assert installs(".venv/.installed") == 4
+
+
+@pytest.mark.parametrize(
+    ("status", "closing"), [(0, "3 passed in 1.20s"), (1, "1 failed, 2 passed in 61.20s (0:01:01)")]
+)
+def test_ci_run_tells_how_it_went(tmp_path, status, closing):
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    (tmp_path / "Makefile").write_text(f"test:\n\t@echo '{closing}'; echo later; exit {status}\n")
+    done = subprocess.run([tmp_path / ".ci" / "run"], capture_output=True, text=True, check=False, cwd="/")
+    assert (done.returncode != 0) == (status != 0)
+    assert done.stdout.splitlines()[-1] == f"pytest: {closing}"
+
+
+def test_requirements_are_pinned_and_hold_what_is_imported():
+    """A fresh machine gets what this one has, and whatever is imported is named."""
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", text_of("requirements.txt") + text_of("requirements-dev.txt"), re.M))
+    ours = {"utils", "main", "prompt_eval", "make_tiny_opt", "make_demo_data", "conftest", "reference_run"}
+    ours |= {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    for folder in (".", "utils", "tools", "evaluation_scripts", "tests"):
+        for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py"):
+            imports = re.findall(r"^\s*(?:import|from) (\w+)(?:[.\w]*)(?: import|$| as|,)", path.read_text(), re.M)
+            for module in set(imports) - ours - set(sys.stdlib_module_names):
+                assert module in pinned, f"{path.name} imports {module}, which no requirements file names"
