@@ -6,6 +6,7 @@
 # usage: bash evaluation_scripts/run_demo.sh [OUTPUT] [further prompt_eval.py arguments]
 set -euo pipefail
 OUTPUT=./output_tiny
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # as in run_tiny.sh
 ROOT=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [[ $# -gt 0 && $1 != -* ]]; then OUTPUT=$1; shift; fi
 

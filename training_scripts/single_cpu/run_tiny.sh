@@ -3,11 +3,14 @@
 # two cores.
 # The base model is made first, in $OUTPUT/base; started with plain python, so this is one process without a
 # launcher.
+# Threads that wait give their core away: with another program on the machine, spinning ones took up to
+# several times as long.
 #
 # usage: bash training_scripts/single_cpu/run_tiny.sh [OUTPUT] [ZERO_STAGE] [further main.py arguments]
 set -euo pipefail
 OUTPUT=./output_tiny ZERO_STAGE=0
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 {
     python "$ROOT/tools/make_tiny_opt.py" "$OUTPUT/base"
