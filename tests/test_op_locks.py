@@ -33,3 +33,30 @@ def test_another_node_is_given_time(tmp_path, monkeypatch):
 
 def test_no_cache_yet(tmp_path):
     assert clear_stale_build_locks(tmp_path / "absent") == []
+
+
+BUSY = """
+import os, sys, time
+end = time.time() + 3
+taken = 0
+while time.time() < end:
+    try:
+        held = os.open(sys.argv[1], os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        continue
+    os.close(held)
+    os.remove(sys.argv[1])  # fails if somebody else removed it: then this test fails
+    taken += 1
+print("took", taken)
+"""
+
+
+def test_a_lock_in_busy_use_is_never_taken_away(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY, str(tmp_path / "lock")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as busy:
+        while busy.poll() is None:
+            assert clear_stale_build_locks(tmp_path) == []
+        out, err = busy.communicate()
+    assert busy.returncode == 0, err
+    assert int(out.split()[1]) > 100

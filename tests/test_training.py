@@ -1,4 +1,4 @@
-"""Real DeepSpeed runs of a tiny model against the reference: one rank, two ranks, accumulation, every ZeRO stage."""
+"""Real DeepSpeed runs of a tiny model against the reference: ranks, accumulation, ZeRO stages, paddings."""
 
 import json
 import math
@@ -73,6 +73,7 @@ def test_plain_python(run_arguments, wanted, json_data, tmp_path):
     ):
         assert line in run.stdout.splitlines()
     assert "Precision: fp32" in run.stdout and "verified" in run.stdout
+    assert "Padding: free" in run.stdout and "Loss: fused" in run.stdout
     assert_loads_plain(tmp_path, perplexities_of(run.stdout)[-1][1], json_data)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["loss"] for record in records if "loss" in record] == losses_of(run.stdout)
@@ -86,12 +87,17 @@ def test_plain_python(run_arguments, wanted, json_data, tmp_path):
 @pytest.mark.parametrize(
     ("ranks", "micro", "accumulation", "more"),
     [
-        (1, 4, 2, ["--zero_stage", "1", "--per_device_eval_batch_size", "5"]),
-        (2, 4, 1, ["--zero_stage", "0", "--per_device_eval_batch_size", "3"]),
+        (1, 4, 2, ["--zero_stage", "1", "--per_device_eval_batch_size", "5", "--padding", "longest"]),
+        (2, 4, 1, ["--zero_stage", "0", "--per_device_eval_batch_size", "3", "--padding", "max_length"]),
         (2, 2, 2, ["--zero_stage", "3", "--per_device_eval_batch_size", "8"]),
         (2, 4, 1, ["--zero_stage", "2", "--offload", "--per_device_eval_batch_size", "37"]),
     ],
-    ids=["accumulation-zero1", "two-ranks-zero0", "two-ranks-accumulation-zero3", "two-ranks-zero2-offload"],
+    ids=[
+        "accumulation-zero1-longest",
+        "two-ranks-zero0-max_length",
+        "two-ranks-accumulation-zero3",
+        "two-ranks-zero2-offload",
+    ],
 )
 def test_deepspeed_launcher(ranks, micro, accumulation, more, run_arguments, wanted, json_data, tmp_path):
     run = launch(
@@ -103,6 +109,8 @@ def test_deepspeed_launcher(ranks, micro, accumulation, more, run_arguments, wan
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert_like_reference(run.stdout, wanted)
+    assert ("Padding: free" in run.stdout) == ("--padding" not in more)
+    assert ("Loss: fused" in run.stdout) == ("max_length" not in more)
     assert run.stdout.count("***** Running training *****") == 1  # rank 0 only
     assert_loads_plain(tmp_path, perplexities_of(run.stdout)[-1][1], json_data)
 
@@ -145,11 +153,31 @@ def test_lora(launcher, more, run_arguments, json_data, tmp_path, tiny_opt):
         assert "model.decoder.embed_tokens.weight" in changed
 
 
+def test_packing(run_arguments, wanted, json_data, tmp_path):
+    """Rows of 64 tokens: fewer, fuller steps, every sample still seen once an epoch, and it learns."""
+    run = launch(
+        [],
+        [
+            *run_arguments, *EPOCHS, "--per_device_train_batch_size", "4", "--packing", "--output_dir", tmp_path,
+            "--neftune_noise_alpha", "5",
+        ],
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    rows, full = re.search(r"Packing: 77 samples in (\d+) rows of 64, (\S+)% full", run.stdout).groups()
+    assert int(rows) < 77 and float(full) > 80
+    assert len(losses_of(run.stdout)) == 2 * -(-int(rows) // 4)
+    evaluations = perplexities_of(run.stdout)
+    assert evaluations[0][1] == pytest.approx(wanted["eval_losses"][0], rel=1e-5)
+    assert evaluations[-1][1] < evaluations[0][1] - 0.5
+    assert "NEFTune" in run.stdout
+    assert_loads_plain(tmp_path, evaluations[-1][1], json_data)
+
+
 def test_bf16_and_configuration_file(run_arguments, tmp_path):
-    """bf16 as `--dtype auto` chooses it here, and a configuration file laid over the generated one."""
+    """bf16, emulated where the CPU lacks it, and a configuration file laid over the generated one."""
     config = tmp_path / "ds.json"
     config.write_text(json.dumps({"gradient_clipping": 0.5, "zero_optimization": {"stage": 1, "overlap_comm": False}}))
-    arguments = [argument for argument in run_arguments if argument not in ("--dtype", "fp32")]
+    arguments = [argument.replace("fp32", "bf16") for argument in run_arguments]
     run = launch(
         [],
         [

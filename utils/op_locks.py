@@ -34,10 +34,31 @@ def clear_stale_build_locks(folder: Path, several_nodes: bool = False) -> list[P
         for lock in sorted(folder.rglob(LOCK_NAME)):
             while several_nodes and lock.exists() and time.time() - lock.stat().st_mtime < REMOTE_PATIENCE:
                 time.sleep(1)
-            if lock.exists() and not _is_open_somewhere(lock):
-                lock.unlink()
+            if _is_left_over(lock):
+                lock.unlink(missing_ok=True)
                 removed.append(lock)
     return removed
+
+
+def _is_left_over(lock: Path) -> bool:
+    """True if the very same file stays there with nobody having it open.
+
+    Looked at twice: a maker that is just finishing closes its file a moment before it removes it.
+    """
+    before = _identity(lock)
+    for _ in range(2):
+        if before is None or _is_open_somewhere(lock) or _identity(lock) != before:
+            return False
+        time.sleep(0.2)
+    return _identity(lock) == before
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def _is_open_somewhere(file: Path) -> bool:

@@ -94,6 +94,10 @@ def _check_loss(
     model: nn.Module, documents: list[torch.Tensor], alone: list[torch.Tensor], padding: str, device: torch.device
 ) -> None:
     """Install the fused loss if it gives what plain cross-entropy gives, else the plain one."""
+    if padding == "max_length":
+        install_loss(model, fused=False)
+        print_rank_0("Padding: all to max_seq_len, and the loss from full logits: the original's way, for comparison")
+        return
     if not can_fuse(model):
         install_loss(model, fused=False)
         print_rank_0("Loss: plain cross-entropy; the head is not a plain Linear, so it can't be fused")

@@ -46,7 +46,7 @@ def tokenise(
     """One batch of rows -> the phase's id columns and `cut`; rows without a text or a label are left out."""
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     flat = [text for pair in _texts(rows, source, phase) for text in pair]
-    encoded = tokenizer(flat, add_special_tokens=True, verbose=False)["input_ids"] if flat else []
+    encoded = tokenizer(flat, return_attention_mask=False, verbose=False)["input_ids"] if flat else []
     if phase == 3:
         kept = [ids for ids in encoded if 0 < len(ids) <= max_seq_len]
         return {"prompt_ids": kept, "cut": [False] * len(kept)}
@@ -84,7 +84,7 @@ def tokenise_completions(
     result: dict[str, list] = {"input_ids": [], "prompt_tokens": [], "cut": []}
     if not rows:
         return result
-    encoded = tokenizer(texts, add_special_tokens=True, verbose=False, return_offsets_mapping=True)
+    encoded = tokenizer(texts, return_attention_mask=False, return_offsets_mapping=True, verbose=False)
     for row, text, ids, offsets in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         boundary = _common_prefix(source.get_prompt(row) or "", text)
         before = next((at for at, (_, end) in enumerate(offsets) if end > boundary), len(ids))

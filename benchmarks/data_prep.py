@@ -1,0 +1,118 @@
+"""Data preparation: samples/s and peak memory of the cache builder against one-by-one tokenising with padding.
+
+    python benchmarks/data_prep.py --tokenizer FOLDER --source .../Dahoas/rm-static/.../train.parquet
+
+Each measurement is a process of its own, so that its peak memory is its own. The texts are the source's rows,
+repeated to the wanted number with a counter in front, so that no two are the same.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def parse_arguments() -> Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer")
+    parser.add_argument("--source", required=True, help="a parquet file with the columns prompt and chosen")
+    parser.add_argument("--sizes", default="1000,10000,100000", help="numbers of samples")
+    parser.add_argument(
+        "--one_by_one_up_to", type=int, default=10_000, help="the old way is too slow, and too large, beyond"
+    )
+    parser.add_argument("--worker", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def write_records(source: str, size: int, folder: Path) -> Path:
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(source, columns=["prompt", "chosen"]).to_pylist()
+    data = folder / "local" / "jsonfile"
+    data.mkdir(parents=True)
+    for name, count in (("train", size), ("eval", 2)):
+        with open(data / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            for number in range(count):
+                row = rows[number % len(rows)]
+                file.write(json.dumps({"prompt": f"{number}: {row['prompt']}", "chosen": row["chosen"]}) + "\n")
+    return data
+
+
+def one_by_one(tokenizer_folder: str, folder: Path) -> int:
+    """What the original does: each text alone, padded to the length, every tensor kept."""
+    from utils.utils import load_hf_tokenizer
+
+    tokenizer = load_hf_tokenizer(tokenizer_folder)
+    kept = []
+    with open(folder / "local" / "jsonfile" / "train.jsonl", encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            text = f" {record['prompt']} {record['chosen']}{tokenizer.eos_token}"
+            kept.append(tokenizer(text, max_length=512, padding="max_length", truncation=True, return_tensors="pt"))
+    return len(kept)
+
+
+def cached(tokenizer_folder: str, folder: Path) -> int:
+    from utils.data.data_utils import create_prompt_dataset
+    from utils.utils import load_hf_tokenizer
+
+    tokenizer = load_hf_tokenizer(tokenizer_folder)
+    train, _ = create_prompt_dataset(
+        1, [str(folder / "local" / "jsonfile")], "10,0,0", str(folder / "cache"), 1, 1234, tokenizer, 512,
+        tokenizer.eos_token,
+    )  # fmt: skip
+    return len(train)
+
+
+def work(args: Namespace) -> None:
+    """One measurement: imports do not count, worker processes' memory does."""
+    import utils.data.data_utils  # noqa: F401
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    way = {"one_by_one": one_by_one, "cached": cached}[args.worker[0]]
+    count = way(args.tokenizer, Path(args.worker[1]))
+    seconds = time.perf_counter() - start
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(
+        json.dumps(
+            {"count": count, "seconds": seconds, "peak_mb": max(own, children) / 1024, "before_mb": before / 1024}
+        )
+    )
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.worker:
+        work(args)
+        return
+    print("| samples | way | samples/s | peak memory MB (largest process) | of which before the start |")
+    print("| --- | --- | --- | --- | --- |")
+    for size in map(int, args.sizes.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            write_records(args.source, size, Path(folder))
+            for way in ("one_by_one", "cached"):
+                if way == "one_by_one" and size > args.one_by_one_up_to:
+                    continue
+                command = [sys.executable, __file__, "--tokenizer", args.tokenizer, "--source", args.source]
+                command += ["--worker", way, folder]
+                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                result = json.loads(output.splitlines()[-1])
+                print(
+                    f"| {size} | {way} | {result['count'] / result['seconds']:.0f} | {result['peak_mb']:.0f} | "
+                    f"{result['before_mb']:.0f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
