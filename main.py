@@ -39,7 +39,7 @@ from utils.module.lora import (
     only_optimize_lora_parameters,
 )
 from utils.neftune import add_embedding_noise
-from utils.optimizer import create_optimizer
+from utils.optimizer import create_optimizer, initialize_engine
 from utils.progress import Progress
 from utils.saving import live_logits, verify_saved_model
 from utils.self_check import choose_layout
@@ -80,7 +80,7 @@ def main(args: Namespace) -> None:
         return
 
     optimizer = create_optimizer(model, args)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    engine = initialize_engine(model, optimizer, ds_config)
     args.padding = choose_layout(engine.module, args.padding, len(tokenizer), device)
     args.packing = args.packing and args.padding == "free"
     add_embedding_noise(engine.module, args.neftune_noise_alpha)

@@ -1,8 +1,10 @@
-"""AdamW in the fastest form this machine can run."""
+"""AdamW in the fastest form this machine can run, and the DeepSpeed engine around it."""
 
 import subprocess
 from argparse import Namespace
+from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
@@ -26,3 +28,27 @@ def create_optimizer(model: torch.nn.Module, args: Namespace) -> torch.optim.Opt
         return torch.optim.AdamW(groups, lr=args.learning_rate, betas=BETAS)
     print_rank_0(f"Optimizer: {kernel.__name__}")
     return optimizer
+
+
+def initialize_engine(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
+) -> deepspeed.DeepSpeedEngine:
+    """`deepspeed.initialize` without the step it takes by itself.
+
+    In 16 bits at ZeRO 0 DeepSpeed (0.19) allocates Adam's moments by a step with zero gradients. It would
+    count in the bias correction, so that the first real update is a quarter too small, and decay the weights.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+        if "step" in group:
+            group["step"] = 0
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"].zero_()
+        elif "step" in state:
+            state["step"] = 0
+    return engine
