@@ -138,6 +138,14 @@ def test_table_holds_every_flag_with_its_default():
             assert float(default.strip("`")) == value, flag
 
 
+def test_no_cell_of_a_table_is_cut_in_two():
+    """A bar inside a cell needs a backslash, in back quotes too."""
+    for name in DOCUMENTS:
+        for table in re.findall(r"(?:^\|.*\n)+", text_of(name), re.MULTILINE):
+            cells = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+            assert len(cells) == 1, f"{name}: {table[:80]}"
+
+
 def test_every_data_set_is_in_the_readme():
     from utils.data.raw_datasets import RAW_DATASETS
 

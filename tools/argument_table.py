@@ -32,7 +32,7 @@ def shown_default(action: argparse.Action) -> str:
         return "none"
     if isinstance(value, (list, tuple)):
         return " ".join(f"`{item}`" for item in value) or "none"
-    return f"`{getattr(value, 'value', value)}`"
+    return f"`{getattr(value, 'value', value)}`".replace("|", "\\|")
 
 
 def shown_name(action: argparse.Action) -> str:
