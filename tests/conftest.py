@@ -88,8 +88,9 @@ def run_arguments(tiny_opt, json_data, cache_folder) -> list[str]:
 
 
 def launch(launcher: list[str], arguments: list[str], **options) -> subprocess.CompletedProcess:
-    """Run main.py under `launcher` ([] for plain python) and return what it printed."""
-    command = [*(launcher or [sys.executable]), str(ROOT / "main.py"), *map(str, arguments)]
+    """Run main.py (or `script`) under `launcher` ([] for plain python) and return what it printed."""
+    script = options.pop("script", ROOT / "main.py")
+    command = [*(launcher or [sys.executable]), str(script), *map(str, arguments)]
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -1,0 +1,293 @@
+"""The cache of tokenised data: hit or rebuilt for a reason, one builder at a time, whole or absent."""
+
+import datetime
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, deepspeed_ranks, launch, write_json_data
+
+from utils.data.data_utils import create_prompt_dataset
+from utils.utils import load_hf_tokenizer
+
+DEMO = str(ROOT / "demo" / "tiny_opt")
+
+
+def records(count: int, name: str = "a") -> list[dict]:
+    return [{"prompt": f"{name} {i}?", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(count)]
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return write_json_data(tmp_path / "source", records(40), records(12, "b"))
+
+
+@pytest.fixture
+def build(tmp_path, source, capsys):
+    """Build with these changes to the defaults: (training ids, what was decided about the cache, folder)."""
+
+    def build_it(**changes) -> tuple[list, str, Path]:
+        settings = {
+            "data_path": [str(source)], "data_split": "2,4,4", "output_path": str(tmp_path / "cache"),
+            "train_phase": 1, "seed": 1234, "tokenizer": load_hf_tokenizer(DEMO), "max_seq_len": 64,
+            "end_of_conversation_token": "</s>",
+        }  # fmt: skip
+        capsys.readouterr()
+        train, _ = create_prompt_dataset(0, **{**settings, **changes})
+        folder, decision = re.search(r"^Data cache (\S+): (.*)$", capsys.readouterr().out, re.MULTILINE).groups()
+        items = [train[i] for i in range(len(train))]
+        ids = [(item["input_ids"] if isinstance(item, dict) else item[0]).tolist() for item in items]
+        return ids, decision, Path(folder)
+
+    return build_it
+
+
+# -------------------------------------------------------------------------------------- hit or rebuild
+
+
+def test_unchanged_is_a_hit(build):
+    first, decision, folder = build()
+    assert decision == "built (not there yet)"
+    written = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    again, decision, same = build()
+    assert (again, decision, same) == (first, "hit", folder)
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == written
+    assert build(reload=True)[:2] == (first, "built (asked for)")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_seq_len": 6}, {"seed": 7}, {"data_split": "4,3,3"}, {"train_phase": 2}, {"train_phase": 3}, {"end": 1}],
+    ids=str,
+)
+def test_whatever_changes_the_result_is_rebuilt(build, change):
+    first, _, folder = build()
+    if "end" in change:
+        change = {"end_of_conversation_token": "<pad>"}
+    other, decision, elsewhere = build(**change)
+    assert decision == "built (not there yet)" and elsewhere != folder and other != first
+    assert build()[:2] == (first, "hit")  # and the first is still there
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_edited_data_is_rebuilt(build, source, name):
+    """Even when size and time stamp stay the same."""
+    build()
+    file = source / f"{name}.json"
+    before = file.stat()
+    file.write_text(file.read_text().replace("good", "fine"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    ids, decision, _ = build()
+    assert decision == "built (not there yet)"
+    assert build()[:2] == (ids, "hit")
+
+
+def test_moved_data_is_a_hit(build, source, tmp_path):
+    first = build()[0]
+    moved = tmp_path / "elsewhere" / "local"
+    moved.mkdir(parents=True)
+    os.rename(source, moved / "jsonfile")
+    assert build(data_path=[str(moved / "jsonfile")])[:2] == (first, "hit")
+
+
+def test_fewer_rows_give_no_index_out_of_range(build, source):
+    """The split index kept for 40 rows is not used for 10."""
+    build()
+    write_json_data(source.parent.parent, records(10), records(12, "b"))
+    ids, decision, _ = build()
+    assert decision == "built (not there yet)" and len(ids) == 2
+
+
+def test_another_tokenizer_is_noticed(build, tmp_path):
+    first = build()[0]
+    extended = load_hf_tokenizer(DEMO, add_special_tokens="<|done|>")
+    assert build(tokenizer=extended)[1] == "built (not there yet)"
+    # The same name, size and special tokens, but two ids changed places.
+    content = json.loads(Path(DEMO, "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    used, unused = (
+        next(token for token, number in vocabulary.items() if number == wanted) for wanted in (first[0][1], 900)
+    )
+    vocabulary[used], vocabulary[unused] = vocabulary[unused], vocabulary[used]
+    folder = tmp_path / "tiny_opt"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(Path(DEMO, "tokenizer_config.json").read_text())
+    ids, decision, _ = build(tokenizer=load_hf_tokenizer(str(folder)))
+    assert decision == "built (not there yet)" and ids != first
+
+
+# -------------------------------------------------------------------------------------------- damage
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+DAMAGES = {
+    "cut arrow": lambda folder: _truncate(next((folder / "train").glob("*.arrow"))),
+    "missing arrow": lambda folder: next((folder / "eval").glob("*.arrow")).unlink(),
+    "missing state": lambda folder: (folder / "train" / "state.json").unlink(),
+    "garbage report": lambda folder: (folder / "report.json").write_bytes(b"\x00\xffgarbage"),
+    "empty report": lambda folder: (folder / "report.json").write_text(""),
+    "other report": lambda folder: (folder / "report.json").write_text("[]"),
+    "no report": lambda folder: (folder / "report.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_rebuilt(build, damage):
+    first, _, folder = build()
+    DAMAGES[damage](folder)
+    again, decision, same = build()
+    assert again == first and same == folder
+    assert re.fullmatch(r"built \(.*(damaged|incomplete).*\)", decision)
+    assert build()[:2] == (first, "hit")
+
+
+def test_a_cut_copy_of_the_rows_is_rebuilt(build, tmp_path):
+    """The rows themselves, kept as Arrow below the cache folder, lost their end."""
+    first, _, folder = build()
+    for file in (tmp_path / "cache" / "arrow").glob("*.arrow"):
+        _truncate(file)
+    DAMAGES["no report"](folder)
+    assert build()[:2] == (first, "built (incomplete)")
+
+
+def test_read_only_source(build, source):
+    for file in source.iterdir():
+        file.chmod(0o444)
+    source.chmod(0o555)
+    before = sorted(os.listdir(source))
+    try:
+        assert len(build()[0]) == 8
+    finally:
+        source.chmod(0o755)
+    assert sorted(os.listdir(source)) == before
+
+
+# --------------------------------------------------------------------------------- several processes
+
+BUILDER = """
+import os, signal, sys, time
+import utils.data.data_utils as data_utils
+from utils.utils import load_hf_tokenizer
+source, cache, how = sys.argv[1:4]
+tokenise = data_utils.tokenise
+def changed(*args, **kwargs):
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)  # long enough for the others to come to the lock
+    return tokenise(*args, **kwargs)
+if how != "plain":
+    data_utils.tokenise = changed
+train, _ = data_utils.create_prompt_dataset(
+    0, [source], "2,4,4", cache, 1, 1234, load_hf_tokenizer(sys.argv[4]), 64, "</s>"
+)
+print("IDS", [train[i]["input_ids"].tolist() for i in range(len(train))])
+"""
+
+
+def start_builder(source: Path, cache: Path, how: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILDER, source, cache, how, DEMO],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_four_processes_at_once_build_once_and_agree(source, tmp_path):
+    started = [start_builder(source, tmp_path / "cache", "slow") for _ in range(4)]
+    outputs = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0] * 4, outputs
+    decisions = [re.search(r"Data cache \S+: (.*)", out)[1] for out, _ in outputs]
+    assert sorted(decisions) == ["built (not there yet)", "hit", "hit", "hit"]
+    assert len({out.split("IDS")[1] for out, _ in outputs}) == 1
+
+
+def test_a_builder_killed_in_the_middle_leaves_nothing_that_breaks_the_next(build, source, tmp_path):
+    killed = start_builder(source, tmp_path / "cache", "killed")
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert [name for name in os.listdir(tmp_path / "cache") if name.startswith(".incomplete")]
+    ids, decision, _ = build()
+    assert decision == "built (not there yet)" and len(ids) == 8
+    assert not [name for name in os.listdir(tmp_path / "cache") if name.startswith(".incomplete")]
+    assert build()[:2] == (ids, "hit")
+
+
+SLOW = """
+import time
+import utils.data.data_utils as data_utils
+tokenise = data_utils.tokenise
+def slow(*args, **kwargs):
+    time.sleep({seconds} / 2)  # once for the training rows, once for the evaluation rows
+    return tokenise(*args, **kwargs)
+data_utils.tokenise = slow
+import main
+main.run()
+"""
+
+
+def test_a_slow_build_does_not_run_into_the_time_out(tiny_opt, json_data, tmp_path):
+    """Two ranks; one tokenises for longer than `--ddp_timeout` while the other waits, and the run goes through."""
+    seconds = 15
+    wrapper = tmp_path / "slow.py"
+    wrapper.write_text(SLOW.format(seconds=seconds))
+    started = datetime.datetime.now()
+    run = launch(
+        deepspeed_ranks(2),
+        [
+            "--model_name_or_path", tiny_opt, "--data_path", json_data, "--data_output_path", tmp_path / "cache",
+            "--max_seq_len", "64", "--dtype", "fp32", "--ddp_timeout", "12", "--per_device_train_batch_size", "8",
+        ],
+        env={"PYTHONPATH": str(ROOT)},
+        script=wrapper,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (datetime.datetime.now() - started).total_seconds() > seconds
+    assert run.stdout.count("built (not there yet)") == 1
+    assert "***** Evaluating perplexity, Epoch 1/1 *****" in run.stdout
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+MEASURE = """
+import resource, sys
+from utils.data.data_utils import create_prompt_dataset
+from utils.utils import load_hf_tokenizer
+import main  # all that a run imports
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+train, _ = create_prompt_dataset(
+    0, [sys.argv[1]], "10,0,0", sys.argv[2], 1, 1234, load_hf_tokenizer(sys.argv[3]), 64, "</s>", num_proc=1
+)
+count = sum(len(train[i]["input_ids"]) > 1 for i in range(0, len(train), 100))
+assert count == len(range(0, len(train), 100)) and len(train.lengths()) == len(train)
+print("PEAK", len(train), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_stays_flat(tmp_path):
+    """Ten times the rows are read, tokenised and opened in about the same memory: nothing holds the set."""
+    peaks = {}
+    for rows in (20_000, 200_000):
+        source = write_json_data(
+            tmp_path / str(rows),
+            [{"prompt": f"{i}", "chosen": "yes " * 20, "rejected": "no"} for i in range(rows)],
+            records(3),
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", MEASURE, source, tmp_path / f"cache{rows}", DEMO],
+            capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300,
+        )  # fmt: skip
+        found = re.search(r"PEAK (\d+) (\d+)", run.stdout)
+        assert found and int(found[1]) == rows, run.stderr
+        peaks[rows] = int(found[2])
+    # The texts alone are 200 bytes a row: kept in memory as Python objects they would more than double the peak.
+    assert peaks[200_000] < 1.5 * peaks[20_000], peaks
