@@ -13,8 +13,8 @@ from reference_run import evaluate, read_documents, reference
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REFERENCE = ROOT / "tests" / "references" / "tiny_opt.json"
-# Seen: 2e-6 between the runs and the reference; AdamW divides by small numbers, so rounding grows with the steps.
-TOLERANCE = 2e-5
+# Seen: 7e-7 between the runs and the reference, mean 2e-7; other processors round differently.
+TOLERANCE = 1e-5
 EPOCHS = ["--num_train_epochs", "2", "--learning_rate", "1e-3"]
 
 
@@ -181,9 +181,9 @@ def test_bf16_has_float32_master_weights(ranks, micro, stage, run_arguments, wan
     run = launch(deepspeed_ranks(ranks), [*arguments, *EPOCHS, *more])
     assert run.returncode == 0, run.stdout + run.stderr
     differences = np.array(losses_of(run.stdout)) - np.array(wanted["losses"])
-    # Seen: at most 0.012, mean 0.002; what the runs learn is 1.2.
-    assert np.abs(differences).max() < 0.04, differences
-    assert abs(differences.mean()) < 0.01, differences
+    # Seen: at most 0.0032, mean 0.0010; a first step that is a quarter too small shows as 0.04.
+    assert np.abs(differences).max() < 0.01, differences
+    assert abs(differences.mean()) < 0.003, differences
     assert "no --output_dir: the model is not saved" in run.stdout
 
 
