@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from conftest import ROOT, deepspeed_ranks, launch, write_json_data
 
@@ -275,19 +276,22 @@ print("PEAK", len(train), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - b
 
 def test_memory_stays_flat(tmp_path):
     """Ten times the rows are read, tokenised and opened in about the same memory: nothing holds the set."""
-    peaks = {}
+    growth = {}
     for rows in (20_000, 200_000):
-        source = write_json_data(
-            tmp_path / str(rows),
-            [{"prompt": f"{i}", "chosen": "yes " * 20, "rejected": "no"} for i in range(rows)],
-            records(3),
-        )
+        source = tmp_path / str(rows) / "Dahoas" / "rm-static"
+        for split, count in (("train", rows), ("test", 3)):
+            table = {
+                "prompt": [f"{i}" for i in range(count)],
+                "chosen": ["yes " * 20] * count,
+                "rejected": [""] * count,
+            }
+            datasets.Dataset.from_dict(table).to_parquet(source / f"{split}.parquet")
         run = subprocess.run(
             [sys.executable, "-c", MEASURE, source, tmp_path / f"cache{rows}", DEMO],
             capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300,
         )  # fmt: skip
         found = re.search(r"PEAK (\d+) (\d+)", run.stdout)
         assert found and int(found[1]) == rows, run.stderr
-        peaks[rows] = int(found[2])
-    # The texts alone are 200 bytes a row: kept in memory as Python objects they would more than double the peak.
-    assert peaks[200_000] < 1.5 * peaks[20_000], peaks
+        growth[rows] = int(found[2]) // 1024
+    # MiB above the imports. Seen: 39 and 61; the ids of 200,000 rows as Python lists take 150 more.
+    assert growth[200_000] < growth[20_000] + 60, growth
