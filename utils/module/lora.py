@@ -110,11 +110,14 @@ def check_lora_module_name(model: nn.Module, part_module_name: str) -> list[str]
     if names:
         return names
     candidates = lora_candidates(model)
-    advice = (
-        f"it could be one of: {', '.join(candidates)}"
-        if candidates
-        else "it has no torch.nn.Linear layer that LoRA could wrap"
-    )
+    if candidates:
+        advice = f"it could be one of: {', '.join(candidates)}"
+    elif any(type(module).__name__ == "Conv1D" for module in model.modules()):
+        advice = (
+            "its blocks are made of Conv1D, as GPT-2's are, which LoRA does not wrap here: train without --lora_dim"
+        )
+    else:
+        advice = "it has no torch.nn.Linear layer that LoRA could wrap"
     raise UserError(
         f"--lora_module_name {part_module_name!r} matches no Linear layer of {type(model).__name__}; {advice}."
     )
