@@ -191,7 +191,7 @@ def verify_saved_model(folder: str, input_ids: torch.Tensor, expected: torch.Ten
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as err:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as err:
         raise UserError(f"the model saved in {folder} does not load again: {err}") from err
     actual = live_logits(model, input_ids.cpu())
     if actual.shape == expected.shape:

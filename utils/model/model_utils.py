@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -86,7 +87,9 @@ def create_hf_model(
             model = model_class.from_config(config, dtype=dtype)
         else:
             model = model_class.from_pretrained(model_name_or_path, config=config, dtype=dtype)
-    except (OSError, ValueError) as err:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as err:
         reason = " ".join(str(err).split())[:300]
         raise UserError(f"the model at {model_name_or_path} can't be loaded: {reason}") from err
 
