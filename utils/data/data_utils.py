@@ -232,7 +232,8 @@ def _save_mix(parts: list[PromptDataset], main_sets: int, seed: int, folder: str
         mixed = [_shuffled(mixed, seed)]
     if len(tables) > main_sets:
         mixed = [_shuffled(mixed + tables[main_sets:], seed)]
-    mixed[0].save_to_disk(folder)
+    # Nothing at all would make no file, and a folder that does not load again.
+    mixed[0].save_to_disk(folder, num_shards=None if len(mixed[0]) else 1)
 
 
 def _shuffled(tables: list[datasets.Dataset], seed: int) -> datasets.Dataset:
