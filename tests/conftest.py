@@ -19,6 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No port of another process, no accelerator probing, and no thread fights between ranks on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One ninja for runs inside pytest and in processes of their own: another version compiles DeepSpeed's kernels anew.
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data folder beside the repository")
 
@@ -91,11 +93,7 @@ def launch(launcher: list[str], arguments: list[str], **options) -> subprocess.C
     """Run main.py (or `script`) under `launcher` ([] for plain python) and return what it printed."""
     script = options.pop("script", ROOT / "main.py")
     command = [*(launcher or [sys.executable]), str(script), *map(str, arguments)]
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        **options.pop("env", {}),
-    }
+    environment = {**os.environ, **options.pop("env", {})}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, **options)
 
 
@@ -120,10 +118,15 @@ def run_inside(monkeypatch, capfd) -> Callable[[list[str]], tuple[int, str, str]
 
         capfd.readouterr()
         status = 0
+        environment = dict(os.environ)
         try:
             main.run([str(argument) for argument in arguments])
         except SystemExit as stop:
             status = int(stop.code or 0)
+        finally:
+            # A plain start makes itself rank 0 of one; processes started later must not take that for theirs.
+            os.environ.clear()
+            os.environ.update(environment)
         printed = capfd.readouterr()
         return status, printed.out, printed.err
 
