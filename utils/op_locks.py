@@ -4,7 +4,9 @@ torch compiles DeepSpeed's kernels under a plain lock file and waits as long as 
 the process that made it is gone. Its maker keeps it open, so a lock no process has open is a left-over.
 """
 
+import hashlib
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -16,8 +18,13 @@ REMOTE_PATIENCE = 180  # seconds: another node may be compiling on a shared home
 
 
 def extension_folder() -> Path:
-    """Where torch keeps compiled extensions."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    """Where torch keeps compiled extensions: `TORCH_EXTENSIONS_DIR`, which is set to a folder of this Python
+    environment's own where the user has not set it. Two environments that share one folder, as torch's default is
+    shared, rebuild their kernels for each other at every turn, and break each other's when they do so at once.
+    """
+    own = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    default = os.path.join(get_default_build_root(), f"{os.path.basename(sys.prefix)}-{own}")
+    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", default))
 
 
 def clear_stale_build_locks(folder: Path, several_nodes: bool = False) -> list[Path]:
