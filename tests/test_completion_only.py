@@ -65,3 +65,17 @@ def test_a_prompt_longer_than_max_seq_len_leaves_no_label_and_is_counted(tmp_pat
     assert len(only) == 3
     assert "1 left out (no text, or nothing to label)" in capsys.readouterr().out
     assert (only.label_counts() > 0).all()
+
+
+def test_an_empty_evaluation_part_has_the_same_columns(tmp_path):
+    """Half of one row is none: the part is empty, and still says where responses would begin."""
+    data = tmp_path / "local" / "jsonfile"
+    data.mkdir(parents=True)
+    (data / "train.json").write_text(json.dumps(RECORDS))
+    (data / "eval.json").write_text(json.dumps(RECORDS[:1]))
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "tiny_opt")
+    train, evaluation = create_prompt_dataset(
+        0, [str(data)], "4,6,0", str(tmp_path / "cache"), 1, 1, tokenizer, 64, "</s>", completion_only=True
+    )
+    assert len(evaluation) == 0 and len(evaluation.label_counts()) == 0
+    assert evaluation.table.column_names == train.table.column_names

@@ -11,7 +11,6 @@ from torch import nn
 
 from utils.attention import restore_attention, set_documents, use_document_attention
 from utils.data.batches import collate_for
-from utils.data.collate import collate_free
 from utils.loss import can_fuse, install_loss, summed_loss
 from utils.utils import print_rank_0, to_device
 
@@ -44,13 +43,14 @@ def choose_layout(model: nn.Module, padding: str, vocabulary: int, device: torch
     return padding
 
 
-def _row(documents: list[torch.Tensor], device: torch.device) -> dict[str, Any]:
-    return to_device(collate_free([{"input_ids": ids, "labels": ids.clone()} for ids in documents]), device)
+def _batch(documents: list[torch.Tensor], padding: str, device: torch.device) -> dict[str, Any]:
+    samples = [{"input_ids": ids, "labels": ids.clone()} for ids in documents]
+    return to_device(collate_for(padding, 0, FIRST)(samples), device)
 
 
 def _logits(model: nn.Module, documents: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     """[tokens, vocabulary] float32 on the host; a single document goes in as any text would."""
-    row = _row(documents, device)
+    row = _batch(documents, "free", device)
     if len(documents) == 1:
         set_documents(None)
         return model(input_ids=row["input_ids"], use_cache=False).logits[0].float().cpu()
@@ -75,11 +75,11 @@ def _check_documents(
         difference = _relative(together, torch.cat(alone))
         # Another first document must not move the second one's logits at all, whatever the dtype's rounding.
         leak = _relative(changed[FIRST:], together[FIRST:])
-        problem = None if difference < (1e-4 if exact else 5e-2) and leak < (1e-6 if exact else 1e-3) else "differs"
+        right = difference < (1e-4 if exact else 5e-2) and leak < (1e-6 if exact else 1e-3)
         detail = f"logits differ by {difference:.1e} of the largest, {leak:.1e} with another neighbour"
     except (NotImplementedError, ValueError, TypeError) as err:
-        problem, detail = "can't", str(err)
-    if _any_rank(problem is not None, device):
+        right, detail = False, str(err)
+    if _any_rank(not right, device):
         restore_attention(model, before)
         print_rank_0(
             f"Padding: longest, not free: documents in one row are not kept apart by model type "
@@ -107,8 +107,7 @@ def _check_loss(
         nn.functional.cross_entropy(logits[:-1], document[1:], reduction="sum").item()
         for logits, document in zip(alone, documents, strict=True)
     )
-    samples = [{"input_ids": ids, "labels": ids.clone()} for ids in documents]
-    actual = summed_loss(model, to_device(collate_for(padding, 0, FIRST)(samples), device)).item()
+    actual = summed_loss(model, _batch(documents, padding, device)).item()
     difference = abs(actual - expected) / expected
     if _any_rank(not difference < (1e-4 if next(model.parameters()).dtype == torch.float32 else 1e-2), device):
         install_loss(model, fused=False)

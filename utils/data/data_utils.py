@@ -57,6 +57,8 @@ def create_dataset_split(
     source.raw_datasets = None  # workers need its texts' description, not its data
     ids = {name: datasets.List(datasets.Value("int32")) for name in ID_COLUMNS[train_phase]}
     features = datasets.Features({**ids, "cut": datasets.Value("bool")})
+    if completion_only:
+        features["prompt_tokens"] = datasets.Value("int32")
     if len(current_dataset) == 0:  # map would not make the columns
         empty = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
         return PromptDataset(empty, train_phase, tokenizer.pad_token_id, max_seq_len)
@@ -66,9 +68,7 @@ def create_dataset_split(
         "end_id": end_token_id(tokenizer, end_of_conversation_token),
         "max_seq_len": max_seq_len,
     }
-    if completion_only:
-        features["prompt_tokens"] = datasets.Value("int32")
-    else:
+    if not completion_only:
         arguments["phase"] = train_phase
     # Results go to a file of our own, never to the library's cache: any fingerprint that names it will do.
     fingerprint = hashlib.sha256(repr((work_file, sorted(features), max_seq_len)).encode()).hexdigest()[:16]

@@ -45,7 +45,7 @@ class PromptDataset(torch.utils.data.Dataset):
         """Label tokens of every sample of phase 1, [samples] int64: all but the first, or the response's."""
         unlabelled = np.ones(len(self), dtype=np.int64)
         if self.completion_only:
-            unlabelled = np.maximum(self.table.with_format("numpy")[:]["prompt_tokens"], 1)
+            unlabelled = np.maximum(self.table.with_format("arrow")[:]["prompt_tokens"].to_numpy(), 1)
         return self.lengths() - unlabelled
 
     def __getitem__(self, index: int) -> Any:
