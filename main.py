@@ -15,21 +15,28 @@ matches no layer, data that is not what it should be. All of it is found before 
 """
 
 import os
+import sys
 from argparse import Namespace
+from typing import Any
 
 import deepspeed
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_scheduler
 
-from utils.args import exit_with, parse_args
+from utils.args import parse_args
 from utils.attention import set_documents
+from utils.bad_steps import BadSteps
+from utils.best_model import forget_best_model, publish_best_model
+from utils.checkpoint import find_checkpoint
 from utils.checks import check_run, end_of_conversation_token
 from utils.data.batches import collate_for, eval_batches, train_batches
 from utils.data.data_utils import PromptDataset, create_prompt_dataset
-from utils.data.sampler import Units, epoch_units, micro_batches_per_epoch, steps_per_epoch
+from utils.data.sampler import Units, epoch_units, micro_batches_per_epoch, remaining_units, step_members
 from utils.ds_utils import build_ds_config, local_rank_of, start_process_group, world_size
-from utils.errors import UserError
 from utils.evaluation import evaluate
+from utils.failures import end_run
+from utils.interrupt import EXIT_INTERRUPTED, Interrupted, StopRequest
+from utils.keeper import Keeper
 from utils.loss import summed_loss
 from utils.metrics import MetricsFile, draw_losses
 from utils.model.model_utils import create_hf_model, describe_parameters
@@ -41,6 +48,8 @@ from utils.module.lora import (
 from utils.neftune import add_embedding_noise
 from utils.optimizer import create_optimizer, initialize_engine
 from utils.progress import Progress
+from utils.resume import arguments_record, describe_position, follow_schedule, restore, run_record
+from utils.run_state import RunPlan, RunState, is_checkpoint_due, is_evaluation_due, plan_run
 from utils.saving import live_logits, verify_saved_model
 from utils.self_check import choose_layout
 from utils.utils import (
@@ -54,10 +63,7 @@ from utils.utils import (
 
 SFT_PHASE = 1
 VERIFIED_TOKENS = 64
-MEMORY_ADVICE = (
-    "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much), add "
-    "--gradient_checkpointing, raise --zero_stage, add --offload, or train with --lora_dim."
-)
+EXIT_BY_SIGINT = 130
 
 
 def main(args: Namespace) -> None:
@@ -66,6 +72,7 @@ def main(args: Namespace) -> None:
     device = start_process_group(args.local_rank, args.ddp_timeout)
     ds_config = build_ds_config(args, world_size())
     set_random_seed(args.seed)
+    arguments = arguments_record(args, world_size())
 
     tokenizer = create_tokenizer(args)
     model = None if args.dry_run else create_model(args, tokenizer, ds_config)
@@ -75,7 +82,7 @@ def main(args: Namespace) -> None:
         num_proc=args.preprocessing_num_workers, completion_only=args.completion_only_loss,
     )  # fmt: skip
     if args.dry_run:
-        print_plan(args, train_data)
+        print_plan(args, train_data, RunState())
         print_rank_0("Dry run: everything is checked and the data prepared; nothing was trained or saved")
         return
 
@@ -84,13 +91,22 @@ def main(args: Namespace) -> None:
     args.padding = choose_layout(engine.module, args.padding, len(tokenizer), device)
     args.packing = args.packing and args.padding == "free"
     add_embedding_noise(engine.module, args.neftune_noise_alpha)
+
+    checkpoint = find_checkpoint(args, print_rank_0)
+    if checkpoint is None:
+        forget_best_model(args)
+    state = restore(engine, checkpoint, train_data, args) if checkpoint else RunState()
     # Only now is the number of steps known: packing depends on what the model can do.
-    steps = print_plan(args, train_data)
-    engine.lr_scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, steps)
+    plan = print_plan(args, train_data, state)
+    record = run_record(engine, train_data, args, arguments)
+    engine.lr_scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, plan.steps)
     # Weights are the same on all ranks by now; from here on each draws its own dropout masks.
     set_random_seed(args.seed + global_rank())
+    if checkpoint:
+        print_rank_0(describe_position(checkpoint, state, plan))
+        follow_schedule(engine, state, checkpoint, args.seed)
 
-    train(engine, train_data, eval_data, tokenizer, args, device)
+    train(engine, train_data, eval_data, tokenizer, args, device, plan, state, record)
     if args.output_dir is None:
         print_rank_0("no --output_dir: the model is not saved")
     else:
@@ -132,12 +148,12 @@ def units_of_epoch(args: Namespace, train_data: PromptDataset, epoch: int) -> Un
     return epoch_units(train_data.lengths(), train_data.label_counts(), args.seed, epoch, row_length)
 
 
-def print_plan(args: Namespace, train_data: PromptDataset) -> int:
-    """Say what will run; returns the number of optimizer steps."""
+def print_plan(args: Namespace, train_data: PromptDataset, state: RunState) -> RunPlan:
+    """Say what will run."""
     micro, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size()
     units = units_of_epoch(args, train_data, epoch=1)
     count = len(units.tokens)
-    steps = args.num_train_epochs * steps_per_epoch(count, micro * accumulation * ranks)
+    plan = plan_run(count, micro * accumulation * ranks, args.num_train_epochs, args.max_steps, state)
     if args.packing:
         print_rank_0(
             f"Packing: {len(train_data)} samples in {count} rows of {args.max_seq_len}, "
@@ -145,11 +161,11 @@ def print_plan(args: Namespace, train_data: PromptDataset) -> int:
             f"{micro * accumulation * ranks * len(train_data) / count:.1f} samples on average"
         )
     print_rank_0(
-        f"Plan: {steps} optimizer steps = {args.num_train_epochs} epoch(s) of {count} "
+        f"Plan: {plan.steps} optimizer steps = {plan.epochs} epoch(s) of {count} "
         f"{'rows' if args.packing else 'samples'} in steps of {micro} x {accumulation} accumulation x {ranks} "
         "rank(s); an epoch's last step takes what is left"
     )
-    return steps
+    return plan
 
 
 def train(
@@ -159,35 +175,64 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     args: Namespace,
     device: torch.device,
+    plan: RunPlan,
+    state: RunState,
+    record: dict[str, Any],
 ) -> None:
-    """All epochs, with perplexity before the first and after each."""
+    """All steps from `state` on, with perplexity before the first, after each epoch and every `--eval_steps`."""
     rank, ranks, on_cpu = global_rank(), world_size(), device.type == "cpu"
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    metrics = MetricsFile(args.output_dir, rank == 0)
-    progress = Progress(engine, args, device, metrics)
     collate = collate_for(args.padding, tokenizer.pad_token_id, args.max_seq_len)
+    metrics = MetricsFile(args.output_dir, rank == 0, state.metrics_bytes)
+    progress = Progress(engine, args, device, metrics, plan.epochs, state.step)
+    keeper = Keeper(engine, tokenizer, args, progress, state, record, sample=train_data[0]["input_ids"])
+    bad_steps = BadSteps(engine, args.max_bad_steps)
+    stop = StopRequest(args.ddp_timeout)
 
-    def perplexity_after(epoch: int) -> None:
-        print_rank_0(f"***** Evaluating perplexity, Epoch {epoch}/{args.num_train_epochs} *****")
+    def perplexity() -> None:
+        print_rank_0(f"***** Evaluating perplexity, Epoch {state.epochs_begun}/{plan.epochs} *****")
         batches = eval_batches(eval_data, collate, args.per_device_eval_batch_size, ranks, rank, on_cpu)
-        perplexity, loss = evaluate(engine, batches, device)
-        print_rank_0(f"ppl: {perplexity}, loss: {loss}" if len(eval_data) else "no evaluation data: no perplexity")
-        metrics.write(epoch=epoch, step=progress.step, eval_loss=loss, perplexity=perplexity)
+        result = evaluate(engine, batches, device, stop.agreed)
+        if result is None:
+            keeper.interrupt(stop.received)
+        print_rank_0("ppl: {}, loss: {}".format(*result) if len(eval_data) else "no evaluation data: no perplexity")
+        metrics.write(epoch=state.epochs_begun, step=state.step, eval_loss=result[1], perplexity=result[0])
+        keeper.evaluated(result[1], len(eval_data))
 
     print_rank_0("***** Running training *****")
-    perplexity_after(0)
-    for epoch in range(1, args.num_train_epochs + 1):
+    if state.evaluation_due:
+        perplexity()
+    while not plan.is_done(state) and not keeper.has_lost_patience():
+        epoch = state.epoch
         units = units_of_epoch(args, train_data, epoch)
+        rest = remaining_units(units, state.units_done)
         progress.start_epoch(epoch, micro_batches_per_epoch(len(units.tokens), micro, accumulation, ranks))
         engine.train()
-        for batch in train_batches(train_data, units, collate, micro, accumulation, ranks, rank, on_cpu):
+        for batch in train_batches(train_data, rest, collate, micro, accumulation, ranks, rank, on_cpu):
             engine.set_gradient_accumulation_boundary(batch.is_last)
             loss = summed_loss(engine, to_device(batch.tensors, device))
             engine.backward(loss * batch.weight)
             engine.step()
             progress.add(loss, batch)
-        progress.report()
-        perplexity_after(epoch)
+            if not batch.is_last:
+                continue
+            if engine.was_step_applied():
+                bad_steps.good()
+            else:
+                samples = step_members(units, state.units_done, batch.step.units)
+                bad_steps.check(progress.step, progress.losses.of_last_step(), samples, keeper.last_checkpoint)
+            state.advance(batch.step.units, plan.units)
+            state.evaluation_due = is_evaluation_due(state, plan, args.eval_steps)
+            if stop.agreed():
+                keeper.interrupt(stop.received)
+            if state.evaluation_due:
+                progress.report()
+                perplexity()
+            if is_checkpoint_due(state, args.save_strategy, args.save_steps):
+                keeper.save()
+            if plan.is_done(state) or keeper.has_lost_patience():
+                break
+    stop.close()
     set_documents(None)
     if args.output_dir is not None and rank == 0:
         print_rank_0(f"Loss curve: {draw_losses(args.output_dir)}")
@@ -202,6 +247,8 @@ def save(
 ) -> None:
     """Save the model, load it again with plain transformers, and compare. Every rank takes part."""
     print_rank_0("saving the final model ...")
+    if args.load_best_model_at_end and publish_best_model(args):
+        return
     sample = train_data[0]["input_ids"][None, :VERIFIED_TOKENS]
     expected = live_logits(engine.module, sample.to(device))
     folder = save_hf_format(engine, tokenizer, args)
@@ -211,16 +258,20 @@ def save(
 
 
 def run(argv: list[str] | None = None) -> None:
-    """Start `main`, turning the user's own mistakes into one message without a traceback."""
+    """Start `main` and end with one message and a status that says what happened."""
     rank = int(os.environ.get("RANK", 0))
     try:
         args = parse_args(argv)
         args.local_rank = local_rank_of(args.local_rank)
         main(args)
-    except UserError as err:
-        exit_with(err, rank)
-    except torch.OutOfMemoryError as err:
-        exit_with(UserError(f"the device ran out of memory ({err}): {MEMORY_ADVICE}"), rank)
+    except Interrupted as stop:
+        print_rank_0(str(stop), rank)
+        sys.exit(EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        print_rank_0("stopped before the training began: there is nothing to save", rank)
+        sys.exit(EXIT_BY_SIGINT)
+    except Exception as err:  # the end of the line: each kind of failure has its words and status
+        end_run(err, rank)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import sys
-import time
 
 import deepspeed
 from transformers import SchedulerType
@@ -30,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data_arguments(parser)
     _add_model_arguments(parser)
     _add_training_arguments(parser)
+    _add_checkpoint_arguments(parser)
     _add_lora_arguments(parser)
     _add_run_arguments(parser)
     deepspeed.add_config_arguments(parser)
@@ -94,6 +93,8 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="AdamW's decay, never on biases and layer norms; short fine-tuning needs none")
     add("--num_train_epochs", type=int, default=1, metavar="N",
         help="passes over the training data; more overfit small sets")
+    add("--max_steps", type=int, default=None, metavar="N",
+        help="optimizer steps in all, in place of --num_train_epochs; None counts epochs")
     add("--lr_scheduler_type", type=SchedulerType, default=SchedulerType.COSINE, metavar="NAME",
         choices=[SchedulerType(name) for name in SCHEDULES],
         help=f"one of {', '.join(SCHEDULES)}; cosine needs no tuning")
@@ -107,6 +108,32 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="noise on the embeddings while training (NEFTune), 5 is usual; None adds none")
     add("--print_loss", action="store_true",
         help="print the loss of every optimizer step; off, since printing waits for the device")
+    add("--eval_steps", type=int, default=None, metavar="N",
+        help="measure perplexity every N optimizer steps too; None: before training and after each epoch")
+    add("--early_stopping_patience", type=int, default=None, metavar="N",
+        help="stop after N evaluations in a row without a lower loss; None never does")
+    add("--max_bad_steps", type=int, default=3, metavar="N",
+        help="stop after N steps in a row whose loss or gradients are not finite; such steps are skipped, and 3 "
+        "in a row don't mend themselves")
+
+
+def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--save_strategy", choices=["no", "steps", "epoch"], default=None,
+        help="when to write a checkpoint a run can go on from; None: steps with --save_steps, else no (they are large)")
+    add("--save_steps", type=int, default=None, metavar="N",
+        help="a checkpoint every N optimizer steps; None: see --save_strategy")
+    add("--save_total_limit", type=int, default=2, metavar="K",
+        help="keep the newest K; 2, so that one is left should the newest be damaged; 0 keeps all")
+    add("--save_only_model", action="store_true",
+        help="write models instead of checkpoints: a fraction of the size, but no run goes on from them")
+    add("--resume_from_checkpoint", nargs="?", const="latest", default=None, metavar="PATH",
+        help="go on from this checkpoint; without PATH or with latest, from the newest of --output_dir, and from the "
+        "start where there is none. None starts anew")
+    add("--resume_anyway", action="store_true",
+        help="go on although arguments or data have changed since; off, since it is then another run")
+    add("--load_best_model_at_end", action="store_true",
+        help="save the model of the lowest evaluation loss in place of the last; off: the last, as the original")
 
 
 def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +171,10 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line of main.py; `utils.checks.check_run` checks it."""
-    return build_parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
+    if args.save_strategy is None:
+        args.save_strategy = "no" if args.save_steps is None else "steps"
+    return args
 
 
 def join_problems(problems: list[str]) -> str:
@@ -160,17 +190,17 @@ def check_values(args: argparse.Namespace) -> list[str]:
     at_least = {
         "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
         "num_train_epochs": 1, "num_warmup_steps": 0, "max_seq_len": 2, "lora_dim": 0, "ddp_timeout": 1, "seed": 0,
+        "max_steps": 1, "eval_steps": 1, "save_steps": 1, "save_total_limit": 0, "early_stopping_patience": 1,
+        "max_bad_steps": 1, "preprocessing_num_workers": 1,
     }  # fmt: skip
     for name, least in at_least.items():
-        if getattr(args, name) < least:
+        if getattr(args, name) is not None and getattr(args, name) < least:
             problems.append(f"--{name} must be at least {least}, not {getattr(args, name)}.")
     if args.seed >= 2**32:
         problems.append(f"--seed must be below 2**32, not {args.seed}.")
     for name in ("learning_rate", "lora_learning_rate", "weight_decay"):
         if not 0 <= getattr(args, name) < float("inf"):
             problems.append(f"--{name} must be a finite number of at least 0, not {getattr(args, name)}.")
-    if args.preprocessing_num_workers is not None and args.preprocessing_num_workers < 1:
-        problems.append(f"--preprocessing_num_workers must be at least 1, not {args.preprocessing_num_workers}.")
     if args.neftune_noise_alpha is not None and not 0 <= args.neftune_noise_alpha < float("inf"):
         problems.append(f"--neftune_noise_alpha must be a finite number of at least 0, not {args.neftune_noise_alpha}.")
     if args.packing and args.padding != "free":
@@ -189,16 +219,24 @@ def check_values(args: argparse.Namespace) -> list[str]:
         parse_data_split(args.data_split)
     except UserError as err:
         problems.append(str(err))
+    return problems + _check_checkpoint_values(args)
+
+
+def _check_checkpoint_values(args: argparse.Namespace) -> list[str]:
+    problems = []
+    if args.save_strategy == "steps" and args.save_steps is None:
+        problems.append("--save_strategy steps needs --save_steps N.")
+    if args.save_strategy != "steps" and args.save_steps is not None:
+        problems.append(
+            f"--save_steps {args.save_steps} and --save_strategy {args.save_strategy} contradict each other."
+        )
+    if args.save_strategy == "no" and args.save_only_model:
+        problems.append("--save_only_model needs --save_steps N or --save_strategy epoch.")
+    wanting = {
+        f"--save_strategy {args.save_strategy}": args.save_strategy != "no",
+        "--resume_from_checkpoint": args.resume_from_checkpoint == "latest",
+        "--load_best_model_at_end": args.load_best_model_at_end,
+    }  # fmt: skip
+    if args.output_dir is None:
+        problems += [f"{flag} needs --output_dir." for flag, wants in wanting.items() if wants]
     return problems
-
-
-def exit_with(error: UserError, rank: int) -> None:
-    """Print a user's mistake without a traceback and exit with status 2.
-
-    Other ranks let rank 0 speak first: most mistakes are everyone's, and one message is enough.
-    """
-    if rank > 0:
-        time.sleep(5)
-    prefix = f"[rank {rank}] " if rank > 0 else ""
-    print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)

@@ -10,13 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from utils.args import check_values, join_problems
+from utils.checkpoint import find_checkpoint
 from utils.data.cache import cache_lock
 from utils.data.data_utils import SFT_ONLY_SPLIT, end_token_id, get_raw_dataset
 from utils.data.splits import parse_data_split, split_boundaries
-from utils.ds_utils import check_local_rank, read_deepspeed_config, resolve_dtype
+from utils.ds_utils import check_local_rank, launched_ranks, read_deepspeed_config, resolve_dtype
 from utils.errors import UserError
 from utils.model.model_utils import load_model_config, max_positions
 from utils.module.lora import check_lora_module_name
+from utils.resume import check_same_run
 from utils.utils import load_hf_tokenizer
 
 Result = TypeVar("Result")
@@ -46,6 +48,8 @@ def check_run(args: Namespace) -> None:
         attempt(read_deepspeed_config, args.deepspeed_config)
     if args.output_dir is not None:
         attempt(_check_writable, args.output_dir, "--output_dir")
+    if not problems:
+        attempt(_check_resume, args)
     config = attempt(_check_model_folder, args.model_name_or_path)
     if config is not None:
         attempt(_check_length, args.max_seq_len, config)
@@ -71,6 +75,12 @@ def _check_writable(folder: str, argument: str) -> bool:
             return True
     except OSError as err:
         raise UserError(f"{argument} {folder} can't be written ({err}): give a folder you may write to.") from err
+
+
+def _check_resume(args: Namespace) -> None:
+    checkpoint = find_checkpoint(args)
+    if checkpoint is not None:
+        check_same_run(checkpoint, args, launched_ranks())
 
 
 def _check_model_folder(name: str) -> PretrainedConfig:

@@ -202,6 +202,11 @@ def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
     return torch.device(name if name == "cpu" else accelerator.device_name(local_rank))
 
 
+def launched_ranks() -> int:
+    """Number of ranks over all nodes as the launcher says it, before the process group stands."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
 def world_size() -> int:
     """Number of ranks over all nodes."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -19,6 +19,7 @@ class StepLosses:
         self.sums: list[torch.Tensor] = []
         self.tokens: list[int] = []
         self.current = torch.zeros((), device=device)
+        self.last = self.current, 1  # the step just finished
 
     def add(self, summed_loss: torch.Tensor, counts: bool) -> None:
         """Add one micro batch of the current step."""
@@ -29,6 +30,7 @@ class StepLosses:
         """The step is complete; it had so many label tokens over all ranks."""
         self.sums.append(self.current)
         self.tokens.append(step_label_tokens)
+        self.last = self.current, step_label_tokens
         self.current = torch.zeros((), device=self.device)
 
     def collect(self) -> list[float]:
@@ -42,15 +44,28 @@ class StepLosses:
         self.sums, self.tokens = [], []
         return losses
 
+    def of_last_step(self) -> float:
+        """Mean loss per label token of the step just finished. Waits for the device; every rank must call it."""
+        total = self.last[0].detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return total.item() / self.last[1]
+
 
 class MetricsFile:
     """Appends one JSON object per record to `{output_dir}/metrics.jsonl`; does nothing without a folder."""
 
-    def __init__(self, output_dir: str | None, is_writer: bool) -> None:
+    def __init__(self, output_dir: str | None, is_writer: bool, keep_bytes: int = 0) -> None:
+        """Start the file anew, or, for a run that goes on, cut it to the length it had at the checkpoint."""
         self.path = os.path.join(output_dir, METRICS_FILE) if output_dir and is_writer else None
         if self.path:
             os.makedirs(output_dir, exist_ok=True)
-            open(self.path, "w").close()
+            with open(self.path, "ab") as file:
+                file.truncate(min(keep_bytes, file.tell()))
+
+    def size(self) -> int:
+        """Bytes written so far."""
+        return os.path.getsize(self.path) if self.path else 0
 
     def write(self, **record: float | int | str) -> None:
         """Append one record: `step` and either `loss` and `learning_rate`, or `eval_loss` and `perplexity`.

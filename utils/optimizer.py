@@ -6,8 +6,10 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
+from utils.bad_steps import skip_steps_that_are_not_finite
 from utils.utils import get_optimizer_grouped_parameters, print_rank_0
 
 BETAS = (0.9, 0.95)
@@ -51,4 +53,23 @@ def initialize_engine(
             state["step"].zero_()
         elif "step" in state:
             state["step"] = 0
+    skip_steps_that_are_not_finite(engine)
     return engine
+
+
+def recount_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Bring DeepSpeed's CPU kernels to the count of updates a run that goes on has behind it.
+
+    They keep beta^t as a running product beside the optimizer's state, and start anew from a power: the same
+    number but for its last bits, in which the resumed run would differ from the uninterrupted one.
+    """
+    one = [torch.zeros(1) for _ in range(4)]
+    if isinstance(optimizer, DeepSpeedCPUAdam):
+        for count in range(1, updates + 1):
+            optimizer.ds_opt_adam.adam_update(optimizer.opt_id, count, 0.0, *BETAS, 1e-8, 0.0, True, *one)
+    elif isinstance(optimizer, FusedAdam) and get_accelerator().device_name() == "cpu":
+        lists = [[tensor] for tensor in one]
+        for count in range(1, updates + 1):
+            optimizer.multi_tensor_adam(
+                2048 * 32, optimizer._dummy_overflow_buf, lists, 0.0, *BETAS, 1e-8, count, optimizer.adam_w_mode, 1, 0.0
+            )

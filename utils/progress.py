@@ -18,20 +18,28 @@ class Progress:
     """Follows the optimizer steps; the device is waited for only where a line is printed."""
 
     def __init__(
-        self, engine: deepspeed.DeepSpeedEngine, args: Namespace, device: torch.device, metrics: MetricsFile
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        args: Namespace,
+        device: torch.device,
+        metrics: MetricsFile,
+        epochs: int,
+        first_step: int = 0,
     ) -> None:
+        """`first_step`: optimizer steps already taken, by the run this one goes on from."""
+        self.epochs = epochs
         self.engine, self.args, self.metrics = engine, args, metrics
         self.device_name = _device_label()
         self.losses = StepLosses(device)
         self.epoch = 0
-        self.step = 0
+        self.step = first_step
         self.rates: list[float] = []
         self._restart_clock()
 
     def start_epoch(self, epoch: int, micro_batches: int) -> None:
         """Announce an epoch, counted from 1."""
         self.epoch = epoch
-        print_rank_0(f"Beginning of Epoch {epoch}/{self.args.num_train_epochs}, Total Micro Batches {micro_batches}")
+        print_rank_0(f"Beginning of Epoch {epoch}/{self.epochs}, Total Micro Batches {micro_batches}")
         self._restart_clock()
 
     def add(self, loss: torch.Tensor, micro: TrainBatch) -> None:
@@ -45,13 +53,13 @@ class Progress:
         self.tokens += micro.step.tokens
         self.samples += micro.step.samples
         if self.args.print_loss:
-            self._record_losses()
+            self.record_losses()
         if self.step % STEPS_PER_PRINT == 0:
             self.report()
 
     def report(self) -> None:
         """Record what is outstanding and print the throughput since the last report. Every rank must call it."""
-        self._record_losses()
+        self.record_losses()
         if self.samples:
             get_accelerator().synchronize()
             print_throughput(
@@ -60,7 +68,8 @@ class Progress:
             )  # fmt: skip
         self._restart_clock()
 
-    def _record_losses(self) -> None:
+    def record_losses(self) -> None:
+        """Bring over and write the losses of all steps so far. Every rank must call it."""
         recent = self.losses.collect()
         for number, (loss, rate) in enumerate(zip(recent, self.rates, strict=True), self.step - len(recent) + 1):
             self.metrics.write(epoch=self.epoch, step=number, loss=loss, learning_rate=rate)

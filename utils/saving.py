@@ -163,6 +163,25 @@ def _publish(work: str, folder: str) -> None:
     os.rmdir(work)
 
 
+def publish_model(source: str, folder: str, leave_out: tuple[str, ...] = ()) -> None:
+    """Give `folder` the complete model folder `source` holds; linked where the file system can, else copied."""
+    work = os.path.join(folder, INCOMPLETE)
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        shutil.copytree(source, work, ignore=shutil.ignore_patterns(*leave_out), copy_function=_link_or_copy)
+        _publish(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
 # ----------------------------------------------------------------------------------------- verification
 
 

@@ -42,6 +42,8 @@ def load_batches(
         DataLoader(
             dataset, batch_sampler=[plan.indices for plan in plans], collate_fn=collate, num_workers=workers,
             prefetch_factor=4 if workers else None, pin_memory=not on_cpu,
+            # Of its own, so that starting to read takes nothing from the random numbers of the training.
+            generator=torch.Generator(),
         )
     )  # fmt: skip
 

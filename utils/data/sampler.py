@@ -34,6 +34,7 @@ class MicroBatch(NamedTuple):
 class StepSize(NamedTuple):
     """What one optimizer step holds, over all ranks and accumulation steps."""
 
+    units: int
     samples: int
     tokens: int
     label_tokens: int
@@ -104,5 +105,16 @@ def _members(units: Units, chosen: np.ndarray) -> list[int]:
 def step_sizes(units: Units, global_batch: int) -> list[StepSize]:
     """The sizes of every optimizer step of one epoch; label tokens are at least 1, so that they can divide."""
     starts = np.arange(0, len(units.tokens), global_batch)
-    sums = [np.add.reduceat(values, starts) for values in (units.samples, units.tokens, units.labels)]
-    return [StepSize(samples, tokens, max(labels, 1)) for samples, tokens, labels in np.stack(sums, axis=1).tolist()]
+    ones = np.ones(len(units.tokens), dtype=np.int64)
+    sums = [np.add.reduceat(values, starts) for values in (ones, units.samples, units.tokens, units.labels)]
+    return [StepSize(*counts, max(labels, 1)) for *counts, labels in np.stack(sums, axis=1).tolist()]
+
+
+def remaining_units(units: Units, used: int) -> Units:
+    """The units of an epoch that come after the first `used`."""
+    return Units(*(field[used:] for field in units))
+
+
+def step_members(units: Units, start: int, count: int) -> list[int]:
+    """Positions in the data set of the samples in `count` units from `start` on."""
+    return _members(units, np.arange(start, start + count))

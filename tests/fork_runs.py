@@ -1,0 +1,108 @@
+"""Runs of main.py in processes of their own, forked from one that has imported everything: seconds instead of ten.
+
+Real processes, real process groups over gloo, killed with real signals; only the import of torch is shared.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def _main(argv: list[str], environment: dict[str, str], log: str) -> None:
+    """What a forked process does: become rank `RANK`, write to `log`, run."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    os.environ.update(environment)
+    os.setpgrp()
+    import main
+
+    try:
+        main.run(argv)
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # threads of a process group whose peers were killed must not keep a test waiting
+
+
+def _context() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["main", "matplotlib.pyplot"])
+    return context
+
+
+@dataclass
+class ForkedRun:
+    """A run in progress: one process a rank."""
+
+    processes: list
+    logs: list[Path]
+
+    def kill(self, number: int, ranks: list[int] | None = None) -> None:
+        """Send a signal to these ranks (all of them unless given)."""
+        for rank in ranks if ranks is not None else range(len(self.processes)):
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, number)
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Exit statuses, negative for signals; a run that does not end is killed and fails the test."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        stuck = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        assert not stuck, f"ranks {stuck} did not end within {timeout} s:\n{self.output()}"
+        return [process.exitcode for process in self.processes]
+
+    def output(self) -> str:
+        """What all ranks printed, rank after rank."""
+        return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
+
+    def wait_for(self, words: str, timeout: float = 120) -> None:
+        """Wait until rank 0 has printed `words`."""
+        deadline = time.monotonic() + timeout
+        while words not in self.output():
+            assert time.monotonic() < deadline, f"{words!r} never came:\n{self.output()}"
+            assert any(process.is_alive() for process in self.processes), self.output()
+            time.sleep(0.01)
+
+
+def start_run(argv: list, ranks: int = 1, environment: dict[str, str] | None = None) -> ForkedRun:
+    """Start main.py with `argv` on so many ranks."""
+    context = _context()
+    folder = Path(tempfile.mkdtemp(prefix="forked_run_"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes, logs = [], []
+    for rank in range(ranks):
+        own = {}
+        if ranks > 1:
+            own = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+        logs.append(folder / f"rank_{rank}.log")
+        arguments = ([str(argument) for argument in argv], {**own, **(environment or {})}, str(logs[-1]))
+        processes.append(context.Process(target=_main, args=arguments, daemon=True))
+        processes[-1].start()
+    return ForkedRun(processes, logs)
+
+
+def finished_run(argv: list, ranks: int = 1, status: int = 0, **options) -> str:
+    """Run to the end, which must have this exit status on every rank; returns what was printed."""
+    run = start_run(argv, ranks, options.pop("environment", None))
+    statuses = run.wait(**options)
+    assert statuses == [status] * ranks, f"{statuses}\n{run.output()}"
+    return run.output()

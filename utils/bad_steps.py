@@ -1,0 +1,77 @@
+"""Steps that must not be taken: a loss or gradient that is not finite is skipped, named, and soon ends the run."""
+
+import math
+
+import deepspeed
+import torch
+from deepspeed.runtime.utils import clip_grad_norm_
+
+from utils.errors import UserError
+from utils.utils import print_rank_0
+
+NAMED_SAMPLES = 16
+
+
+def skip_steps_that_are_not_finite(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Make a plain float32 optimizer skip such steps as all of DeepSpeed's own optimizers do.
+
+    Without ZeRO and 16 bits DeepSpeed clips and steps without looking, and one bad gradient ruins every weight.
+    """
+    if engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled():
+        return
+
+    def clip() -> None:
+        parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = clip_grad_norm_(parameters, max_norm=engine.gradient_clipping(), mpu=engine.mpu)
+        engine._global_grad_norm = norm
+        engine.optimizer.overflow = not torch.isfinite(norm).item()
+        if engine.optimizer.overflow:
+            for parameter in parameters:
+                parameter.grad = None
+
+    engine.clip_fp32_gradients = clip
+
+
+class BadSteps:
+    """Counts skipped steps; fp16's overflows, where the loss itself is finite, are the loss scale finding its place."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, limit: int) -> None:
+        self.engine, self.limit = engine, limit
+        self.in_a_row = 0
+        self.overflows = 0
+
+    def check(self, step: int, loss: float, samples: list[int], last_checkpoint: str | None) -> None:
+        """Say what is wrong with a step that was skipped. Every rank must call it for the same step.
+
+        Args:
+            loss: mean loss of the step over all ranks.
+            samples: positions in the training data of the step's samples.
+
+        Raises:
+            UserError: it is one of `limit` in a row.
+        """
+        if self.engine.fp16_enabled() and math.isfinite(loss):
+            self.overflows += 1
+            print_rank_0(
+                f"Step {step} skipped: gradients overflowed fp16, the loss scale is now "
+                f"{self.engine.optimizer.loss_scale:g} ({self.overflows} such steps so far)"
+            )
+            return
+        self.in_a_row += 1
+        what = f"its loss is {loss}" if not math.isfinite(loss) else f"its gradients are not finite (loss {loss:.4g})"
+        more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
+        print_rank_0(
+            f"Step {step} skipped: {what}. Its samples, by position in the training data: "
+            f"{', '.join(map(str, samples[:NAMED_SAMPLES]))}{more}"
+        )
+        if self.in_a_row >= self.limit:
+            good = f"The last good checkpoint is {last_checkpoint}" if last_checkpoint else "There is no checkpoint"
+            raise UserError(
+                f"{self.in_a_row} steps in a row, the last step {step}, had a loss or gradients that are not finite "
+                f"({what}). {good}. Lower --learning_rate or add --num_warmup_steps; with --dtype fp16 use bf16; look "
+                "at the samples named above; --max_bad_steps allows more."
+            )
+
+    def good(self) -> None:
+        """A step was taken."""
+        self.in_a_row = 0

@@ -1,0 +1,71 @@
+"""Being asked to stop: signals are noted, and all ranks agree on the step after which they stop."""
+
+import os
+import signal
+import sys
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+# "Try again later" (EX_TEMPFAIL of sysexits.h): the run stopped as asked and can go on; 1 and 2 are failures.
+EXIT_INTERRUPTED = 75
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Interrupted(Exception):
+    """The run has stopped as asked, between two steps; the message says where it can go on from."""
+
+
+class StopRequest:
+    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning) ask the run to stop; a second SIGINT stops it at once."""
+
+    def __init__(self, timeout_seconds: int) -> None:
+        self.received: str | None = None  # the signal this rank got
+        self._interrupts = 0
+        self._over = False
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        # The flag travels over the hosts: on the device, reading it would make every step wait for the GPU.
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)) if several else None
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        if self.received is None:
+            self.received = signal.Signals(number).name
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                # Not print: the signal may have come in the middle of one.
+                what = "the training is done, saving goes on" if self._over else "stopping after this step"
+                os.write(sys.stdout.fileno(), f"\n{self.received}: {what} ...\n".encode())
+
+    def agreed(self) -> bool:
+        """Whether to stop here; the same answer on all ranks, each of which must call it equally often.
+
+        Each call sends this rank's flag on its way and answers with those of the call before, so none waits for
+        a message in flight.
+        """
+        if self._group is None:
+            return self.received is not None
+        answer = self._collect()
+        flag = torch.tensor([int(self.received is not None)])
+        self._pending = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flag
+        return answer
+
+    def _collect(self) -> bool:
+        if self._pending is None:
+            return False
+        work, flag = self._pending
+        work.wait()
+        self._pending = None
+        return bool(flag.item())
+
+    def close(self) -> None:
+        """The training is over: a signal that comes now must not cut the saving short."""
+        self._collect()
+        self._over = True
