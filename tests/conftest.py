@@ -14,7 +14,7 @@ SHARED = ROOT.parent / "shared" / "data"
 TRAIN_RECORDS = 77  # 9 steps of 8 and one of 5: the incomplete step matters
 EVAL_RECORDS = 37  # divides by nothing in use here
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No port of another process, no accelerator probing, and no thread fights between ranks on two cores.
@@ -87,6 +87,17 @@ def run_arguments(tiny_opt, json_data, cache_folder) -> list[str]:
         "--data_output_path", str(cache_folder), "--max_seq_len", "64", "--dtype", "fp32", "--disable_dropout",
         "--print_loss",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def run_setting(tiny_opt, json_data, cache_folder) -> list[str]:
+    """For runs that are stopped, killed and starved: two epochs over 77 samples, with dropout."""
+    places = ["--model_name_or_path", tiny_opt, "--data_path", json_data, "--data_output_path", cache_folder]
+    setting = [
+        "--data_split", "10,0,0", "--max_seq_len", "64", "--dtype", "fp32", "--print_loss", "--num_train_epochs", "2",
+        "--per_device_train_batch_size", "8",
+    ]  # fmt: skip
+    return [str(argument) for argument in [*places, *setting]]
 
 
 def launch(launcher: list[str], arguments: list[str], **options) -> subprocess.CompletedProcess:

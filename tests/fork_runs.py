@@ -3,8 +3,10 @@
 Real processes, real process groups over gloo, killed with real signals; only the import of torch is shared.
 """
 
+import json
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -106,3 +108,33 @@ def finished_run(argv: list, ranks: int = 1, status: int = 0, **options) -> str:
     statuses = run.wait(**options)
     assert statuses == [status] * ranks, f"{statuses}\n{run.output()}"
     return run.output()
+
+
+# ------------------------------------------------------------------------------------- what a run left
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Loss of every optimizer step."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def outcome(folder: Path) -> tuple[str, bytes]:
+    """What two equal runs share bit for bit: all records, and the weights."""
+    return (folder / "metrics.jsonl").read_text(), (folder / "model.safetensors").read_bytes()
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints of a run."""
+    return sorted(int(marker.parent.name[5:]) for marker in (folder / "checkpoints").glob("step-*/complete.json"))
+
+
+def copy_at_step(source: Path, target: Path, step: int) -> Path:
+    """A copy of a run's folder as it was when it wrote this checkpoint and no later one."""
+    shutil.copytree(source, target)
+    for folder in (target / "checkpoints").glob("step-*"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    for name in ("config.json", "model.safetensors"):
+        (target / name).unlink()
+    return target

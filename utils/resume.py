@@ -153,6 +153,10 @@ def describe_position(checkpoint: Checkpoint, state: RunState, plan: RunPlan) ->
 
 def follow_schedule(engine: deepspeed.DeepSpeedEngine, state: RunState, checkpoint: Checkpoint, seed: int) -> None:
     """Set the learning rate of the position and, last of all, the random states."""
-    engine.lr_scheduler.last_epoch = state.scheduler_steps - 1
-    engine.lr_scheduler.step()
+    scheduler, done = engine.lr_scheduler, state.scheduler_steps
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": done, "_step_count": done + 1})
+    for group, peak, shape in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = peak * shape(done)
     restore_random_states(checkpoint, seed)

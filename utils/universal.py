@@ -40,6 +40,7 @@ def load_full_states(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) 
         raise UserError("fp16 at ZeRO 0 keeps its states in one piece: resume in the layout of the checkpoint.")
     read, steps, folder = _reader(checkpoint)
     try:
+        _make_moments(engine)
         for name, parameter in engine.module.named_parameters():
             if parameter.requires_grad:
                 _set_states(engine, parameter, read(name))
@@ -102,6 +103,17 @@ def _read_plain(checkpoint: Checkpoint) -> tuple[Callable[[str], States], int]:
         return {"fp32": saved["module"][name], **{key: moments[key] for key in MOMENTS}}
 
     return read, checkpoint.state.scheduler_steps
+
+
+def _make_moments(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Give ZeRO's flat tensors the moments they would get by a first step."""
+    optimizer = engine.optimizer
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+        for flat in getattr(optimizer, attribute, []):
+            for key in MOMENTS:
+                engine.basic_optimizer.state[flat].setdefault(key, torch.zeros_like(flat, requires_grad=False))
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _set_states(engine: deepspeed.DeepSpeedEngine, parameter: torch.nn.Parameter, states: States) -> None:
