@@ -89,15 +89,20 @@ def run_arguments(tiny_opt, json_data, cache_folder) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def run_setting(tiny_opt, json_data, cache_folder) -> list[str]:
-    """For runs that are stopped, killed and starved: two epochs over 77 samples, with dropout."""
-    places = ["--model_name_or_path", tiny_opt, "--data_path", json_data, "--data_output_path", cache_folder]
+def tiny_setting(model: Path, data: Path, cache: Path) -> list[str]:
+    """Two epochs over 77 samples, with the model's dropout."""
+    places = ["--model_name_or_path", model, "--data_path", data, "--data_output_path", cache]
     setting = [
         "--data_split", "10,0,0", "--max_seq_len", "64", "--dtype", "fp32", "--print_loss", "--num_train_epochs", "2",
         "--per_device_train_batch_size", "8",
     ]  # fmt: skip
     return [str(argument) for argument in [*places, *setting]]
+
+
+@pytest.fixture(scope="session")
+def run_setting(tiny_opt, json_data, cache_folder) -> list[str]:
+    """Arguments of runs that are stopped, killed and starved."""
+    return tiny_setting(tiny_opt, json_data, cache_folder)
 
 
 def launch(launcher: list[str], arguments: list[str], **options) -> subprocess.CompletedProcess:

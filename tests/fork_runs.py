@@ -6,7 +6,9 @@ Real processes, real process groups over gloo, killed with real signals; only th
 import json
 import multiprocessing
 import os
+import resource
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -15,8 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-def _main(argv: list[str], environment: dict[str, str], log: str) -> None:
+def _main(argv: list[str], environment: dict[str, str], log: str, file_limit: int | None) -> None:
     """What a forked process does: become rank `RANK`, write to `log`, run."""
+    if file_limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -55,7 +60,7 @@ class ForkedRun:
             if self.processes[rank].is_alive():
                 os.kill(self.processes[rank].pid, number)
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = 300) -> list[int]:
         """Exit statuses, negative for signals; a run that does not end is killed and fails the test."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
@@ -71,7 +76,7 @@ class ForkedRun:
         """What all ranks printed, rank after rank."""
         return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
-    def wait_for(self, words: str, timeout: float = 120) -> None:
+    def wait_for(self, words: str, timeout: float = 300) -> None:
         """Wait until rank 0 has printed `words`."""
         deadline = time.monotonic() + timeout
         while words not in self.output():
@@ -80,8 +85,8 @@ class ForkedRun:
             time.sleep(0.01)
 
 
-def start_run(argv: list, ranks: int = 1, environment: dict[str, str] | None = None) -> ForkedRun:
-    """Start main.py with `argv` on so many ranks."""
+def start_run(argv: list, ranks: int = 1, file_limits: dict[int, int] | None = None) -> ForkedRun:
+    """Start main.py with `argv` on so many ranks; those in `file_limits` can't write larger files (bytes)."""
     context = _context()
     folder = Path(tempfile.mkdtemp(prefix="forked_run_"))
     with socket.socket() as probe:
@@ -96,16 +101,16 @@ def start_run(argv: list, ranks: int = 1, environment: dict[str, str] | None = N
                 "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
         logs.append(folder / f"rank_{rank}.log")
-        arguments = ([str(argument) for argument in argv], {**own, **(environment or {})}, str(logs[-1]))
+        arguments = ([str(argument) for argument in argv], own, str(logs[-1]), (file_limits or {}).get(rank))
         processes.append(context.Process(target=_main, args=arguments, daemon=True))
         processes[-1].start()
     return ForkedRun(processes, logs)
 
 
-def finished_run(argv: list, ranks: int = 1, status: int = 0, **options) -> str:
+def finished_run(argv: list, ranks: int = 1, status: int = 0) -> str:
     """Run to the end, which must have this exit status on every rank; returns what was printed."""
-    run = start_run(argv, ranks, options.pop("environment", None))
-    statuses = run.wait(**options)
+    run = start_run(argv, ranks)
+    statuses = run.wait()
     assert statuses == [status] * ranks, f"{statuses}\n{run.output()}"
     return run.output()
 

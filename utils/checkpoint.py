@@ -163,17 +163,19 @@ def save_checkpoint(
             _publish(work, os.path.join(root, name), {**record, "kind": kind, "state": state.to_dict()})
             _drop_old(root, args.save_total_limit)
         _wait_for_all()
-    except (OSError, RuntimeError, UserError) as err:
-        if not isinstance(err, (OSError, UserError)) and not _is_writing_failure(err):
+    except Exception as err:
+        if global_rank() == 0:  # another rank must not take the folder away under those that still write
+            shutil.rmtree(work, ignore_errors=True)
+        if not _is_writing_failure(err):
             raise
-        shutil.rmtree(work, ignore_errors=True)
         raise UserError(_failed_words(root, state.step, err)) from err
     return os.path.join(root, name)
 
 
-def _is_writing_failure(err: RuntimeError) -> bool:
+def _is_writing_failure(err: Exception) -> bool:
     """torch.save says a full disk in its own words, without the operating system's."""
-    return any(word in str(err) for word in ("PytorchStreamWriter", "inline_container", "write", "directory"))
+    known = isinstance(err, (OSError, UserError))
+    return known or any(word in str(err) for word in ("PytorchStreamWriter", "inline_container", "Parent directory"))
 
 
 def _failed_words(root: str, step: int, err: Exception) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 from argparse import Namespace
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -198,8 +199,21 @@ def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
     deepspeed.init_distributed(
         accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout_seconds), verbose=False
     )
+    _unlink_shared_buffer()
     name = accelerator.device_name()
     return torch.device(name if name == "cpu" else accelerator.device_name(local_rank))
+
+
+def _unlink_shared_buffer() -> None:
+    """Take the name from the 69 MB of shared memory DeepSpeed's all-reduce on CPUs maps for this rank.
+
+    It is freed with the last process that maps it then. DeepSpeed never removes it, and memory is full after some
+    hundred runs.
+    """
+    dist.barrier()  # all ranks of the node have opened it by now
+    place = "_".join([str(os.getuid()), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]])
+    with suppress(OSError):  # on GPUs, several nodes, or without that kernel there is none
+        os.unlink(f"/dev/shm/deepspeed_allreduce_buffer_{place}")
 
 
 def launched_ranks() -> int:

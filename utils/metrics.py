@@ -7,6 +7,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from utils.errors import UserError
+
 METRICS_FILE = "metrics.jsonl"
 PICTURE = "loss.png"
 
@@ -77,8 +79,14 @@ class MetricsFile:
                 key: value if not isinstance(value, float) or math.isfinite(value) else None
                 for key, value in record.items()
             }
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as err:
+                raise UserError(
+                    f"{self.path} can't be written any more ({err}): is the folder still there and the disk not full? "
+                    "Checkpoints written so far are as they were."
+                ) from err
 
 
 def read_metrics(output_dir: str) -> list[dict[str, float]]:

@@ -159,6 +159,8 @@ def _publish(work: str, folder: str) -> None:
         target = os.path.join(folder, name)
         if os.path.isdir(target):  # further chat templates: a folder can't replace one that is not empty
             shutil.rmtree(target)
+        elif os.path.exists(target):  # renaming one link of a file over another would leave both
+            os.remove(target)
         os.replace(os.path.join(work, name), target)
     os.rmdir(work)
 

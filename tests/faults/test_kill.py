@@ -1,0 +1,13 @@
+"""SIGKILL at random moments: the next start goes on and ends bit for bit where an undisturbed run ends."""
+
+import pytest
+from faults.kill_rounds import kill_rounds
+
+KILLS = 10  # on each number of ranks; kill_rounds.py does more
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_runs_end_as_undisturbed_ones(ranks, run_setting, tmp_path):
+    hits = kill_rounds(run_setting, tmp_path, KILLS, ranks, seed=ranks)
+    assert hits.total() - hits["too late"] == KILLS
+    assert len(hits) > 3, "kills hit different phases"
