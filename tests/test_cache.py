@@ -131,7 +131,17 @@ def _truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-50])
 
 
+def _overwrite_middle(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 DAMAGES = {
+    "one bit of arrow": lambda folder: _overwrite_middle(next((folder / "train").glob("*.arrow"))),
+    "report of an older version": lambda folder: (folder / "report.json").write_text(
+        (folder / "report.json").read_text().replace("[", "").replace("]", "")
+    ),
     "cut arrow": lambda folder: _truncate(next((folder / "train").glob("*.arrow"))),
     "missing arrow": lambda folder: next((folder / "eval").glob("*.arrow")).unlink(),
     "missing state": lambda folder: (folder / "train" / "state.json").unlink(),

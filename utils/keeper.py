@@ -69,17 +69,17 @@ class Keeper:
         """The evaluation that was due gave this loss over so many samples."""
         if samples == 0:
             self.state.evaluation_due = False
-        elif self.state.record_evaluation(loss) and self.args.load_best_model_at_end:
+            return
+        if self.state.record_evaluation(loss) and self.args.load_best_model_at_end:
             set_documents(None)
             keep_best_model(self.engine, self.tokenizer, self.sample, self.state, self.args)
+        if self.has_lost_patience():
+            print_rank_0(
+                f"Early stop after step {self.state.step}: {self.state.evaluations_without_gain} evaluation(s) in a "
+                f"row without a loss below {self.state.best_loss:.6g} of step {self.state.best_step}"
+            )
 
     def has_lost_patience(self) -> bool:
         """`--early_stopping_patience` evaluations in a row brought no lower loss."""
         patience = self.args.early_stopping_patience
-        if patience is None or self.state.evaluations_without_gain < patience:
-            return False
-        print_rank_0(
-            f"Early stop after step {self.state.step}: {patience} evaluation(s) in a row without a loss below "
-            f"{self.state.best_loss:.6g} of step {self.state.best_step}"
-        )
-        return True
+        return patience is not None and self.state.evaluations_without_gain >= patience

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from utils.data.cache import checksum
 from utils.data.columns import Schema, arrow_type, check_columns, check_dataset, value_fault
 from utils.data.json_records import SHAPE_ADVICE, iter_json_records
 from utils.data.splits import write_aside
@@ -156,9 +157,11 @@ def load_files(files: list[str], schema: Schema, output_path: str, root: str) ->
         os.makedirs(os.path.dirname(target), exist_ok=True)
         # One process converts, the others wait and then open the same file.
         with FileLock(f"{target}.lock"):
-            if not _is_arrow(target):
+            if not _is_whole(target):
                 print(f"{root}: new or changed data, turned into {target}", flush=True)
                 _write_arrow(target, files, schema)
+                with write_aside(f"{target}.crc") as file:
+                    file.write(str(checksum(target)).encode())
     except OSError as err:
         raise UserError(
             f"{target} cannot be written: {err}. Make the folder writable or free some space, or choose "
@@ -183,13 +186,13 @@ def hash_files(files: list[str], root: str) -> str:
     return digest.hexdigest()
 
 
-def _is_arrow(path: str) -> bool:
+def _is_whole(path: str) -> bool:
+    """The Arrow file is there, and as it was written."""
     try:
-        with pa.memory_map(path) as source:
-            pa.ipc.open_stream(source).read_all()  # maps the rows, copies nothing; notices a cut-off end
-    except (pa.ArrowException, OSError):
+        with open(f"{path}.crc", encoding="ascii") as file:
+            return int(file.read()) == checksum(path)
+    except (OSError, ValueError):
         return False
-    return True
 
 
 def _write_arrow(target: str, files: list[str], schema: Schema) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
+from utils.data.cache import checksum
+
 REPORT = "report.json"
 SPLITS = ("train", "eval")
 
@@ -68,9 +70,8 @@ def finish(work: str, parts: dict[str, list[Any]], id_columns: list[str]) -> Non
         file.unlink()
     for folder in Path(work).glob("part*"):
         folder.rmdir()
-    report["files"] = {
-        str(file.relative_to(work)): file.stat().st_size for file in sorted(Path(work).rglob("*")) if file.is_file()
-    }
+    files = [file for file in sorted(Path(work).rglob("*")) if file.is_file()]
+    report["files"] = {str(file.relative_to(work)): [file.stat().st_size, checksum(file)] for file in files}
     with open(os.path.join(work, REPORT), "w", encoding="utf-8") as out:
         json.dump(report, out, indent=1)
         out.flush()
@@ -95,17 +96,18 @@ def damage(folder: str) -> str | None:
     """Why the folder can't be used as it is; None when it is complete."""
     try:
         report = read_report(folder)
-        sizes = report["files"]
-        described = all(split in report for split in SPLITS)
+        files = {name: (int(size), int(crc)) for name, (size, crc) in report["files"].items()}
+        if not all(split in report for split in SPLITS):
+            return "its report is damaged"
     except FileNotFoundError:
         return "not there yet" if not os.path.exists(folder) else "incomplete"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its report is damaged"
-    for name, size in sizes.items():
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path) or os.path.getsize(path) != size:
+    for name, (size, sum_of_bytes) in files.items():
+        path = Path(folder, name)
+        if not path.is_file() or path.stat().st_size != size or checksum(path) != sum_of_bytes:
             return f"{name} is damaged"
-    return None if described else "its report is damaged"
+    return None
 
 
 def read_report(folder: str) -> dict[str, Any]:
