@@ -33,15 +33,17 @@ from utils.evaluation import evaluate
 from utils.loss import summed_loss
 from utils.metrics import MetricsFile, draw_losses
 from utils.model.model_utils import create_hf_model, describe_parameters
+from utils.module.adapter import save_lora_adapter
 from utils.module.lora import (
     convert_linear_layer_to_lora,
+    describe_lora,
     make_model_gradient_checkpointing_compatible,
     only_optimize_lora_parameters,
 )
 from utils.neftune import add_embedding_noise
 from utils.optimizer import create_optimizer, initialize_engine
 from utils.progress import Progress
-from utils.saving import live_logits, verify_saved_model
+from utils.saving import live_logits, unwrap, verify_saved_model
 from utils.self_check import choose_layout
 from utils.utils import (
     global_rank,
@@ -116,7 +118,10 @@ def create_model(args: Namespace, tokenizer: PreTrainedTokenizerBase, ds_config:
     if args.add_eot_token:
         model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(args.eot_token)
     if args.lora_dim > 0:
-        model = convert_linear_layer_to_lora(model, args.lora_module_name, args.lora_dim)
+        model = convert_linear_layer_to_lora(
+            model, args.lora_module_name, args.lora_dim, args.lora_alpha, args.lora_dropout
+        )
+        print_rank_0(f"LoRA: {describe_lora(model)}")
         if args.only_optimize_lora:
             model = only_optimize_lora_parameters(model)
             model = make_model_gradient_checkpointing_compatible(model)
@@ -205,6 +210,12 @@ def save(
     sample = train_data[0]["input_ids"][None, :VERIFIED_TOKENS]
     expected = live_logits(engine.module, sample.to(device))
     folder = save_hf_format(engine, tokenizer, args)
+    if args.save_lora_adapter:
+        adapter = os.path.join(folder, "adapter")
+        save_lora_adapter(unwrap(engine), args.model_name_or_path, adapter)
+        print_rank_0(
+            f"LoRA adapter saved to {adapter}, for peft.PeftModel.from_pretrained on {args.model_name_or_path}"
+        )
     if global_rank() == 0:
         difference = verify_saved_model(folder, sample, expected)
         print_rank_0(f"Saved to {folder} and verified: reloaded logits differ by {difference:.1e} of the largest")

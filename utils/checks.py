@@ -51,7 +51,9 @@ def check_run(args: Namespace) -> None:
         attempt(_check_length, args.max_seq_len, config)
         if args.lora_dim > 0:
             attempt(_check_lora_names, config, args.lora_module_name)
-    attempt(_check_tokenizer, args)
+    entries = attempt(_check_tokenizer, args)
+    if args.save_lora_adapter and config is not None and entries is not None:
+        attempt(_check_adapter_base, config, entries)
     if attempt(_check_writable, args.data_output_path, "--data_output_path") and can_split:
         for name in args.data_path:
             attempt(_check_data, name, args.data_split, args)
@@ -95,8 +97,19 @@ def _check_lora_names(config: PretrainedConfig, module_name: str) -> None:
     check_lora_module_name(model, module_name)
 
 
-def _check_tokenizer(args: Namespace) -> None:
-    """Load it, save it and load that: what would fail after training fails now instead."""
+def _check_adapter_base(config: PretrainedConfig, entries: int) -> None:
+    """An adapter is used on the base model as it is published, so that model must have a row for every token."""
+    rows = config.get_text_config().vocab_size
+    if rows < entries:
+        raise UserError(
+            f"--save_lora_adapter: the tokenizer has {entries} entries and the base model {rows} rows of embeddings. "
+            "The rows that would be added are no part of an adapter: leave --add_eot_token out, or grow the base "
+            "model first and train that."
+        )
+
+
+def _check_tokenizer(args: Namespace) -> int:
+    """Load it, save it and load that: what would fail after training fails now instead. Returns its entries."""
     tokenizer = load_hf_tokenizer(
         args.model_name_or_path, add_special_tokens=args.eot_token if args.add_eot_token else None
     )
@@ -114,6 +127,7 @@ def _check_tokenizer(args: Namespace) -> None:
             f"the tokenizer of {args.model_name_or_path} gives other ids after being saved and loaded again: with "
             "this version of transformers a fine-tuned copy of it would be useless."
         )
+    return len(tokenizer)
 
 
 def end_of_conversation_token(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> str:
