@@ -27,6 +27,7 @@ from utils.checks import check_run, end_of_conversation_token
 from utils.data.batches import collate_for, eval_batches, train_batches
 from utils.data.data_utils import PromptDataset, create_prompt_dataset
 from utils.data.sampler import Units, epoch_units, micro_batches_per_epoch, steps_per_epoch
+from utils.data.sources import parse_columns
 from utils.ds_utils import build_ds_config, local_rank_of, start_process_group, world_size
 from utils.errors import UserError
 from utils.evaluation import evaluate
@@ -75,6 +76,7 @@ def main(args: Namespace) -> None:
         args.local_rank, args.data_path, args.data_split, args.data_output_path, SFT_PHASE, args.seed, tokenizer,
         args.max_seq_len, end_of_conversation_token(args, tokenizer), args.sft_only_data_path,
         num_proc=args.preprocessing_num_workers, completion_only=args.completion_only_loss,
+        columns=parse_columns(args.columns), chat_template=args.chat_template,
     )  # fmt: skip
     if args.dry_run:
         print_plan(args, train_data)

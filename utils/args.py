@@ -8,6 +8,7 @@ import time
 import deepspeed
 from transformers import SchedulerType
 
+from utils.data.sources import parse_columns, parse_source
 from utils.data.splits import parse_data_split
 from utils.errors import UserError
 
@@ -41,11 +42,18 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--data_path", nargs="*", default=["Dahoas/rm-static"], metavar="NAME",
-        help="data sets: hub names, or folders whose path contains such a name; several are mixed")
+        help="data sets: hub names, folders whose path contains such a name, or any file or folder of json, jsonl, "
+        "parquet or csv; several are mixed; NAME:0.3 trains on that share of the set's rows, NAME:2 on all twice")
     add("--data_split", default="2,4,4", metavar="A,B,C",
         help="shares of phases 1, 2 and 3; the default leaves the reward and RLHF phases their data")
     add("--sft_only_data_path", nargs="*", default=[], metavar="NAME",
         help="data sets used whole for this phase, none by default")
+    add("--columns", default=None, metavar="ROLE=COLUMN,...",
+        help="columns of your own data by role (messages, prompt, chosen, rejected, response, instruction, input, "
+        "output); none: columns have these names")
+    add("--chat_template", default="auto", metavar="FORMAT",
+        help="text of your own data: auto, the tokenizer's chat template, else human_assistant, but prompts that end "
+        "in Assistant: as they stand; human_assistant; none, prompts and answers as they stand; or a jinja file")
     add("--data_output_path", default=default_cache_folder(), metavar="DIR",
         help="cache of split indexes and tokenised data; best on a node's own disk")
     add("--max_seq_len", type=int, default=512, metavar="TOKENS",
@@ -199,10 +207,13 @@ def check_values(args: argparse.Namespace) -> list[str]:
         problems.append("--data_path is empty: name at least one data set.")
     if args.add_eot_token and not args.eot_token:
         problems.append("--eot_token is empty: name the token, or leave --add_eot_token out.")
-    try:
-        parse_data_split(args.data_split)
-    except UserError as err:
-        problems.append(str(err))
+    checks = [(parse_data_split, args.data_split), (parse_columns, args.columns)]
+    checks += [(parse_source, name) for name in (*args.data_path, *args.sft_only_data_path)]
+    for check, value in checks:
+        try:
+            check(value)
+        except UserError as err:
+            problems.append(str(err))
     return problems
 
 
