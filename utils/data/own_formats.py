@@ -8,11 +8,8 @@ conversation of two turns, so all of them are rendered in one way (`utils.data.c
 import hashlib
 import os
 import re
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
-
-import datasets
 
 from utils.data import chat_format
 from utils.data.chat_format import AS_IS, TEMPLATE, ChatFormat, Message
@@ -227,10 +224,6 @@ class OwnFormatDataset(PromptRawDataset):
                     if self.files_of:
                         where = place_of_row(self.files_of[split], place)
                     raise UserError(f"{where}: {err}") from err
-
-    def blank_rows(self, dataset: datasets.Dataset) -> Iterator[int]:
-        """The places of rows without a prompt or an answer."""
-        return (place for place, row in enumerate(dataset) if self._conversation(row) is None)
 
 
 def _is_blank(text: Any) -> bool:
