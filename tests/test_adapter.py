@@ -104,6 +104,9 @@ def test_two_ranks(kind, stage, names, layers, tmp_path):
     """The adapter on the base model gives the merged model's logits, before and after PEFT has merged it."""
     base, out = tmp_path / "base", tmp_path / "out"
     make_model(kind, base)
+    # ZeRO 3 leaves parameters as small as these whole unless told otherwise.
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
     run = launch(
         deepspeed_ranks(2),
         [
@@ -111,7 +114,7 @@ def test_two_ranks(kind, stage, names, layers, tmp_path):
             "--data_output_path", tmp_path / "cache", "--max_seq_len", "64", "--dtype", "fp32", "--zero_stage", stage,
             "--lora_dim", "4", "--lora_module_name", names, "--lora_alpha", "8", "--lora_dropout", "0.1",
             "--only_optimize_lora", "--save_lora_adapter", "--lora_learning_rate", "5e-2",
-            "--per_device_train_batch_size", "2", "--output_dir", out,
+            "--per_device_train_batch_size", "2", "--output_dir", out, "--deepspeed_config", config,
         ],
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
