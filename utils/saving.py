@@ -174,7 +174,7 @@ def _save_configs(model: torch.nn.Module, folder: str) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _publish(work: str, folder: str, config: str) -> None:
+def _publish(work: str, folder: str, config: str = "config.json") -> None:
     """Move the finished files up, the old configuration away first and the new one in last."""
     new = sorted(os.listdir(work), key=lambda name: name == config)
     for parent, _, files in os.walk(work):
