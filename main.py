@@ -32,6 +32,7 @@ from utils.checks import check_run, end_of_conversation_token
 from utils.data.batches import collate_for, eval_batches, train_batches
 from utils.data.data_utils import PromptDataset, create_prompt_dataset
 from utils.data.sampler import Units, epoch_units, micro_batches_per_epoch, remaining_units, step_members
+from utils.data.sources import parse_columns
 from utils.ds_utils import build_ds_config, local_rank_of, start_process_group, world_size
 from utils.evaluation import evaluate
 from utils.failures import end_run
@@ -40,8 +41,10 @@ from utils.keeper import Keeper
 from utils.loss import summed_loss
 from utils.metrics import MetricsFile, draw_losses
 from utils.model.model_utils import create_hf_model, describe_parameters
+from utils.module.adapter import ADAPTER_FOLDER, save_lora_adapter
 from utils.module.lora import (
     convert_linear_layer_to_lora,
+    describe_lora,
     make_model_gradient_checkpointing_compatible,
     only_optimize_lora_parameters,
 )
@@ -50,7 +53,7 @@ from utils.optimizer import create_optimizer, initialize_engine
 from utils.progress import Progress
 from utils.resume import arguments_record, describe_position, follow_schedule, restore, run_record
 from utils.run_state import RunPlan, RunState, is_checkpoint_due, is_evaluation_due, plan_run
-from utils.saving import live_logits, verify_saved_model
+from utils.saving import live_logits, unwrap, verify_saved_model
 from utils.self_check import choose_layout
 from utils.utils import (
     global_rank,
@@ -80,6 +83,7 @@ def main(args: Namespace) -> None:
         args.local_rank, args.data_path, args.data_split, args.data_output_path, SFT_PHASE, args.seed, tokenizer,
         args.max_seq_len, end_of_conversation_token(args, tokenizer), args.sft_only_data_path,
         num_proc=args.preprocessing_num_workers, completion_only=args.completion_only_loss,
+        columns=parse_columns(args.columns), chat_template=args.chat_template,
     )  # fmt: skip
     if args.dry_run:
         print_plan(args, train_data, RunState())
@@ -132,7 +136,10 @@ def create_model(args: Namespace, tokenizer: PreTrainedTokenizerBase, ds_config:
     if args.add_eot_token:
         model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(args.eot_token)
     if args.lora_dim > 0:
-        model = convert_linear_layer_to_lora(model, args.lora_module_name, args.lora_dim)
+        model = convert_linear_layer_to_lora(
+            model, args.lora_module_name, args.lora_dim, args.lora_alpha, args.lora_dropout
+        )
+        print_rank_0(f"LoRA: {describe_lora(model)}")
         if args.only_optimize_lora:
             model = only_optimize_lora_parameters(model)
             model = make_model_gradient_checkpointing_compatible(model)
@@ -252,6 +259,12 @@ def save(
     sample = train_data[0]["input_ids"][None, :VERIFIED_TOKENS]
     expected = live_logits(engine.module, sample.to(device))
     folder = save_hf_format(engine, tokenizer, args)
+    if args.save_lora_adapter:
+        adapter = os.path.join(folder, ADAPTER_FOLDER)
+        save_lora_adapter(unwrap(engine), args.model_name_or_path, adapter)
+        print_rank_0(
+            f"LoRA adapter saved to {adapter}, for peft.PeftModel.from_pretrained on {args.model_name_or_path}"
+        )
     if global_rank() == 0:
         difference = verify_saved_model(folder, sample, expected)
         print_rank_0(f"Saved to {folder} and verified: reloaded logits differ by {difference:.1e} of the largest")

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SHARED, deepspeed_ranks, launch, make_json_data, needs_shared
+from conftest import SHARED, deepspeed_ranks, launch, make_json_data, make_tiny_opt, needs_shared
 
 
 @pytest.fixture
@@ -108,6 +108,34 @@ def test_lora_name_that_matches_nothing(run_inside, good):
         "model.blocks.",
         "model.decoder.layers.",
     )
+
+
+def test_one_of_several_lora_names_that_matches_nothing(run_inside, good):
+    fails(
+        run_inside,
+        {**good, "--lora_dim": ["8"], "--lora_module_name": ["decoder.layers.,model.blocks."]},
+        "'model.blocks.'",
+        "model.decoder.layers.",
+    )
+
+
+def test_an_adapter_that_would_not_give_the_trained_model(run_inside, good, tmp_path):
+    """Other weights that train, no LoRA at all, or rows the base model does not have."""
+    adapter = {**good, "--save_lora_adapter": []}
+    fails(run_inside, adapter, "--save_lora_adapter needs --lora_dim")
+    fails(run_inside, {**adapter, "--lora_dim": ["4"]}, "--save_lora_adapter needs --only_optimize_lora")
+    adapter = {**adapter, "--lora_dim": ["4"], "--only_optimize_lora": []}
+    small = make_tiny_opt(tmp_path / "small", vocab_size=1800)
+    fails(run_inside, {**adapter, "--model_name_or_path": [str(small)]}, "1809 entries", "1800 rows")
+    status, _, err = run_inside(words({**adapter, "--add_eot_token": []}))  # 1810 of 1816 rows
+    assert status == 0, err
+    status, _, err = run_inside(words({name: value for name, value in adapter.items() if name != "--output_dir"}))
+    assert status == 2 and "--save_lora_adapter needs --output_dir" in err
+
+
+def test_lora_values(run_inside, good):
+    values = {"--lora_dim": ["4"], "--lora_alpha": ["0"], "--lora_dropout": ["1"]}
+    fails(run_inside, {**good, **values}, "2 problems", "--lora_alpha must", "--lora_dropout must")
 
 
 def test_output_folder_that_cannot_be_written(run_inside, good, tmp_path):

@@ -10,13 +10,16 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     OPTConfig,
     Qwen3Config,
 )
+from transformers.pytorch_utils import Conv1D
 
 from utils.errors import UserError
 from utils.module.lora import (
     LinearLayer_LoRA,
+    check_lora_module_name,
     convert_linear_layer_to_lora,
     convert_lora_to_linear_layer,
     only_optimize_lora_parameters,
@@ -33,10 +36,11 @@ CONFIGS = {
     "llama": LlamaConfig(**GATED),
     "qwen3": Qwen3Config(**GATED),
     "gemma2": Gemma2Config(**GATED),
+    "mistral": MistralConfig(**GATED),
 }
 LORA_NAMES = {
-    "opt": "decoder.layers.", "bloom": "transformer.h.", "neox": "gpt_neox.layers.", "llama": "model.layers.",
-    "qwen3": "model.layers.", "gemma2": "model.layers.",
+    "opt": "decoder.layers.", "gpt2": "transformer.h.", "bloom": "transformer.h.", "neox": "gpt_neox.layers.",
+    "llama": "model.layers.", "qwen3": "model.layers.", "gemma2": "model.layers.", "mistral": "model.layers.",
 }  # fmt: skip
 
 
@@ -53,16 +57,27 @@ def train_lora(model: nn.Module) -> None:
             nn.init.normal_(module.lora_left_weight, std=0.2)
 
 
+def linears_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+
+
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=torch.arange(4, 20)[None]).logits
 
 
-@pytest.fixture
-def layer() -> LinearLayer_LoRA:
+@pytest.fixture(params=["linear", "conv1d"])
+def layer(request) -> LinearLayer_LoRA:
     torch.manual_seed(0)
-    linear = nn.Linear(24, 12)
-    return LinearLayer_LoRA(linear.weight, lora_dim=4, lora_scaling=8, lora_droppout=0.5, bias=linear.bias)
+    flipped = request.param == "conv1d"
+    base = Conv1D(12, 24) if flipped else nn.Linear(24, 12)
+    nn.init.normal_(base.bias)
+    return LinearLayer_LoRA(base.weight, 4, lora_scaling=8, lora_droppout=0.5, bias=base.bias, fan_in_fan_out=flipped)
+
+
+def weight_of(layer: LinearLayer_LoRA) -> torch.Tensor:
+    """The wrapped weight as [out, in]."""
+    return layer.weight.t() if layer.fan_in_fan_out else layer.weight
 
 
 def test_layer_shapes_and_start(layer):
@@ -75,7 +90,7 @@ def test_layer_shapes_and_start(layer):
     assert layer.lora_right_weight.abs().max() <= bound
     assert layer.lora_right_weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
     x = torch.randn(3, 5, 24)
-    assert layer(x).equal(nn.functional.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight_of(layer), layer.bias))
     with pytest.raises(ValueError):
         LinearLayer_LoRA(layer.weight, lora_dim=0)
 
@@ -84,8 +99,17 @@ def test_layer_computes_what_it_says(layer):
     nn.init.normal_(layer.lora_left_weight)
     layer.eval()
     x = torch.randn(7, 24)
-    by_hand = x @ layer.weight.t() + layer.bias + x @ (layer.lora_right_weight @ layer.lora_left_weight) * 2
+    product = layer.lora_right_weight @ layer.lora_left_weight
+    by_hand = x @ weight_of(layer).t() + layer.bias + x @ product * 2
     torch.testing.assert_close(layer(x), by_hand)
+    torch.testing.assert_close(layer(x.view(7, 1, 24)), by_hand.view(7, 1, 12))
+    layer.bias = None
+    by_hand = x @ weight_of(layer).t() + x @ product * 2
+    torch.testing.assert_close(layer(x), by_hand)
+    layer(x).square().sum().backward()
+    gradient = 2 * (x @ layer.lora_right_weight).t() @ (2 * by_hand)
+    torch.testing.assert_close(layer.lora_left_weight.grad, gradient)
+    assert layer.weight.grad is None
 
 
 def test_fused_and_unfused_agree_and_unfuse_restores(layer):
@@ -114,7 +138,8 @@ def test_train_and_eval_return_the_layer_and_switch_its_dropout(layer):
 def test_every_linear_of_the_blocks_is_wrapped_and_comes_back(family):
     model = make(family)
     base = logits(model)
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".0." in name}
+    kinds = {name: type(module) for name, module in linears_of(model).items()}
+    linears = {name for name in kinds if ".0." in name}
     names = {name for name, _ in model.named_parameters()}
     convert_linear_layer_to_lora(model, LORA_NAMES[family], 4)
     wrapped = {name for name, module in model.named_modules() if isinstance(module, LinearLayer_LoRA)}
@@ -126,17 +151,55 @@ def test_every_linear_of_the_blocks_is_wrapped_and_comes_back(family):
     convert_lora_to_linear_layer(model)
     torch.testing.assert_close(logits(model), trained, rtol=1e-4, atol=1e-4)
     assert {name for name, _ in model.named_parameters()} == names
-    assert not any(isinstance(module, LinearLayer_LoRA) for module in model.modules())
+    assert {name: type(module) for name, module in linears_of(model).items()} == kinds
 
 
-@pytest.mark.parametrize("family", [*LORA_NAMES, "gpt2"])
+@pytest.mark.parametrize("family", LORA_NAMES)
+def test_auto_is_the_linear_layers_of_the_blocks(family):
+    model = make(family)
+    assert check_lora_module_name(model, "auto") == [
+        name for name in linears_of(model) if ".0." in name or ".1." in name
+    ]
+    # Nothing of it depends on the depth, or on a vocabulary that outweighs the blocks.
+    assert not any("head" in name or "embed" in name for name in check_lora_module_name(model, "auto"))
+
+
+def test_auto_takes_the_largest_list_and_all_of_a_block():
+    """Lists inside a block belong to it, smaller ones beside it do not, and without a list there is an error."""
+    model = nn.Module()
+    model.heads = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+    model.blocks = nn.ModuleList(nn.Module() for _ in range(2))
+    for block in model.blocks:
+        block.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        block.gate = nn.Linear(8, 3)
+    names = check_lora_module_name(model, "auto")
+    assert len(names) == 8 and all(name.startswith("blocks.") for name in names)
+    del model.blocks, model.heads
+    model.only = nn.Linear(4, 4)
+    with pytest.raises(UserError, match=r"'auto' matches no .* one of: only"):
+        check_lora_module_name(model, "auto")
+
+
+def test_several_names():
+    model = make("llama")
+    wanted = [name for name in linears_of(model) if "q_proj" in name or "layers.1.mlp.up_proj" in name]
+    assert len(wanted) == 3
+    assert check_lora_module_name(model, "layers.1.mlp.up, q_proj") == wanted
+    assert check_lora_module_name(model, "auto,lm_head") == list(linears_of(model))
+    with pytest.raises(UserError, match=r"'qproj' matches no .*model\.layers\."):
+        check_lora_module_name(model, "up_proj,qproj")
+    with pytest.raises(UserError, match="empty part"):
+        check_lora_module_name(model, "up_proj,")
+
+
+@pytest.mark.parametrize("family", LORA_NAMES)
 def test_a_name_that_matches_nothing_lists_what_could(family):
     model = make(family)
     before = [name for name, _ in model.named_parameters()]
     with pytest.raises(UserError) as raised:
         convert_linear_layer_to_lora(model, "no.such.layer.", 4)
     assert type(model).__name__ in str(raised.value)
-    assert ("Conv1D" if family == "gpt2" else LORA_NAMES[family]) in str(raised.value)
+    assert LORA_NAMES[family] in str(raised.value)
     assert [name for name, _ in model.named_parameters()] == before
 
 

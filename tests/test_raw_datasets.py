@@ -19,8 +19,8 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from utils.data import hub, json_records, loading, raw_datasets
+from utils.data.data_files import find_data_files
 from utils.data.json_records import iter_json_records
-from utils.data.loading import find_data_files
 from utils.data.raw_datasets import RAW_DATASETS, PromptRawDataset, find_raw_dataset_class
 from utils.data.splits import get_raw_dataset_split_index
 from utils.errors import UserError

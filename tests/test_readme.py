@@ -82,6 +82,8 @@ def check(command: str) -> None:
         rest = words[words.index("main.py") + 1 :]
         if rest not in ([], ["…"], ["..."]):
             build_parser().parse_args(rest)
+    elif words[1:3] == ["-m", "utils.data.inspect"]:
+        build_parser().parse_args(words[3:])
     elif words[1:3] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words[3:] if word.startswith("tests/"))
     elif program == "python" and words[1].startswith("tools/"):

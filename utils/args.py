@@ -6,6 +6,7 @@ import os
 import deepspeed
 from transformers import SchedulerType
 
+from utils.data.sources import parse_columns, parse_source
 from utils.data.splits import parse_data_split
 from utils.errors import UserError
 
@@ -40,11 +41,18 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--data_path", nargs="*", default=["Dahoas/rm-static"], metavar="NAME",
-        help="data sets: hub names, or folders whose path contains such a name; several are mixed")
+        help="data sets: hub names, folders whose path contains such a name, or any file or folder of json, jsonl, "
+        "parquet or csv; several are mixed; NAME:0.3 trains on that share of the set's rows, NAME:2 on all twice")
     add("--data_split", default="2,4,4", metavar="A,B,C",
         help="shares of phases 1, 2 and 3; the default leaves the reward and RLHF phases their data")
     add("--sft_only_data_path", nargs="*", default=[], metavar="NAME",
         help="data sets used whole for this phase, none by default")
+    add("--columns", default=None, metavar="ROLE=COLUMN,...",
+        help="columns of your own data by role (messages, prompt, chosen, rejected, response, instruction, input, "
+        "output); none: columns have these names")
+    add("--chat_template", default="auto", metavar="FORMAT",
+        help="text of your own data: auto, the tokenizer's chat template, else human_assistant, but prompts that end "
+        "in Assistant: as they stand; human_assistant; none, prompts and answers as they stand; or a jinja file")
     add("--data_output_path", default=default_cache_folder(), metavar="DIR",
         help="cache of split indexes and tokenised data; best on a node's own disk")
     add("--max_seq_len", type=int, default=512, metavar="TOKENS",
@@ -140,12 +148,20 @@ def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora_dim", type=int, default=0, metavar="R",
         help="rank of the added weights; 0 trains without LoRA")
-    add("--lora_module_name", default="decoder.layers.", metavar="PART",
-        help="wrap Linear layers whose name contains this; the default is OPT's blocks (Llama: model.layers.)")
+    add("--lora_module_name", default="decoder.layers.", metavar="PART[,PART]",
+        help="wrap linear layers whose name contains this, or one of several; auto: those of the blocks, in any model "
+        "family; the default is OPT's blocks, the original's")
+    add("--lora_alpha", type=float, default=1.0, metavar="A",
+        help="LoRA adds its product times A / R, as in PEFT; 1 is the original's, PEFT users often take 2 R")
+    add("--lora_dropout", type=float, default=0.0, metavar="P",
+        help="dropout before the added weights; 0, the original's; --disable_dropout and --dropout leave it alone")
     add("--only_optimize_lora", action="store_true",
         help="train the added weights alone; off: wrapped weights are frozen, everything else trains")
     add("--lora_learning_rate", type=float, default=5e-4, metavar="LR",
         help="the added weights' own peak rate; 5e-4, since weights that start from zero want a high one")
+    add("--save_lora_adapter", action="store_true",
+        help="also write the added weights alone, in PEFT's format, to OUTPUT_DIR/adapter; off, since the saved "
+        "model has them merged in; needs --only_optimize_lora")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -209,16 +225,25 @@ def check_values(args: argparse.Namespace) -> list[str]:
         problems.append(f"--dropout must be at least 0 and below 1, not {args.dropout}.")
     if args.dropout and args.disable_dropout:
         problems.append("--disable_dropout and --dropout contradict each other: give one of them.")
+    if not 0 < args.lora_alpha < float("inf"):
+        problems.append(f"--lora_alpha must be a finite number above 0, not {args.lora_alpha}.")
+    if not 0 <= args.lora_dropout < 1:
+        problems.append(f"--lora_dropout must be at least 0 and below 1, not {args.lora_dropout}.")
+    if args.save_lora_adapter:
+        problems += _check_adapter_arguments(args)
     if args.only_optimize_lora and args.lora_dim == 0:
         problems.append("--only_optimize_lora needs --lora_dim above 0: without LoRA nothing would train.")
     if not args.data_path and not args.sft_only_data_path:
         problems.append("--data_path is empty: name at least one data set.")
     if args.add_eot_token and not args.eot_token:
         problems.append("--eot_token is empty: name the token, or leave --add_eot_token out.")
-    try:
-        parse_data_split(args.data_split)
-    except UserError as err:
-        problems.append(str(err))
+    checks = [(parse_data_split, args.data_split), (parse_columns, args.columns)]
+    checks += [(parse_source, name) for name in (*args.data_path, *args.sft_only_data_path)]
+    for check, value in checks:
+        try:
+            check(value)
+        except UserError as err:
+            problems.append(str(err))
     return problems + _check_checkpoint_values(args)
 
 
@@ -239,4 +264,19 @@ def _check_checkpoint_values(args: argparse.Namespace) -> list[str]:
     }  # fmt: skip
     if args.output_dir is None:
         problems += [f"{flag} needs --output_dir." for flag, wants in wanting.items() if wants]
+    return problems
+
+
+def _check_adapter_arguments(args: argparse.Namespace) -> list[str]:
+    """What keeps `--save_lora_adapter` from writing an adapter that gives the trained model."""
+    problems = []
+    if args.lora_dim == 0:
+        problems.append("--save_lora_adapter needs --lora_dim above 0: without LoRA there is no adapter.")
+    elif not args.only_optimize_lora:
+        problems.append(
+            "--save_lora_adapter needs --only_optimize_lora: without it embeddings, norms and biases train too, which "
+            "an adapter does not hold. The merged model in --output_dir always holds everything."
+        )
+    if args.output_dir is None:
+        problems.append("--save_lora_adapter needs --output_dir: the adapter is written to its folder adapter.")
     return problems

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.checkpoint import checkpoints_folder
 from utils.errors import UserError
+from utils.module.adapter import ADAPTER_FOLDER, save_lora_adapter
 from utils.run_state import RunState
 from utils.saving import live_logits, publish_model, save_model_folder, unwrap, verify_saved_model
 from utils.utils import global_rank, print_rank_0
@@ -43,6 +44,8 @@ def keep_best_model(
         shutil.rmtree(work, ignore_errors=True)
     expected = live_logits(engine.module, sample.to(engine.device))
     save_model_folder(unwrap(engine), tokenizer, work)
+    if args.save_lora_adapter:
+        save_lora_adapter(unwrap(engine), args.model_name_or_path, os.path.join(work, ADAPTER_FOLDER))
     if global_rank() == 0:
         verify_saved_model(work, sample, expected)
         with open(os.path.join(work, RECORD), "w", encoding="utf-8") as file:

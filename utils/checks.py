@@ -12,7 +12,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from utils.args import check_values, join_problems
 from utils.checkpoint import find_checkpoint
 from utils.data.cache import cache_lock
+from utils.data.chat_format import ChatFormat, resolve_chat_format
 from utils.data.data_utils import SFT_ONLY_SPLIT, end_token_id, get_raw_dataset
+from utils.data.own_formats import OwnOptions
+from utils.data.raw_datasets import known_name
+from utils.data.sources import parse_columns, parse_source
 from utils.data.splits import parse_data_split, split_boundaries
 from utils.ds_utils import check_local_rank, launched_ranks, read_deepspeed_config, resolve_dtype
 from utils.errors import UserError
@@ -55,12 +59,17 @@ def check_run(args: Namespace) -> None:
         attempt(_check_length, args.max_seq_len, config)
         if args.lora_dim > 0:
             attempt(_check_lora_names, config, args.lora_module_name)
-    attempt(_check_tokenizer, args)
+    tokenizer = attempt(_check_tokenizer, args)
+    if args.save_lora_adapter and config is not None and tokenizer is not None:
+        attempt(_check_adapter_base, config, len(tokenizer))
+    columns = attempt(_check_columns, args)
+    chat = None if tokenizer is None else attempt(_chat_format, args, tokenizer)
+    own = OwnOptions(columns or {}, chat or ChatFormat())
     if attempt(_check_writable, args.data_output_path, "--data_output_path") and can_split:
         for name in args.data_path:
-            attempt(_check_data, name, args.data_split, args)
+            attempt(_check_data, name, args.data_split, args, own)
         for name in args.sft_only_data_path:
-            attempt(_check_data, name, SFT_ONLY_SPLIT, args)
+            attempt(_check_data, name, SFT_ONLY_SPLIT, args, own)
     if problems:
         raise UserError(join_problems(problems))
 
@@ -105,8 +114,19 @@ def _check_lora_names(config: PretrainedConfig, module_name: str) -> None:
     check_lora_module_name(model, module_name)
 
 
-def _check_tokenizer(args: Namespace) -> None:
-    """Load it, save it and load that: what would fail after training fails now instead."""
+def _check_adapter_base(config: PretrainedConfig, entries: int) -> None:
+    """An adapter is used on the base model as it is published, so that model must have a row for every token."""
+    rows = config.get_text_config().vocab_size
+    if rows < entries:
+        raise UserError(
+            f"--save_lora_adapter: the tokenizer has {entries} entries and the base model {rows} rows of embeddings. "
+            "The rows that would be added are no part of an adapter: leave --add_eot_token out, or grow the base "
+            "model first and train that."
+        )
+
+
+def _check_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
+    """Load it, save it and load that: what would fail after training fails now instead. Returns it."""
     tokenizer = load_hf_tokenizer(
         args.model_name_or_path, add_special_tokens=args.eot_token if args.add_eot_token else None
     )
@@ -124,6 +144,7 @@ def _check_tokenizer(args: Namespace) -> None:
             f"the tokenizer of {args.model_name_or_path} gives other ids after being saved and loaded again: with "
             "this version of transformers a fine-tuned copy of it would be useless."
         )
+    return tokenizer
 
 
 def end_of_conversation_token(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -135,14 +156,31 @@ def end_of_conversation_token(args: Namespace, tokenizer: PreTrainedTokenizerBas
     return token
 
 
-def _check_data(name: str, data_split: str, args: Namespace) -> None:
+def _check_columns(args: Namespace) -> dict[str, str]:
+    columns = parse_columns(args.columns)
+    names = [parse_source(name).name for name in (*args.data_path, *args.sft_only_data_path)]
+    if columns and all(known_name(name) for name in names):
+        raise UserError(f"--columns is for data of your own: the columns of {', '.join(names)} are known.")
+    return columns
+
+
+def _chat_format(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+    return resolve_chat_format(args.chat_template, tokenizer, end_of_conversation_token(args, tokenizer))
+
+
+def _check_data(text: str, data_split: str, args: Namespace, own: OwnOptions) -> None:
     """The data set is known, readable and well-formed, and phase 1 gets rows of it."""
+    name, weight = parse_source(text)
     with cache_lock(args.data_output_path):
-        raw = get_raw_dataset(name, args.data_output_path, args.seed, 1)
+        raw = get_raw_dataset(name, args.data_output_path, args.seed, 1, own)
         rows = len(raw.get_train_data())
+    raw.try_rows(args.completion_only_loss)
     # The published rounding can give a zero share one row; nobody who writes 0 wants to train on that.
-    if split_boundaries(data_split, rows).boundaries[1] == 0 or parse_data_split(data_split)[0] == 0:
+    share = split_boundaries(data_split, rows).boundaries[1]
+    if share == 0 or parse_data_split(data_split)[0] == 0:
         raise UserError(
             f"the first part of --data_split {data_split} holds none of the {rows} training rows of {name}: "
             "give it a larger share."
         )
+    if round(share * weight) == 0:
+        raise UserError(f"--data_path {text} leaves none of {share} training rows: give it a larger weight.")

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import shutil
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import NamedTuple
 
 import deepspeed
@@ -72,19 +73,32 @@ def plan_shards(tensors: list[SavedTensor], max_bytes: int) -> list[list[SavedTe
     return shards
 
 
+def gather(tensors: Iterable[torch.Tensor]) -> AbstractContextManager:
+    """Within it, those of the tensors that ZeRO 3 has partitioned are whole. A collective."""
+    partitioned = [tensor for tensor in tensors if _is_partitioned(tensor)]
+    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
+
+
 def _gathered(entry: SavedTensor) -> torch.Tensor | None:
     """The whole tensor on the CPU, merged if LoRA sits on it. A collective under ZeRO 3."""
     sources = [entry.source]
     if entry.lora is not None:
         sources += [entry.lora.lora_right_weight, entry.lora.lora_left_weight]
-    partitioned = [tensor for tensor in sources if _is_partitioned(tensor)]
-    with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():
+    with gather(sources):
         if dist.is_initialized() and dist.get_rank() != 0:
             return None
         if entry.lora is None:
             return entry.source.detach().to("cpu", copy=True).contiguous()
         merged = entry.source.detach().float() + entry.lora.delta_weight()
         return merged.to(entry.source.dtype).cpu().contiguous()
+
+
+def write_tensors(content: dict[str, torch.Tensor], path: str) -> None:
+    """One safetensors file. The library makes it for its owner alone; a model is shared like any other file."""
+    save_file(content, path, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 def write_weights(model: torch.nn.Module, folder: str, is_writer: bool, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -96,11 +110,7 @@ def write_weights(model: torch.nn.Module, folder: str, is_writer: bool, max_shar
         content = {entry.name: _gathered(entry) for entry in shard}
         index.update(dict.fromkeys(content, name))
         if is_writer:
-            save_file(content, os.path.join(folder, name), metadata={"format": "pt"})
-            # safetensors makes files only their owner can read; a model is shared like any other file.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(os.path.join(folder, name), 0o666 & ~umask)
+            write_tensors(content, os.path.join(folder, name))
     if is_writer and len(shards) > 1:
         total = sum(entry.size for shard in shards for entry in shard)
         with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
@@ -109,17 +119,36 @@ def write_weights(model: torch.nn.Module, folder: str, is_writer: bool, max_shar
 
 def save_model_folder(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     """Save everything `from_pretrained(folder)` needs; complete or absent. Every rank must call it."""
+
+    def write(work: str, is_writer: bool) -> None:
+        if is_writer:
+            tokenizer.save_pretrained(work)
+            _save_configs(model, work)
+        write_weights(model, work, is_writer)
+
+    write_folder(folder, "the model", "config.json", write)
+
+
+def write_folder(folder: str, what: str, config: str, write: Callable[[str, bool], None]) -> None:
+    """Write `folder` aside, then move it into place: complete or absent. Every rank must call it.
+
+    Args:
+        what: what is written, for messages.
+        config: the file without which no loader takes the folder; it is moved last.
+        write: fills the folder it is given; its second argument is True on the rank that writes files.
+
+    Raises:
+        UserError: the files can't be written; what was there before still is.
+    """
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     work = os.path.join(folder, INCOMPLETE)
     try:
         if is_writer:
             shutil.rmtree(work, ignore_errors=True)
             os.makedirs(work)
-            tokenizer.save_pretrained(work)
-            _save_configs(model, work)
-        write_weights(model, work, is_writer)
+        write(work, is_writer)
         if is_writer:
-            _publish(work, folder)
+            _publish(work, folder, config)
     except BaseException as err:
         if is_writer:
             shutil.rmtree(work, ignore_errors=True)
@@ -127,7 +156,7 @@ def save_model_folder(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
                 os.rmdir(folder)  # only if it is empty
         if not _is_writing_failure(err):
             raise
-        raise UserError(f"the model can't be saved to {folder}: {err}. Nothing half-written was left there.") from err
+        raise UserError(f"{what} can't be saved to {folder}: {err}. Nothing half-written was left there.") from err
 
 
 def _is_writing_failure(err: BaseException) -> bool:
@@ -145,15 +174,15 @@ def _save_configs(model: torch.nn.Module, folder: str) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _publish(work: str, folder: str) -> None:
+def _publish(work: str, folder: str, config: str = "config.json") -> None:
     """Move the finished files up, the old configuration away first and the new one in last."""
-    new = sorted(os.listdir(work), key=lambda name: name == "config.json")
+    new = sorted(os.listdir(work), key=lambda name: name == config)
     for parent, _, files in os.walk(work):
         for name in files:
             with open(os.path.join(parent, name), "rb") as file:
                 os.fsync(file.fileno())
     for name in os.listdir(folder):
-        if name == "config.json" or name.endswith(".safetensors") or name.endswith(".safetensors.index.json"):
+        if name == config or name.endswith(".safetensors") or name.endswith(".safetensors.index.json"):
             os.remove(os.path.join(folder, name))
     for name in new:
         target = os.path.join(folder, name)

@@ -19,11 +19,19 @@ Columns = dict[str, Kind]
 
 
 class Schema(NamedTuple):
-    """The columns to read; those in `optional` may be missing, `not_null` ones have a value in every row."""
+    """The columns to read; those in `optional` may be missing, `not_null` ones have a value in every row.
+
+    Columns in `conversations` hold lists of messages, see `conversation_fault`.
+    """
 
     columns: Columns
     optional: tuple[str, ...] = ()
     not_null: tuple[str, ...] = ()
+    conversations: tuple[str, ...] = ()
+
+
+CONVERSATION: Kind = [{"role": str, "content": str}]
+ROLES = ("system", "user", "assistant", "tool")
 
 
 _NAMES = {str: "a string", int: "a whole number", float: "a number"}
@@ -70,6 +78,34 @@ def value_fault(value: Any, kind: Kind, where: str) -> str | None:
             return f'"{where}" holds half of a two-part character (a lone surrogate)'
         return None
     return f'"{where}" is {json_kind(value)} where {kind_name(kind)} is needed'
+
+
+def record_fault(record: dict[str, Any], schema: Schema) -> str | None:
+    """What is wrong with a record of a file, in words; None when nothing is."""
+    for name, kind in schema.columns.items():
+        if name not in record and name not in schema.optional:
+            return f'has no "{name}" (it has {", ".join(record) or "nothing"})'
+        if record.get(name) is None and name in schema.not_null:
+            return f'has null for "{name}", which every record needs'
+        fault = value_fault(record.get(name), kind, name)
+        if fault is None and name in schema.conversations:
+            fault = conversation_fault(record.get(name), name)
+        if fault:
+            return fault
+    return None
+
+
+def conversation_fault(messages: list[dict[str, Any]] | None, where: str) -> str | None:
+    """What is wrong with a list of `{"role", "content"}` of the right types, in words; None when nothing is."""
+    if not messages:
+        return f'"{where}" holds no message'
+    for place, message in enumerate(messages):
+        if message is None or message["role"] not in ROLES:
+            role = None if message is None else message["role"]
+            return f'"{where}[{place}].role" is {role!r}: it must be one of {", ".join(ROLES)}'
+        if message["content"] is None:
+            return f'"{where}[{place}].content" is null where a string is needed'
+    return None
 
 
 def _field_fault(value: dict, name: str, kind: Kind, where: str) -> str | None:

@@ -15,8 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.data import prompt_cache
 from utils.data.cache import build_folder, cache_lock
+from utils.data.chat_format import AUTO, resolve_chat_format
+from utils.data.own_formats import OwnFormatDataset, OwnOptions
 from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
-from utils.data.raw_datasets import PromptRawDataset, find_raw_dataset_class
+from utils.data.raw_datasets import PromptRawDataset, find_raw_dataset_class, known_name
+from utils.data.sources import parse_source, weighted
 from utils.data.splits import get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
 from utils.data.tokenise import DEFAULT_END_TOKEN, end_token_id, tokenise, tokenise_completions
 from utils.errors import UserError
@@ -26,12 +29,19 @@ SFT_ONLY_SPLIT = "10,0,0"
 ROWS_PER_PROCESS = 25_000
 
 
-def get_raw_dataset(dataset_name: str, output_path: str, seed: int, local_rank: int) -> PromptRawDataset:
-    """The data set whose known name is contained in `dataset_name` (so a mirror's path works too).
+def get_raw_dataset(
+    dataset_name: str, output_path: str, seed: int, local_rank: int, own: OwnOptions | None = None
+) -> PromptRawDataset:
+    """The data set whose known name is contained in `dataset_name` (so a mirror's path works too), else the user's own.
+
+    Args:
+        own: how data sets of the user's own are read; the Human/Assistant form and the columns' usual names if None.
 
     Raises:
-        UserError: the name is unknown, or its data can't be read or is malformed.
+        UserError: there is no such name or path, or its data can't be read or is malformed.
     """
+    if known_name(dataset_name) is None and os.path.exists(dataset_name):
+        return OwnFormatDataset(output_path, seed, local_rank, dataset_name, own)
     return find_raw_dataset_class(dataset_name)(output_path, seed, local_rank, dataset_name)
 
 
@@ -51,14 +61,14 @@ def create_dataset_split(
     Args:
         work_file: Arrow file to write to; None keeps the result in memory.
         num_proc: processes; None decides by the number of rows and cores.
-        completion_only: note where the response begins (phase 1), so that only it is labelled.
+        completion_only: note where responses stand (phase 1), so that only they are labelled.
     """
     source = copy.copy(raw_dataset)
     source.raw_datasets = None  # workers need its texts' description, not its data
     ids = {name: datasets.List(datasets.Value("int32")) for name in ID_COLUMNS[train_phase]}
     features = datasets.Features({**ids, "cut": datasets.Value("bool")})
     if completion_only:
-        features["prompt_tokens"] = datasets.Value("int32")
+        features["label_spans"] = datasets.List(datasets.Value("int32"))
     if len(current_dataset) == 0:  # map would not make the columns
         empty = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
         return PromptDataset(empty, train_phase, tokenizer.pad_token_id, max_seq_len)
@@ -106,9 +116,14 @@ def create_dataset(
     work_folder: str | None = None,
     num_proc: int | None = None,
     completion_only: bool = False,
+    own: OwnOptions | None = None,
 ) -> tuple[PromptDataset, PromptDataset]:
-    """The phase's part of one data set's training and evaluation rows, tokenised: (train, eval)."""
-    raw = get_raw_dataset(dataset_name, output_path, seed, local_rank)
+    """The phase's part of one data set's training and evaluation rows, tokenised: (train, eval).
+
+    `dataset_name` may end in a weight, `NAME:0.3`: that share of the part's training rows is used.
+    """
+    name, weight = parse_source(dataset_name)
+    raw = get_raw_dataset(name, output_path, seed, local_rank, own)
     parts = []
     for split_name, rows in (("train", raw.get_train_data()), ("eval", raw.get_eval_data())):
         index = get_raw_dataset_split_index(
@@ -121,21 +136,22 @@ def create_dataset(
                 f"{raw.dataset_name} {split_name}: {data_split} of {len(rows)} rows is cut by {rule}",
                 flush=True,
             )
+        if split_name == "train" and weight != 1:
+            given, index = len(index), weighted(index, weight)
+            if local_rank <= 0:
+                print(f"{raw.dataset_name} train: weight {weight:g}, {len(index)} rows of {given}", flush=True)
         work_file = None
         if work_folder:
             os.makedirs(work_folder, exist_ok=True)
             work_file = os.path.join(work_folder, f"{split_name}.arrow")
-        part = create_dataset_split(
-            rows.select(index),
-            raw,
-            train_phase,
-            tokenizer,
-            end_of_conversation_token,
-            max_seq_len,
-            work_file,
-            num_proc,
-            completion_only,
-        )
+        try:
+            part = create_dataset_split(
+                rows.select(index), raw, train_phase, tokenizer, end_of_conversation_token, max_seq_len, work_file,
+                num_proc, completion_only,
+            )  # fmt: skip
+        except UserError:
+            raw.try_rows(completion_only, limit=None)  # says where the row stands, which workers don't know
+            raise
         part.rows_given = len(index)
         parts.append(part)
     return parts[0], parts[1]
@@ -158,6 +174,8 @@ def create_prompt_dataset(
     reload: bool = False,
     num_proc: int | None = None,
     completion_only: bool = False,
+    columns: dict[str, str] | None = None,
+    chat_template: str = AUTO,
 ) -> tuple[PromptDataset, PromptDataset]:
     """The mixed, tokenised data of one phase: (train, eval), from the cache where it fits.
 
@@ -166,12 +184,14 @@ def create_prompt_dataset(
 
     Args:
         local_rank: rank on this node; only 0 (or -1) describes the data; who builds says so.
-        data_path: data sets split by `data_split`, of which phase `train_phase` gets its part.
+        data_path: data sets (`NAME` or `NAME:WEIGHT`) split by `data_split`; phase `train_phase` gets its part.
         output_path: cache folder, on a node's own or a shared disk.
         sft_only_data_path: data sets phase 1 uses whole.
         reload: build anew even if the cache fits.
         num_proc: tokenising processes; None decides by the number of rows and cores.
         completion_only: label only the response (phase 1).
+        columns: columns by role, for data sets of the user's own.
+        chat_template: how these become text, see `utils.data.chat_format`.
 
     Raises:
         UserError: bad data, or no training sample is left.
@@ -179,13 +199,16 @@ def create_prompt_dataset(
     sources = [(name, data_split) for name in data_path]
     if train_phase == 1:
         sources += [(name, SFT_ONLY_SPLIT) for name in sft_only_data_path]
+    end_id = end_token_id(tokenizer, end_of_conversation_token)
+    end_token = tokenizer.convert_ids_to_tokens(end_id)
+    own = OwnOptions(columns or {}, resolve_chat_format(chat_template, tokenizer, end_token))
 
     def build(work: str) -> None:
         mixed: dict[str, list[PromptDataset]] = {"train": [], "eval": []}
         for number, (name, shares) in enumerate(sources):
             pair = create_dataset(
                 local_rank, name, shares, output_path, train_phase, seed, tokenizer, end_of_conversation_token,
-                max_seq_len, reload, os.path.join(work, f"part{number}"), num_proc, completion_only,
+                max_seq_len, reload, os.path.join(work, f"part{number}"), num_proc, completion_only, own,
             )  # fmt: skip
             for split, part in zip(mixed, pair, strict=True):
                 mixed[split].append(part)
@@ -194,8 +217,10 @@ def create_prompt_dataset(
         prompt_cache.finish(work, mixed, ID_COLUMNS[train_phase])
 
     with cache_lock(output_path):
-        raws = [(get_raw_dataset(name, output_path, seed, local_rank), shares) for name, shares in sources]
-        end_id = end_token_id(tokenizer, end_of_conversation_token)
+        raws = []
+        for text, shares in sources:
+            name, weight = parse_source(text)
+            raws.append((get_raw_dataset(name, output_path, seed, local_rank, own), shares, weight))
         key = prompt_cache.key(raws, train_phase, seed, tokenizer, max_seq_len, end_id, len(data_path), completion_only)
         folder = os.path.join(output_path, f"prompts_{key}")
         reason = "asked for" if reload else prompt_cache.damage(folder)
@@ -204,6 +229,8 @@ def create_prompt_dataset(
             print(f"Data cache {folder}: built ({reason})", flush=True)  # whichever rank came first
     report = prompt_cache.read_report(folder)
     if local_rank <= 0:
+        for line in filter(None, (raw.describe() for raw, *_ in raws)):
+            print(line, flush=True)
         if not reason:
             print(f"Data cache {folder}: hit", flush=True)
         print("\n".join(prompt_cache.describe(report, max_seq_len, train_phase)), flush=True)

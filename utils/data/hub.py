@@ -10,7 +10,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from utils.data.columns import Schema, check_dataset
-from utils.data.loading import SplitData, only_columns, pick_split
+from utils.data.data_files import pick_split
+from utils.data.loading import SplitData, only_columns
 from utils.errors import UserError
 
 PARQUET_REVISION = "refs/convert/parquet"

@@ -1,13 +1,12 @@
 """Brings the splits of a data set from disk, checked, as memory-mapped Arrow.
 
-Two sources: a folder made by `save_to_disk`, and a folder (or one file) of parquet or JSON. The second is
+Two sources: a folder made by `save_to_disk`, and a folder (or one file) of parquet, JSON or CSV. The second is
 turned once into an Arrow file below the output folder, whose name is a hash of the content: an edited file is
 noticed, and processes that need the same data share it.
 """
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -18,21 +17,15 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from utils.data.cache import checksum
-from utils.data.columns import Schema, arrow_type, check_columns, check_dataset, value_fault
+from utils.data.columns import Schema, arrow_type, check_columns, check_dataset, conversation_fault, record_fault
+from utils.data.csv_records import CSV_ADVICE, iter_csv_records
+from utils.data.data_files import CSV_SUFFIXES, PARQUET_SUFFIXES, find_data_files, name_parts, pick_split
 from utils.data.json_records import SHAPE_ADVICE, iter_json_records
 from utils.data.splits import write_aside
 from utils.errors import UserError
 
-PARQUET_SUFFIXES = (".parquet",)
-JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 ROWS_PER_BATCH = 1000
 ARROW_FOLDER = "arrow"
-
-# Written beside the data by `datasets` itself: they hold no records.
-_METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-_SPLIT_WORDS = {"train", "training", "test", "testing", "eval", "evaluation", *_VALIDATION_NAMES}
-_SHARD_NAME = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 
 
 class SplitData(NamedTuple):
@@ -45,7 +38,7 @@ class SplitData(NamedTuple):
 def load_from_path(
     path: str, splits: Iterable[str], schema: Schema, output_path: str, config: str | None = None
 ) -> dict[str, SplitData]:
-    """Read the wanted splits from a `save_to_disk` folder, or from parquet or JSON files (found recursively).
+    """Read the wanted splits from a `save_to_disk` folder, or from parquet, JSON or CSV files (found recursively).
 
     Args:
         path: the folder, or one data file.
@@ -57,8 +50,8 @@ def load_from_path(
     Raises:
         UserError: nothing to read, a split or column is missing, or the content is not what the schema says.
     """
-    if any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json")):
-        return _load_saved(path, splits, schema)
+    if is_saved(path):
+        return load_saved(path, splits, schema)
     files_of = find_data_files(path, config)
     loaded = {}
     for split in splits:
@@ -67,85 +60,8 @@ def load_from_path(
     return loaded
 
 
-def pick_split(found: Iterable[str], wanted: str, origin: str) -> str:
-    """The name under which the wanted split is there: the validation split goes by several names.
-
-    Raises:
-        UserError: it is not there.
-    """
-    found = list(found)
-    names = (wanted, *_VALIDATION_NAMES) if wanted in _VALIDATION_NAMES else (wanted,)
-    for name in names:
-        if name in found:
-            return name
-    raise UserError(
-        f'{origin} has no split "{wanted}"; found: {", ".join(sorted(found)) or "none"}. Add its files, '
-        f"named for example {wanted}.jsonl or {wanted}-00000-of-00001.parquet."
-    )
-
-
-def find_data_files(path: str, config: str | None = None) -> dict[str, list[str]]:
-    """The data files below `path` by split name; parquet if there is any, else JSON.
-
-    The split is read off the file name (train-00000-of-00001.parquet, dev.jsonl), else off the folders in
-    between (train/0000.parquet). Where no name says anything, all files are the train split.
-
-    Raises:
-        UserError: there are no data files.
-    """
-    files = sorted(_walk(path))
-    for suffixes in (PARQUET_SUFFIXES, JSON_SUFFIXES):
-        chosen = [file for file in files if file.lower().endswith(suffixes)]
-        if chosen:
-            break
-    else:
-        raise UserError(
-            f"{path} holds no data: a folder made by save_to_disk is needed, or files ending in "
-            f"{', '.join(PARQUET_SUFFIXES + JSON_SUFFIXES)}."
-        )
-    if config is not None:
-        # The configurations of a data set may overlap: all of them together would repeat rows.
-        chosen = [file for file in chosen if config in _name_parts(file, path)] or chosen
-    by_split: dict[str, list[str]] = {}
-    for file in chosen:
-        by_split.setdefault(_split_of(_name_parts(file, path)), []).append(file)
-    if list(by_split) == [""]:
-        return {"train": by_split[""]}
-    by_split.pop("", None)
-    return by_split
-
-
-def _walk(path: str) -> Iterator[str]:
-    if os.path.isfile(path):
-        yield path
-    for folder, subfolders, names in os.walk(path, followlinks=True):
-        # Hidden folders hold download bookkeeping and notebook copies.
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (
-            os.path.join(folder, name) for name in names if not name.startswith(".") and name not in _METADATA_FILES
-        )
-
-
-def _name_parts(file: str, root: str) -> list[str]:
-    """The names from the file's own (without suffixes) up to the folder below `root`."""
-    relative = os.path.basename(file) if file == root else os.path.relpath(file, root)
-    *folders, name = relative.split(os.sep)
-    return [name.split(".")[0], *reversed(folders)]
-
-
-def _split_of(name_parts: list[str]) -> str:
-    shard = _SHARD_NAME.match(name_parts[0])
-    if shard:
-        return shard[1]
-    for part in name_parts:
-        for word in re.findall("[a-z]+", part.lower()):
-            if word in _SPLIT_WORDS:
-                return word
-    return ""
-
-
 def load_files(files: list[str], schema: Schema, output_path: str, root: str) -> SplitData:
-    """Turn parquet or JSON files into one memory-mapped data set, or open the Arrow file made of them before.
+    """Turn parquet, JSON or CSV files into one memory-mapped data set, or open the Arrow file made of them before.
 
     Raises:
         UserError: a file, row or column is not what the schema says, or there are no rows.
@@ -177,7 +93,7 @@ def hash_files(files: list[str], root: str) -> str:
     digest = hashlib.sha256()
     for file in sorted(files):
         try:
-            digest.update(f"{_name_parts(file, root)} {os.path.getsize(file)}".encode())
+            digest.update(f"{name_parts(file, root)} {os.path.getsize(file)}".encode())
             with open(file, "rb") as stream:
                 while block := stream.read(1 << 20):
                     digest.update(block)
@@ -199,13 +115,13 @@ def _write_arrow(target: str, files: list[str], schema: Schema) -> None:
     if files[0].lower().endswith(PARQUET_SUFFIXES):
         arrow_schema, batches = _parquet_batches(files, schema)
     else:
-        arrow_schema, batches = _json_batches(files, schema)
+        arrow_schema, batches = _record_batches(files, schema)
     with write_aside(target) as sink, pa.ipc.new_stream(sink, arrow_schema) as writer:
         for batch in batches:
             writer.write(batch)
 
 
-def _json_batches(files: list[str], schema: Schema) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+def _record_batches(files: list[str], schema: Schema) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     arrow_schema = pa.schema([(name, arrow_type(kind)) for name, kind in schema.columns.items()])
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -217,20 +133,18 @@ def _json_batches(files: list[str], schema: Schema) -> tuple[pa.Schema, Iterator
     return arrow_schema, batches()
 
 
+def _iter_records(file: str) -> Iterator[tuple[int, int, dict]]:
+    return iter_csv_records(file) if file.lower().endswith(CSV_SUFFIXES) else iter_json_records(file)
+
+
 def _checked_records(file: str, schema: Schema) -> Iterator[dict[str, Any]]:
-    for number, line, record in iter_json_records(file):
-        for name, kind in schema.columns.items():
-            if name not in record and name not in schema.optional:
-                fault = f'has no "{name}" (it has {", ".join(record) or "nothing"})'
-            elif record.get(name) is None and name in schema.not_null:
-                fault = f'has null for "{name}", which every record needs'
-            else:
-                fault = value_fault(record.get(name), kind, name)
-            if fault:
-                raise UserError(
-                    f"{file}, record {number} (line {line}): {fault}. Correct or remove the record; in all, "
-                    f"{SHAPE_ADVICE}."
-                )
+    advice = CSV_ADVICE if file.lower().endswith(CSV_SUFFIXES) else SHAPE_ADVICE
+    for number, line, record in _iter_records(file):
+        fault = record_fault(record, schema)
+        if fault:
+            raise UserError(
+                f"{file}, record {number} (line {line}): {fault}. Correct or remove the record; in all, {advice}."
+            )
         yield record
 
 
@@ -251,14 +165,54 @@ def _parquet_batches(files: list[str], schema: Schema) -> tuple[pa.Schema, Itera
 
     def batches() -> Iterator[pa.RecordBatch]:
         for file in files:
+            rows = 0
             try:
                 with pq.ParquetFile(file) as parquet:
                     for batch in parquet.iter_batches(batch_size=ROWS_PER_BATCH, columns=names):
+                        _check_rows(batch, schema, f"{file}, record", rows)
+                        rows += len(batch)
                         yield batch.select(names).cast(target)
             except (pa.ArrowException, OSError) as err:
                 raise UserError(f"{file} cannot be read: {err}. Copy it again, or write it anew.") from err
 
     return target, batches()
+
+
+def _check_rows(batch: pa.RecordBatch | pa.Table, schema: Schema, where: str, before: int = 0) -> None:
+    """Raise UserError naming the first row with a forbidden null or a malformed conversation."""
+    for name in schema.not_null:
+        if batch.column(name).null_count:
+            row = before + batch.column(name).is_null().index(True).as_py() + 1
+            raise UserError(f'{where} {row}: "{name}" is null. Correct or remove it and others like it.')
+    for name in schema.conversations:
+        for row, value in enumerate(batch.column(name).to_pylist(), before + 1):
+            if fault := conversation_fault(value, name):
+                raise UserError(f"{where} {row}: {fault}. Correct or remove it and others like it.")
+
+
+def column_names(file: str) -> list[str]:
+    """The columns of a data file: of its first record, where the format names them in each.
+
+    Raises:
+        UserError: the file can't be read, or holds no record.
+    """
+    if file.lower().endswith(PARQUET_SUFFIXES):
+        return _parquet_schema(file).names
+    first = next(_iter_records(file), None)
+    if first is None:
+        raise UserError(f"{file} holds no records: at least one is needed.")
+    return list(first[2])
+
+
+def place_of_row(files: list[str], row: int) -> str:
+    """The file and record of a row, counted from 0, of a split made of `files`, in words for a message."""
+    for file in files:
+        is_parquet = file.lower().endswith(PARQUET_SUFFIXES)
+        rows = pq.read_metadata(file).num_rows if is_parquet else sum(1 for _ in _iter_records(file))
+        if row < rows:
+            return f"{file}, record {row + 1}"
+        row -= rows
+    raise IndexError(f"no such row in {', '.join(files)}")
 
 
 def _parquet_schema(file: str) -> pa.Schema:
@@ -268,17 +222,33 @@ def _parquet_schema(file: str) -> pa.Schema:
         raise UserError(f"{file} is no complete parquet file: {err}. Copy it again.") from err
 
 
-def _load_saved(path: str, splits: Iterable[str], schema: Schema) -> dict[str, SplitData]:
+def is_saved(path: str) -> bool:
+    """Whether `path` is a folder made by `save_to_disk`."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
+
+
+def open_saved(path: str) -> dict[str, datasets.Dataset]:
+    """The splits of a folder made by `save_to_disk`; one without splits is the train split.
+
+    Raises:
+        UserError: the folder is not complete.
+    """
     try:
         found = datasets.load_from_disk(path)
     except (OSError, ValueError, KeyError) as err:
         raise UserError(f"{path} is no complete save_to_disk folder: {err}. Save or copy it again.") from err
-    if isinstance(found, datasets.Dataset):
-        found = {str(found.split or "train"): found}
+    return {str(found.split or "train"): found} if isinstance(found, datasets.Dataset) else dict(found)
+
+
+def load_saved(path: str, splits: Iterable[str], schema: Schema) -> dict[str, SplitData]:
+    """The wanted splits of a folder made by `save_to_disk`, checked; raises UserError."""
+    found = open_saved(path)
     loaded = {}
     for split in splits:
         dataset = found[pick_split(found, split, path)]
         check_dataset(dataset, schema, path)
+        for start in range(0, len(dataset), ROWS_PER_BATCH) if schema.conversations else ():
+            _check_rows(dataset.with_format("arrow")[start : start + ROWS_PER_BATCH], schema, f"{path}, record", start)
         files = [entry["filename"] for entry in dataset.cache_files]
         # Rows taken through an index (select, shuffle) are stored flattened: the Arrow bytes are the content.
         loaded[split] = SplitData(only_columns(dataset, schema), hash_files(files, path))

@@ -17,7 +17,7 @@ SPLITS = ("train", "eval")
 
 
 def key(
-    raw_datasets: list[tuple[Any, str]],
+    raw_datasets: list[tuple[Any, str, float]],
     train_phase: int,
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
@@ -28,10 +28,12 @@ def key(
 ) -> str:
     """Hash over everything that changes the result: contents, split, phase, seed, tokenizer, length, end, code.
 
+    `raw_datasets` are data sets with their split and weight; how their texts are made is in their fingerprints.
     `main_sets` of `raw_datasets` come from `--data_path`; the others are mixed in after those, in a second shuffle.
     """
     contents = [
-        [raw.dataset_name, raw.fingerprint("train"), raw.fingerprint("eval"), shares] for raw, shares in raw_datasets
+        [raw.dataset_name, raw.fingerprint("train"), raw.fingerprint("eval"), shares, weight]
+        for raw, shares, weight in raw_datasets
     ]
     parts = [
         contents,

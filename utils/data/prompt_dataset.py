@@ -17,7 +17,7 @@ class PromptDataset(torch.utils.data.Dataset):
 
     Items, tensors of int64:
         phase 1: dict of `input_ids`, `attention_mask`, `labels`, each [length], unpadded; with completion-only loss
-            the prompt is labelled -100;
+            all but the responses is labelled -100;
         phase 2: (chosen ids, chosen mask, rejected ids, rejected mask), each [1, max_seq_len], padded, as the
             reward phase concatenates them;
         phase 3: (reversed prompt ids, reversed mask, pad id), [length]; the RLHF phase pads and turns them back.
@@ -30,7 +30,7 @@ class PromptDataset(torch.utils.data.Dataset):
         self.train_phase = train_phase
         self.pad_token_id = pad_token_id
         self.max_seq_len = max_seq_len
-        self.completion_only = "prompt_tokens" in table.column_names
+        self.completion_only = "label_spans" in table.column_names
         self.rows_given = len(table)  # rows it was made from, those left out included
 
     def __len__(self) -> int:
@@ -42,20 +42,23 @@ class PromptDataset(torch.utils.data.Dataset):
         return pc.list_value_length(lists).to_numpy().astype(np.int64)
 
     def label_counts(self) -> np.ndarray:
-        """Label tokens of every sample of phase 1, [samples] int64: all but the first, or the response's."""
-        unlabelled = np.ones(len(self), dtype=np.int64)
-        if self.completion_only:
-            unlabelled = np.maximum(self.table.with_format("arrow")[:]["prompt_tokens"].to_numpy(), 1)
-        return self.lengths() - unlabelled
+        """Label tokens of every sample of phase 1, [samples] int64: all but the first, or the responses'."""
+        if not self.completion_only:
+            return self.lengths() - 1
+        lists = self.table.with_format("arrow")[:]["label_spans"]
+        flat = pc.list_flatten(lists).to_numpy().astype(np.int64)
+        sample_of = np.repeat(np.arange(len(self)), pc.list_value_length(lists).to_numpy() // 2)
+        return np.bincount(sample_of, flat[1::2] - flat[::2], minlength=len(self)).astype(np.int64)
 
     def __getitem__(self, index: int) -> Any:
         row = self.table[int(index)]
-        prompt_tokens = int(row.get("prompt_tokens", 0))
+        spans = row.get("label_spans", ())
         row = {key: torch.from_numpy(np.asarray(row[key], dtype=np.int64)) for key in ID_COLUMNS[self.train_phase]}
         if self.train_phase == 1:
             ids = row["input_ids"]
-            labels = ids.clone()
-            labels[:prompt_tokens] = IGNORE_INDEX
+            labels = torch.full_like(ids, IGNORE_INDEX) if self.completion_only else ids.clone()
+            for start, end in zip(spans[::2], spans[1::2], strict=True):
+                labels[start:end] = ids[start:end]
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         if self.train_phase == 2:
             return (*self._padded(row["chosen_ids"]), *self._padded(row["rejected_ids"]))

@@ -78,6 +78,7 @@ class PromptRawDataset:
         prompt, chosen, rejected: how to get each text from a sample; None where there is none.
         columns: columns needed beyond those of `prompt`, `chosen` and `rejected`.
         optional, not_null: columns that may be missing; columns that must have a value in every row.
+        add_special_tokens: whether the tokenizer puts its own around the texts; not where they already hold them.
 
     A text is None where the sample has none; a record whose `get_prompt_and_chosen` is None must be left out.
 
@@ -103,6 +104,7 @@ class PromptRawDataset:
     columns: Columns = {}
     optional: tuple[str, ...] = ()
     not_null: tuple[str, ...] = ()
+    add_special_tokens: bool = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -189,6 +191,13 @@ class PromptRawDataset:
         parts = [self.dataset_name, self._source_split(split).fingerprint, which, *rules]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    def describe(self) -> str | None:
+        """What was decided about this data set, in a line for the user; None where its name says it all."""
+        return None
+
+    def try_rows(self, completion_only: bool, limit: int | None = None) -> None:
+        """Raise UserError where the first rows show that texts can't be made; known sets' texts always can."""
+
     def get_prompt(self, sample: Sample) -> str | None:
         """What is said before the answer."""
         return self.prompt(sample)
@@ -208,6 +217,17 @@ class PromptRawDataset:
     def get_prompt_and_rejected(self, sample: Sample) -> str | None:
         """The prompt with the worse answer."""
         return joined(self.get_prompt(sample), self.get_rejected(sample))
+
+    def response_spans(self, sample: Sample, text: str) -> list[tuple[int, int]]:
+        """Where in `text`, the prompt with the answer to learn, answers stand: [start, end) in characters, in order."""
+        return [(_common_prefix(self.get_prompt(sample) or "", text), len(text))]
+
+
+def _common_prefix(prompt: str, text: str) -> int:
+    """How many characters of `text` are the prompt's; all of them, unless a set joins the two in its own way."""
+    if text.startswith(prompt):
+        return len(prompt)
+    return next(at for at, pair in enumerate(zip(f"{prompt}\0", f"{text}\1", strict=False)) if pair[0] != pair[1])
 
 
 def joined(prompt: str | None, response: str | None) -> str | None:

@@ -30,7 +30,12 @@ from utils.data.raw_base import (
 )
 from utils.errors import UserError
 
-__all__ = ["RAW_DATASETS", "PromptRawDataset", "find_raw_dataset_class"]
+__all__ = ["RAW_DATASETS", "PromptRawDataset", "find_raw_dataset_class", "known_name"]
+
+
+def known_name(dataset_name: str) -> str | None:
+    """The known name contained in what the user gave as `--data_path`; the longest of several, None without any."""
+    return max((argument for argument in RAW_DATASETS if argument in dataset_name), key=len, default=None)
 
 
 def find_raw_dataset_class(dataset_name: str) -> type[PromptRawDataset]:
@@ -39,14 +44,16 @@ def find_raw_dataset_class(dataset_name: str) -> type[PromptRawDataset]:
     Raises:
         UserError: none is.
     """
-    matches = [argument for argument in RAW_DATASETS if argument in dataset_name]
-    if matches:
-        return RAW_DATASETS[max(matches, key=len)]
+    name = known_name(dataset_name)
+    if name:
+        return RAW_DATASETS[name]
     raise UserError(
-        f'--data_path "{dataset_name}" contains no known data set name. Known: {", ".join(RAW_DATASETS)}.\n'
-        "For data of your own, put data/train.json and data/eval.json (lists of objects with prompt, chosen "
-        "and perhaps rejected) at the repository root and give local/jsonfile. To add a data set, write a class "
-        "of about five lines in utils/data/raw_datasets.py: see the top of that file."
+        f'--data_path "{dataset_name}" is no file or folder that exists, and contains no known data set name. Known: '
+        f"{', '.join(RAW_DATASETS)}.\n"
+        "For data of your own, give a file or folder of json, jsonl, parquet or csv; or put data/train.json and "
+        "data/eval.json (lists of objects with prompt, chosen and perhaps rejected) at the repository root and give "
+        "local/jsonfile. To add a data set, write a class of about five lines in utils/data/raw_datasets.py: see the "
+        "top of that file."
     )
 
 

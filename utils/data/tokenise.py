@@ -46,7 +46,11 @@ def tokenise(
     """One batch of rows -> the phase's id columns and `cut`; rows without a text or a label are left out."""
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     flat = [text for pair in _texts(rows, source, phase) for text in pair]
-    encoded = tokenizer(flat, return_attention_mask=False, verbose=False)["input_ids"] if flat else []
+    encoded = []
+    if flat:
+        encoded = tokenizer(
+            flat, return_attention_mask=False, verbose=False, add_special_tokens=source.add_special_tokens
+        )["input_ids"]
     if phase == 3:
         kept = [ids for ids in encoded if 0 < len(ids) <= max_seq_len]
         return {"prompt_ids": kept, "cut": [False] * len(kept)}
@@ -63,34 +67,43 @@ def tokenise(
     return result
 
 
-def _common_prefix(prompt: str, text: str) -> int:
-    """How many characters of `text` are the prompt's; all of them, unless a set joins the two in its own way."""
-    if text.startswith(prompt):
-        return len(prompt)
-    return next(at for at, pair in enumerate(zip(f"{prompt}\0", f"{text}\1", strict=False)) if pair[0] != pair[1])
+def _token_span(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """The tokens that cover the characters [start, end); one that covers others too belongs to them."""
+    first = next((at for at, (_, stop) in enumerate(offsets) if stop > start), len(offsets))
+    last = next((at for at in range(len(offsets) - 1, first - 1, -1) if offsets[at][0] < end), first - 1)
+    return first, last + 1
 
 
 def tokenise_completions(
     columns: dict[str, list], source: PromptRawDataset, tokenizer: Any, end_id: int, max_seq_len: int
 ) -> dict[str, list]:
-    """As `tokenise` for phase 1, with `prompt_tokens`: how many tokens stand before the response.
+    """As `tokenise` for phase 1, with `label_spans`: the tokens of the responses, as start and end by turns.
 
-    Prompt and response are encoded jointly, so the ids are the same as without; the boundary is read off the
-    characters each token covers. A token that covers both belongs to the response.
+    Prompt and responses are encoded jointly, so the ids are the same as without; the boundaries are read off the
+    characters each token covers. A token that covers both belongs to the response. What follows a response that
+    ends the text, the end token, belongs to it too.
     """
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    rows = [row for row in rows if source.get_prompt_and_chosen(row) is not None]
-    texts = [source.get_prompt_and_chosen(row) for row in rows]
-    result: dict[str, list] = {"input_ids": [], "prompt_tokens": [], "cut": []}
-    if not rows:
+    pairs = [(row, source.get_prompt_and_chosen(row)) for row in rows]
+    pairs = [(row, text) for row, text in pairs if text is not None]
+    result: dict[str, list] = {"input_ids": [], "label_spans": [], "cut": []}
+    if not pairs:
         return result
-    encoded = tokenizer(texts, return_attention_mask=False, return_offsets_mapping=True, verbose=False)
-    for row, text, ids, offsets in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        boundary = _common_prefix(source.get_prompt(row) or "", text)
-        before = next((at for at, (_, end) in enumerate(offsets) if end > boundary), len(ids))
+    encoded = tokenizer(
+        [text for _, text in pairs], return_attention_mask=False, return_offsets_mapping=True, verbose=False,
+        add_special_tokens=source.add_special_tokens,
+    )  # fmt: skip
+    for (row, text), ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         whole = _with_end(ids, end_id)
-        if max(before, 1) < min(len(whole), max_seq_len):  # else no label is left
-            result["input_ids"].append(whole[:max_seq_len])
-            result["prompt_tokens"].append(before)
+        kept = min(len(whole), max_seq_len)
+        spans = []
+        for start, end in source.response_spans(row, text):
+            first, last = _token_span(offsets, start, end)
+            last = len(whole) if end == len(text) else last
+            if max(first, 1) < min(last, kept):  # a first token is predicted by nothing
+                spans += [max(first, 1), min(last, kept)]
+        if spans:  # else no label is left
+            result["input_ids"].append(whole[:kept])
+            result["label_spans"].append(spans)
             result["cut"].append(len(whole) > max_seq_len)
     return result

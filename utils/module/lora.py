@@ -1,27 +1,32 @@
-"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) on Linear layers, by the users' names.
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) on Linear and Conv1D layers, by the users' names.
 
 `y = x W^T + b + dropout(x) R L * lora_scaling / r` with `R` [in, r] Kaiming-uniform and `L` [r, out] zeros,
-so a wrapped model starts out equal to the base model.
+so a wrapped model starts out equal to the base model. GPT-2's Conv1D is a Linear whose weight lies the other way.
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from utils.errors import UserError
+
+AUTO = "auto"
 
 
 class LinearLayer_LoRA(nn.Module):
     """A Linear layer with a frozen weight and a trainable low-rank addition.
 
     Args:
-        weight: [out, in] parameter of the wrapped layer; frozen here.
+        weight: [out, in] parameter of the wrapped layer ([in, out] with `fan_in_fan_out`); frozen here.
         lora_dim: rank r, at least 1.
         lora_scaling: the addition is scaled by `lora_scaling / lora_dim`.
         lora_droppout: dropout on the addition's input (the users' spelling).
         bias: [out] parameter of the wrapped layer; stays as trainable as it was.
+        fan_in_fan_out: the weight is a Conv1D's, stored [in, out] (PEFT's name for it).
     """
 
     def __init__(
@@ -31,14 +36,19 @@ class LinearLayer_LoRA(nn.Module):
         lora_scaling: float = 1,
         lora_droppout: float = 0,
         bias: nn.Parameter | None = None,
+        fan_in_fan_out: bool = False,
     ) -> None:
         super().__init__()
         if lora_dim <= 0:
             raise ValueError(f"lora_dim must be at least 1, not {lora_dim}")
+        self.lora_dim = lora_dim
         self.weight = weight
         self.bias = bias
         # Under ZeRO 3 the live tensor is empty and the real shape stands beside it.
         out_features, in_features = getattr(weight, "ds_shape", weight.shape)
+        if fan_in_fan_out:
+            out_features, in_features = in_features, out_features
+        self.fan_in_fan_out = fan_in_fan_out
         self.lora_right_weight = nn.Parameter(
             torch.empty(in_features, lora_dim, dtype=weight.dtype, device=weight.device)
         )
@@ -58,9 +68,9 @@ class LinearLayer_LoRA(nn.Module):
         nn.init.zeros_(self.lora_left_weight)
 
     def delta_weight(self) -> torch.Tensor:
-        """What LoRA adds to the weight: [out, in], float32."""
+        """What LoRA adds to the weight: float32, of the weight's own shape."""
         product = self.lora_right_weight.detach().float() @ self.lora_left_weight.detach().float()
-        return product.t() * self.lora_scaling
+        return (product if self.fan_in_fan_out else product.t()) * self.lora_scaling
 
     @torch.no_grad()
     def fuse_lora_weight(self) -> None:
@@ -76,51 +86,89 @@ class LinearLayer_LoRA(nn.Module):
             self.weight.data.copy_(self.weight.float() - self.delta_weight())
             self.fuse_lora = False
 
+    def _base(self, input: torch.Tensor) -> torch.Tensor:
+        """The wrapped layer's own output."""
+        if not self.fan_in_fan_out:
+            return F.linear(input, self.weight, self.bias)
+        # As Conv1D itself computes it, so that a layer whose LoRA adds nothing gives the same bits.
+        flat = input.reshape(-1, input.shape[-1])
+        output = flat @ self.weight if self.bias is None else torch.addmm(self.bias, flat, self.weight)
+        return output.view(*input.shape[:-1], -1)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
-        output = F.linear(input, self.weight, self.bias)
+        output = self._base(input)
         if self.fuse_lora:
             return output
         return output + (self.lora_dropout(input) @ self.lora_right_weight @ self.lora_left_weight) * self.lora_scaling
 
 
-def _wrappable_linears(model: nn.Module) -> list[str]:
-    """Names of the Linear layers with a weight of their own: merging into a tied head would change the embedding."""
+def _wrappable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The Linear and Conv1D layers with a weight of their own: merging into a tied head would change the embedding."""
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return [
-        name
+    return {
+        name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module.weight) not in tied
-    ]
+        if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in tied
+    }
 
 
 def lora_candidates(model: nn.Module) -> list[str]:
-    """Names a `--lora_module_name` can take: the prefixes under which Linear layers stand in numbered blocks."""
+    """Names a `--lora_module_name` can take: the prefixes under which such layers stand in numbered blocks."""
     prefixes = set()
-    for name in _wrappable_linears(model):
+    for name in _wrappable_layers(model):
         parts = name.split(".")
         cut = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         prefixes.add(name if cut is None else ".".join(parts[:cut]) + ".")
     return sorted(prefixes)
 
 
+def find_blocks(model: nn.Module) -> str | None:
+    """Prefix of the transformer blocks' names, whatever the family: the list of modules that holds most weights.
+
+    Only weights that LoRA can wrap count. None where no list holds any.
+    """
+    layers = _wrappable_layers(model)
+    best, most = None, 0
+    # Outer lists come before those inside them (a block's experts), which can't hold more.
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            inside = [layer.weight for key, layer in layers.items() if key.startswith(name + ".")]
+            size = sum(getattr(weight, "ds_numel", weight.numel()) for weight in inside)
+            if size > most:
+                best, most = name + ".", size
+    return best
+
+
 def check_lora_module_name(model: nn.Module, part_module_name: str) -> list[str]:
-    """The Linear layers whose name contains `part_module_name`; UserError with the candidates if none does."""
-    names = [name for name in _wrappable_linears(model) if part_module_name in name]
-    if names:
-        return names
-    candidates = lora_candidates(model)
-    if candidates:
-        advice = f"it could be one of: {', '.join(candidates)}"
-    elif any(type(module).__name__ == "Conv1D" for module in model.modules()):
-        advice = (
-            "its blocks are made of Conv1D, as GPT-2's are, which LoRA does not wrap here: train without --lora_dim"
-        )
-    else:
-        advice = "it has no torch.nn.Linear layer that LoRA could wrap"
-    raise UserError(
-        f"--lora_module_name {part_module_name!r} matches no Linear layer of {type(model).__name__}; {advice}."
-    )
+    """Names of the layers to wrap, in the model's order.
+
+    Args:
+        part_module_name: parts of names, separated by commas; a layer whose name contains one is wrapped. `auto`
+            stands for the linear layers of the transformer blocks.
+
+    Raises:
+        UserError: a part matches no layer (the message lists what could), or is empty among others.
+    """
+    layers = _wrappable_layers(model)
+    parts = [part.strip() for part in part_module_name.split(",")]
+    if len(parts) > 1 and "" in parts:  # it would match every layer
+        raise UserError(f"--lora_module_name {part_module_name!r} has an empty part: take the comma away.")
+    blocks = find_blocks(model) if AUTO in parts else None
+    found: set[str] = set()
+    for part in parts:
+        if part == AUTO:
+            matches = {name for name in layers if blocks and name.startswith(blocks)}
+        else:
+            matches = {name for name in layers if part in name}
+        if not matches:
+            candidates = ", ".join(lora_candidates(model))
+            advice = f"it could be one of: {candidates}" if candidates else "it has no layer that LoRA could wrap"
+            raise UserError(
+                f"--lora_module_name {part!r} matches no Linear or Conv1D layer of {type(model).__name__}; {advice}."
+            )
+        found |= matches
+    return [name for name in layers if name in found]
 
 
 def convert_linear_layer_to_lora(
@@ -130,7 +178,7 @@ def convert_linear_layer_to_lora(
     lora_scaling: float = 1,
     lora_droppout: float = 0,
 ) -> nn.Module:
-    """Wrap every Linear whose name contains `part_module_name`; returns the model.
+    """Wrap every Linear and Conv1D that `part_module_name` names (see `check_lora_module_name`); returns the model.
 
     Raises:
         UserError: no layer matches (the message lists what could).
@@ -139,14 +187,16 @@ def convert_linear_layer_to_lora(
         return model
     for name in check_lora_module_name(model, part_module_name):
         linear = model.get_submodule(name)
-        wrapped = LinearLayer_LoRA(linear.weight, lora_dim, lora_scaling, lora_droppout, linear.bias)
+        wrapped = LinearLayer_LoRA(
+            linear.weight, lora_dim, lora_scaling, lora_droppout, linear.bias, isinstance(linear, Conv1D)
+        )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, wrapped.train(linear.training))
     return model
 
 
 def convert_lora_to_linear_layer(model: nn.Module) -> nn.Module:
-    """Fuse every LoRA layer into a plain Linear again; returns the model.
+    """Fuse every LoRA layer into a plain Linear or Conv1D again; returns the model.
 
     Under ZeRO 3 every rank must call it: weights are gathered, changed on rank 0 and partitioned again.
     Saving does not need it (`utils.saving` merges on the way out and leaves the live weights alone).
@@ -162,13 +212,32 @@ def convert_lora_to_linear_layer(model: nn.Module) -> nn.Module:
                 module.fuse_lora_weight()
         else:
             module.fuse_lora_weight()
-        linear = nn.Linear(1, 1, bias=module.bias is not None, device="meta")
-        linear.out_features, linear.in_features = getattr(module.weight, "ds_shape", module.weight.shape)
+        linear = _plain_layer(module)
         linear.weight, linear.bias = module.weight, module.bias
         linear.weight.requires_grad = True
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear.train(module.training))
     return model
+
+
+def _plain_layer(module: LinearLayer_LoRA) -> nn.Module:
+    """A layer of the kind and sizes that were wrapped, to be given the weight and bias."""
+    sizes = getattr(module.weight, "ds_shape", module.weight.shape)
+    if module.fan_in_fan_out:
+        layer: nn.Module = Conv1D(1, 1)
+        layer.nx, layer.nf = sizes
+    else:
+        layer = nn.Linear(1, 1, bias=module.bias is not None, device="meta")
+        layer.out_features, layer.in_features = sizes
+    return layer
+
+
+def describe_lora(model: nn.Module) -> str:
+    """Which layers are wrapped, and how, in words."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LinearLayer_LoRA)}
+    first = next(iter(layers.values()))
+    names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in layers))
+    return f"{len(layers)} layers wrapped ({', '.join(names)}), rank {first.lora_dim}, scaling {first.lora_scaling:.4g}"
 
 
 def only_optimize_lora_parameters(model: nn.Module, force_optimize_params: tuple[str, ...] = ()) -> nn.Module:
