@@ -1,7 +1,7 @@
 """SIGKILL at random moments: the next start goes on and ends bit for bit where an undisturbed run ends."""
 
 import pytest
-from faults.kill_rounds import kill_rounds
+from kill_rounds import kill_rounds
 
 KILLS = 10  # on each number of ranks; kill_rounds.py does more
 
