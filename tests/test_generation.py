@@ -144,7 +144,7 @@ def test_forbidden_tokens_are_never_chosen():
     model, prompts = make("llama", 0), [[4, 5, 4, 5], [5]]
     banned = [token for token in range(VOCABULARY) if token not in (4, 5)]
     found = search(model, prompts, 6, contrastive_search, top_k=5, penalty_alpha=0.9, suppress_tokens=banned)
-    assert set(sum(found, [])) <= {4, 5}
+    assert {token for answer in found for token in answer} <= {4, 5}
     assert found == [contrastive(model, prompt, 5, 0.9, 6, {END}, banned) for prompt in prompts]
 
 
