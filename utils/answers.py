@@ -138,7 +138,7 @@ def read_answer(
     turn = NEXT_TURN.search(text)
     if turn:
         text, ended = text[: turn.start()].rstrip(), True
-        while new_ids and len(answer_text(new_ids).rstrip()) > len(text):
+        while new_ids and answer_text(new_ids[:-1]).startswith(text):
             new_ids = new_ids[:-1]
     return Answer(prompt, text, len(new_ids), ended)
 

@@ -30,15 +30,16 @@ class AnswerPrinter(TextStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.output = output
-        self.over = False
+        self.begun, self.over = False, False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called with whole words; "Human:" is one."""
         turn = NEXT_TURN.search(text)
         if not self.over:
-            self.output.write(text[: turn.start()].rstrip() if turn else text)
+            text = text[: turn.start()].rstrip() if turn else text
+            self.output.write(text if self.begun else text.lstrip())
             self.output.flush()
-        self.over = self.over or turn is not None
+        self.begun, self.over = self.begun or bool(text.strip()), self.over or turn is not None
 
 
 def next_prompt(turns: list[tuple[str, str]], question: str) -> str:

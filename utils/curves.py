@@ -50,7 +50,8 @@ def loss_curves(folder: str) -> str:
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss over the optimizer steps">'
         f"{''.join(drawn)}</svg>"
-        '<figcaption>loss per label token (nats) over optimizer steps<span><i style="background:var(--accent)"></i> training</span>'
+        "<figcaption>loss per label token (nats) over optimizer steps"
+        '<span><i style="background:var(--accent)"></i> training</span>'
         '<span><i style="background:var(--after)"></i> evaluation</span></figcaption>'
     )
 
