@@ -1,4 +1,4 @@
-"""Keep README.md's tables of arguments: main.py's as utils/args.py has them, prompt_eval.py's as utils/eval_args.py has.
+"""Keep README.md's tables of arguments as the parsers have them: main.py's and prompt_eval.py's.
 
 Without an argument the tables between their markers are written anew; with `--check` nothing is changed and the
 exit status is 1 when one is out of date.
