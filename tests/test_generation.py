@@ -38,9 +38,9 @@ CONFIGS = {
     "gemma2": Gemma2Config(**GATED, sliding_window=6),
     "mamba": MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, **SPECIAL, initializer_range=0.6),
 }
-# Seven batches of four prompts in each of these families for each search, one batch in each of the others.
+# Thirteen batches of four prompts in each of these families for each search, one batch in each of the others.
 MANY = ("opt", "gpt2", "llama", "bloom")
-CASES = [(family, seed) for family in CONFIGS for seed in range(7 if family in MANY else 1)]
+CASES = [(family, seed) for family in CONFIGS for seed in range(13 if family in MANY else 1)]
 
 
 def make(family, seed):
@@ -105,7 +105,7 @@ def test_diverse_beam_search_is_the_papers(family, seed):
 
 def test_there_are_two_hundred_cases_over_four_families():
     cases = [(family, seed, prompt) for family, seed in CASES if family in MANY for prompt in range(PROMPTS)]
-    assert 2 * len(cases) >= 200 and len({family for family, *_ in cases}) == 4
+    assert len(cases) >= 200 and len({family for family, *_ in cases}) == 4
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -67,7 +67,7 @@ def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_beam_groups", type=int, default=1, metavar="N",
         help="groups of diverse beam search; at 1, the original's default, every beam is a group of its own")
     add("--diversity_penalty", type=float, default=0.5, metavar="P",
-        help="what a token loses for every beam of an earlier group that took it; 0 lets groups agree, 0.5 keeps them apart without nonsense")
+        help="what a token loses for every beam of an earlier group that took it; at 0 all groups agree")
     add("--top_k", type=int, default=4, metavar="K",
         help="candidates of contrastive search; 4 as in the original, sampling draws from all tokens")
     add("--penalty_alpha", type=float, default=0.6, metavar="A",
@@ -81,7 +81,7 @@ def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1234, metavar="N",
         help="of sampling, and of the data split as in training; 1234 as there")
     add("--batch_size", type=int, default=24, metavar="N",
-        help="prompts answered at once; it changes no greedy answer; 24 on a CPU are 3 to 5 times as fast as one by one")
+        help="prompts answered at once; it changes no greedy answer, and 24 at once are 3 to 5 times as fast on a CPU")
 
 
 def _add_measure_arguments(parser: argparse.ArgumentParser) -> None:
