@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import prompt_eval
-from utils.answers import STRATEGIES
+from utils.answers import STRATEGIES, answer_batch
 from utils.errors import UserError
 from utils.utils import load_hf_tokenizer
 
@@ -296,9 +296,7 @@ def test_what_a_checkpoint_says_about_sampling_does_not_count(folders, tmp_path)
     plain, changed = (prompt_eval.load(str(root / "base"), "cpu") for root in (folders, tmp_path))
     inputs = plain[1]("Human: why? Assistant:", return_tensors="pt")
     assert changed[0].generation_config.repetition_penalty == 5.0
-    assert prompt_eval.generate(*changed, inputs, max_new_tokens=20) == prompt_eval.generate(
-        *plain, inputs, max_new_tokens=20
-    )
+    assert answer_batch(*changed, inputs, max_new_tokens=20) == answer_batch(*plain, inputs, max_new_tokens=20)
 
 
 def test_half_precision_is_widened_on_the_cpu_only(folders):

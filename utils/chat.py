@@ -13,7 +13,7 @@ from utils.errors import UserError
 from utils.model.model_utils import max_positions
 
 STREAMING = ("greedy", "multinomial")  # the others decide on a token only after later ones
-HELP = "Ask something. /clear begins a new conversation, /quit (or Ctrl-D) ends."
+HELP = "Ask something. /clear begins a new conversation, /quit (or Ctrl-D, Ctrl-C) ends."
 
 
 class Speaker(NamedTuple):
@@ -100,7 +100,7 @@ def chat(
     while True:
         try:
             question = ask("Human: ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             output.write("\n")
             return
         if question == "/quit":

@@ -21,7 +21,9 @@ BEAM_STRATEGIES = ("beam", "beam_multinomial", "diverse_beam")
 def build_parser() -> argparse.ArgumentParser:
     """The parser of prompt_eval.py."""
     parser = argparse.ArgumentParser(
-        description="Answers of a model before and after fine-tuning to the same prompts.", allow_abbrev=False
+        description="Answers of a model before and after fine-tuning to the same prompts.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     _add_model_arguments(parser)
     _add_prompt_arguments(parser)
