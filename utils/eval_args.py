@@ -83,7 +83,7 @@ def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1234, metavar="N",
         help="of sampling, and of the data split as in training; 1234 as there")
     add("--batch_size", type=int, default=24, metavar="N",
-        help="prompts answered at once; it changes no greedy answer, and 24 at once are 3 to 5 times as fast on a CPU")
+        help="prompts answered at once; it changes no greedy answer, and 24 at once are 3 to 6 times as fast on a CPU")
 
 
 def _add_measure_arguments(parser: argparse.ArgumentParser) -> None:
