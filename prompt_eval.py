@@ -1,185 +1,137 @@
-"""Answers of a baseline and of its fine-tuned model to the same prompts, one under the other.
+"""Answers of a model before and after fine-tuning to the same prompts, side by side, with numbers and a report.
 
-Both models decode greedily, each with its own tokenizer.
+What it does
+  * asks both models the same prompts in batches, with any of six decoding strategies, each model with its own
+    tokenizer; an answer ends at the end token or at the next "Human:";
+  * measures the answers (length, how they end, how varied they are), both perplexities where `--data_path` is given,
+    and wins and losses where `--scorer_command` is given;
+  * prints the answers one under the other and, with `--report`, writes a page to share;
+  * with `--interactive`, talks.
+
+One model is in memory at a time, but for a conversation with both. Everything that can be known to be wrong is said
+before the first one is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import gc
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from utils.answer_metrics import compare_scores, summarise
+from utils.answers import (  # noqa: F401 (the two id functions are part of this module's interface)
+    STRATEGIES,
+    Answers,
+    Results,
+    answer_batch,
+    answer_prompts,
+    check_length,
+    decoding,
+    end_token_ids,
+    unknown_token_ids,
+)
+from utils.args import join_problems
+from utils.chat import Speaker, chat
+from utils.data.prompt_dataset import PromptDataset
 from utils.errors import UserError
-from utils.model.model_utils import create_hf_model
-from utils.utils import load_hf_tokenizer
+from utils.eval_args import build_parser, parse_args  # noqa: F401
+from utils.eval_models import check_fit, chosen_device, evaluation_data, load, look_at, measure_perplexity
+from utils.generation import contrastive_search, diverse_beam_search
+from utils.prompts import PROMPTS  # noqa: F401
+from utils.report import write_report
+from utils.scoring import score_answers
+from utils.utils import set_random_seed
 
-PROMPTS = {
-    "English": [
-        "Human: Please tell me about Microsoft in a few sentence? Assistant:",
-        "Human: Explain the moon landing to a 6 year old in a few sentences. Assistant:",
-        "Human: Write a short poem about a wise frog. Assistant:",
-        "Human: Who was president of the United States in 1955? Assistant:",
-        "Human: How does a telescope work? Assistant:",
-        "Human: Why do birds migrate south for the winter? Assistant:",
-    ],
-    "Chinese": [
-        "Human: 请用几句话介绍一下微软。 Assistant:",
-        "Human: 请用几句话向一个六岁的孩子解释登月。 Assistant:",
-        "Human: 写一首关于一只聪明的青蛙的短诗。 Assistant:",
-        "Human: 1955年的美国总统是谁? Assistant:",
-        "Human: 望远镜是怎样工作的? Assistant:",
-        "Human: 鸟儿为什么要飞到南方过冬? Assistant:",
-    ],
-    "Japanese": [
-        "Human: マイクロソフトについて数文で教えてください。 Assistant:",
-        "Human: 6歳の子どもに月面着陸を数文で説明してください。 Assistant:",
-        "Human: 賢いカエルについての短い詩を書いてください。 Assistant:",
-        "Human: 1955年のアメリカ合衆国の大統領は誰でしたか? Assistant:",
-        "Human: 望遠鏡はどのような仕組みですか? Assistant:",
-        "Human: 鳥はなぜ冬になると南へ渡るのですか? Assistant:",
-    ],
-}
-# What the arguments of strategies other than greedy decoding must be.
-GREEDY_ONLY = {
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "top_k": 4,
-    "penalty_alpha": 0.6,
-    "num_return_sequences": 1,
-}
+# What the terminal has always called the two models.
+HEADINGS = {"baseline": "Baseline", "finetuned": "finetune"}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Answers of two models to the same prompts, side by side.")
-    models = parser.add_argument_group("models")
-    models.add_argument(
-        "--model_name_or_path_baseline",
-        required=True,
-        help="hub name or folder of the model before fine-tuning",
-    )
-    models.add_argument(
-        "--model_name_or_path_finetune",
-        required=True,
-        help="folder of the fine-tuned model (its --output_dir)",
-    )
-    prompts = parser.add_argument_group("prompts")
-    prompts.add_argument(
-        "--language", choices=list(PROMPTS), default="English", help="language of the six built-in prompts"
-    )
-    prompts.add_argument(
-        "--prompt", action="append", help="a prompt in place of the built-in ones; may be given several times"
-    )
-    decoding = parser.add_argument_group("decoding")
-    decoding.add_argument("--max_new_tokens", type=int, default=100, help="most tokens in an answer")
-    decoding.add_argument("--num_beams", type=int, default=1, help="beams; 1 is greedy decoding")
-    decoding.add_argument("--num_beam_groups", type=int, default=1, help="groups of beams that differ")
-    decoding.add_argument("--top_k", type=int, default=4, help="candidates of contrastive search")
-    decoding.add_argument(
-        "--penalty_alpha",
-        type=float,
-        default=0.6,
-        help="weight of contrastive search's penalty for repeating",
-    )
-    decoding.add_argument("--num_return_sequences", type=int, default=1, help="answers per prompt")
-    return parser
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    args = parse_args(argv)
+    device = chosen_device(args.device)
+    if args.interactive:
+        talk(args, device)
+        return
+    data = check_sides(args)
+    results = {name: ask_side(args, name, path, data[name], device) for name, path in sides(args).items()}
+    show(args.prompts, results, args.strategies)
+    figures, problem = measure(args, results)
+    print_figures(figures, results)
+    if args.report:
+        print(f"Report: {write_report(args.report, args, results, figures)}")
+    if problem:
+        raise problem
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parsed arguments; everything wrong with them is said in one `UserError`."""
-    args = build_parser().parse_args(argv)
-    problems = [
-        f"--{name} {getattr(args, name)}: only greedy decoding is available so far, leave it at {default}"
-        for name, default in GREEDY_ONLY.items()
-        if getattr(args, name) != default
-    ]
-    if args.max_new_tokens < 1:
-        problems.append(f"--max_new_tokens {args.max_new_tokens}: at least 1 is needed")
-    if any(not prompt.strip() for prompt in args.prompt or []):
-        problems.append("--prompt: an empty prompt cannot be answered")
+def sides(args: argparse.Namespace) -> dict[str, str]:
+    """name -> model, of those that were given."""
+    both = {"baseline": args.model_name_or_path_baseline, "finetuned": args.model_name_or_path_finetune}
+    return {name: path for name, path in both.items() if path}
+
+
+def extra_token(args: argparse.Namespace) -> str | None:
+    """The end token that training added, if it did."""
+    return args.eot_token if args.add_eot_token else None
+
+
+def check_sides(args: argparse.Namespace) -> dict[str, PromptDataset | None]:
+    """What can be known to fail without a model is found here, all at once; returns each side's evaluation data."""
+    problems, tokenizers = [], {}
+    for name, path in sides(args).items():
+        try:
+            config, tokenizers[name] = look_at(path, extra_token(args))
+        except UserError as err:
+            problems.append(str(err))
+            continue
+        for number, ids in enumerate(tokenizers[name](args.prompts)["input_ids"], start=1):
+            try:
+                check_length(config, len(ids), args.max_new_tokens, f"{path}: prompt {number}")
+            except UserError as err:
+                problems.append(str(err))
     if problems:
-        raise UserError("\n".join(problems))
-    return args
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: Any,
-    num_beams: int = 1,
-    num_beam_groups: int = 1,
-    do_sample: bool = False,
-    num_return_sequences: int = 1,
-    max_new_tokens: int = 100,
-) -> list[str]:
-    """Prompt and answer, without special tokens, for every row of `inputs` (what `tokenizer` returned)."""
-    if num_beam_groups > 1:
-        raise UserError("num_beam_groups above 1: diverse beam search is not available in this transformers")
-    if num_return_sequences > 1 and num_beams == 1 and not do_sample:
-        raise UserError(f"greedy decoding has one answer, not num_return_sequences={num_return_sequences}")
-    check_length(model, inputs["input_ids"].shape[1], max_new_tokens)
-    ends = end_token_ids(model, tokenizer)
-    pad = next(token for token in [tokenizer.pad_token_id, *ends, 0] if token is not None)
-    output = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        num_beams=num_beams,
-        do_sample=do_sample,
-        num_return_sequences=num_return_sequences,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-        suppress_tokens=unknown_token_ids(model, tokenizer) or None,
-    )
-    return tokenizer.batch_decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def generate_constrastive_search(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: Any,
-    top_k: int = 4,
-    penalty_alpha: float = 0.6,
-    num_return_sequences: int = 1,
-    max_new_tokens: int = 100,
-) -> list[str]:
-    """Like `generate`, with contrastive search (which transformers 5 no longer has)."""
-    raise UserError("contrastive search is not available yet in this transformers; greedy decoding is")
-
-
-def unknown_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids the model has a row for and its tokenizer no token: the padding of an embedding, and holes."""
-    rows = model.get_output_embeddings().weight.shape[0]
-    return sorted(set(range(rows)).difference(tokenizer.get_vocab().values()))
-
-
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end an answer: the tokenizer's, and those the checkpoint's generation config adds."""
-    configured = model.generation_config.eos_token_id
-    ends = configured if isinstance(configured, list) else [configured]
-    return sorted({end for end in [tokenizer.eos_token_id, *ends] if end is not None})
-
-
-def check_length(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuses what would run past the model's positions (learned ones fail there with an index error)."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and prompt_tokens + max_new_tokens > positions:
-        raise UserError(
-            f"a prompt of {prompt_tokens} tokens and --max_new_tokens {max_new_tokens} exceed the model's "
-            f"{positions} positions: shorten one of them"
+        raise UserError(join_problems(list(dict.fromkeys(problems))))
+    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers.values()]
+    if vocabularies[0] != vocabularies[1]:
+        print(
+            "Tokenizers: the two models have different ones; each answers with its own. Answer lengths in tokens and "
+            "perplexities are per token of each and can't be compared: look at words"
         )
+    return {name: evaluation_data(args, tokenizer) for name, tokenizer in tokenizers.items()}
 
 
-def print_utils(gen_output: Sequence[str]) -> None:
-    """Prints the answers, each between empty lines."""
-    for text in gen_output:
-        print(f"\n{text}\n")
+def ask_side(args: argparse.Namespace, name: str, path: str, data: PromptDataset | None, device: str) -> Results:
+    """Load one model, let it answer every prompt with every strategy, measure its perplexity, and let it go."""
+    model, tokenizer = load(path, device, args.dtype, extra_token(args))
+    print(f"{HEADINGS[name]}: {path} on {device} in {model.dtype}", flush=True)
+    answers = ask(args, model, tokenizer, name)
+    # Last: measuring changes the model's forward.
+    results = Results(answers, measure_perplexity(model, tokenizer, data) if data is not None and len(data) else None)
+    if data is not None and not len(data):
+        print("no evaluation data: no perplexity")
+    del model
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+    return results
+
+
+def ask(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Answers:
+    """Every strategy's answers of one model. Each begins with the same seed, so that none depends on the others."""
+    answers = {}
+    total = len(args.prompts) * len(args.strategies)
+    with logging.tqdm(total=total, desc=HEADINGS[name], unit="prompt", file=sys.stderr) as bar:
+        for strategy in args.strategies:
+            set_random_seed(args.seed)
+            settings = decoding(strategy, args)
+            answers[strategy] = answer_prompts(model, tokenizer, args.prompts, settings, args.batch_size, bar.update)
+    return answers
 
 
 def prompt_eval(
@@ -191,46 +143,127 @@ def prompt_eval(
     prompts: Sequence[str],
     tokenizer_fintuned: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Prints the greedy answers of both models; `tokenizer` is the baseline's, and both models' if alone."""
-    sides = [
-        ("Baseline", model_baseline, tokenizer),
-        ("finetune", model_fintuned, tokenizer if tokenizer_fintuned is None else tokenizer_fintuned),
-    ]
-    for prompt in prompts:
-        for name, model, own_tokenizer in sides:
-            inputs = own_tokenizer(prompt, return_tensors="pt", return_attention_mask=True).to(device)
-            print(f"=========={name}: Greedy=========")
-            print_utils(generate(model, own_tokenizer, inputs, max_new_tokens=args.max_new_tokens))
+    """Prints the answers of two loaded models; `tokenizer` is the baseline's, and both models' if alone."""
+    asked = argparse.Namespace(**{**vars(args), "prompts": list(prompts)})
+    models = {
+        "baseline": (model_baseline.to(device), tokenizer),
+        "finetuned": (model_fintuned.to(device), tokenizer if tokenizer_fintuned is None else tokenizer_fintuned),
+    }
+    results = {name: Results(ask(asked, model, own, name)) for name, (model, own) in models.items()}
+    show(asked.prompts, results, args.strategies)
+
+
+def show(prompts: Sequence[str], results: dict[str, Results], strategies: Sequence[str]) -> None:
+    """Prints both models' answers to each prompt, one under the other."""
+    for number in range(len(prompts)):
+        for strategy in strategies:
+            for name, result in results.items():
+                print(f"=========={HEADINGS[name]}: {STRATEGIES[strategy]}=========")
+                print_utils([answer.prompt + answer.text for answer in result.answers[strategy][number]])
         print("====================prompt end=============================\n\n", flush=True)
 
 
-def load(path: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model on the device, ready to answer, and tokenizer of one checkpoint."""
-    if not os.path.isdir(path) and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
-        raise UserError(f"{path}: there is no such folder")
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise UserError(f"{path}: no model here (config.json is missing); is it a run's --output_dir?")
+def print_utils(gen_output: Sequence[str]) -> None:
+    """Prints the answers, each between empty lines."""
+    for text in gen_output:
+        print(f"\n{text}\n")
+
+
+def measure(
+    args: argparse.Namespace, results: dict[str, Results]
+) -> tuple[dict[str, dict[str, Any]], UserError | None]:
+    """Per strategy: each model's figures, both models' scores, and wins; and what went wrong with the scorer.
+
+    A scorer that fails costs its own figures only, not the answers.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    flat = {
+        (strategy, name): [answer for several in result.answers[strategy] for answer in several]
+        for strategy in args.strategies
+        for name, result in results.items()
+    }
+    for (strategy, name), answers in flat.items():
+        texts, tokens, ended = zip(*((answer.text, answer.tokens, answer.ended) for answer in answers), strict=True)
+        figures.setdefault(strategy, {})[name] = summarise(texts, tokens, ended)
+    if args.scorer_command is None:
+        return figures, None
     try:
-        dtype = AutoConfig.from_pretrained(path).dtype or torch.float32
-        tokenizer = load_hf_tokenizer(path, fast_tokenizer=True)
-        model = create_hf_model(AutoModelForCausalLM, path, tokenizer, None)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: cannot be loaded, neither as a folder nor from the hub ({reason})") from error
-    if device == "cpu":
-        dtype = torch.float32  # half precision is slow there, and rounds differently
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+        pairs = [(answer.prompt, answer.text.strip()) for answers in flat.values() for answer in answers]
+        scores = iter(score_answers(args.scorer_command, pairs))
+    except UserError as err:
+        return figures, err
+    for (strategy, name), answers in flat.items():
+        figures[strategy].setdefault("scores", {})[name] = [next(scores) for _ in answers]
+    for of_strategy in figures.values():
+        of_strategy["wins"] = compare_scores(*of_strategy["scores"].values())
+    return figures, None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    args = parse_args(argv)
-    device = get_accelerator().device_name()
-    model_baseline, tokenizer_baseline = load(args.model_name_or_path_baseline, device)
-    model_fintuned, tokenizer_fintuned = load(args.model_name_or_path_finetune, device)
-    print(f"on {device}: baseline in {model_baseline.dtype}, fine-tuned in {model_fintuned.dtype}")
-    prompts = args.prompt or PROMPTS[args.language]
-    prompt_eval(args, model_baseline, model_fintuned, tokenizer_baseline, device, prompts, tokenizer_fintuned)
+def print_figures(figures: dict[str, dict[str, Any]], results: dict[str, Results]) -> None:
+    """The numbers beside the texts, one line per strategy and model."""
+    for strategy, of_strategy in figures.items():
+        for name in results:
+            values = ", ".join(
+                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {'none' if value is None else value}"
+                for key, value in of_strategy[name].items()
+            )
+            print(f"{STRATEGIES[strategy]}, {HEADINGS[name]}: {values}")
+        if "wins" in of_strategy:
+            wins = of_strategy["wins"]
+            print(f"{STRATEGIES[strategy]}: finetune wins {wins['win']}, ties {wins['tie']}, loses {wins['loss']}")
+    for name, result in results.items():
+        if result.perplexity:
+            print(f"{HEADINGS[name]}: ppl: {result.perplexity[0]}, loss: {result.perplexity[1]}")
+
+
+def talk(args: argparse.Namespace, device: str) -> None:
+    """A conversation with the models that were given."""
+    check_fit(list(sides(args).values()), device, args.dtype)
+    loaded = {name: load(path, device, args.dtype, extra_token(args)) for name, path in sides(args).items()}
+    chat([Speaker(HEADINGS[name], *pair) for name, pair in loaded.items()], args)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Any,
+    num_beams: int = 1,
+    num_beam_groups: int = 1,
+    do_sample: bool = False,
+    num_return_sequences: int = 1,
+    max_new_tokens: int = 100,
+    diversity_penalty: float = 0.5,
+) -> list[str]:
+    """Prompt and answer, without special tokens, for every row of `inputs` (what `tokenizer` returned)."""
+    if num_return_sequences > 1 and num_beams == 1 and not do_sample:
+        raise UserError(f"greedy decoding has one answer, not num_return_sequences={num_return_sequences}")
+    settings: dict[str, Any] = {"num_beams": num_beams, "num_return_sequences": num_return_sequences}
+    if do_sample:
+        settings |= {"do_sample": True, "top_k": 0}
+    if num_beam_groups > 1:
+        settings |= {"num_beam_groups": num_beam_groups, "diversity_penalty": diversity_penalty}
+        settings["custom_generate"] = diverse_beam_search
+    answers = answer_batch(model, tokenizer, inputs, max_new_tokens=max_new_tokens, **settings)
+    return [answer.prompt + answer.text for answer in answers]
+
+
+def generate_constrastive_search(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Any,
+    top_k: int = 4,
+    penalty_alpha: float = 0.6,
+    num_return_sequences: int = 1,
+    max_new_tokens: int = 100,
+) -> list[str]:
+    """Like `generate`, with contrastive search."""
+    if num_return_sequences > 1:
+        raise UserError(f"contrastive search has one answer, not num_return_sequences={num_return_sequences}")
+    answers = answer_batch(
+        model, tokenizer, inputs, max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences,
+        top_k=top_k, penalty_alpha=penalty_alpha, custom_generate=contrastive_search,
+    )  # fmt: skip
+    return [answer.prompt + answer.text for answer in answers]
 
 
 if __name__ == "__main__":

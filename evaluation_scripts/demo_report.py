@@ -2,27 +2,23 @@
 
     python evaluation_scripts/demo_report.py OUTPUT
 
-OUTPUT holds a run's metrics.jsonl and answers.txt, what prompt_eval.py printed for the prompts below.
+OUTPUT holds a run's metrics.jsonl, and in report/ what prompt_eval.py wrote about the prompts below.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = 25  # of the 200 evaluation records one in so many is asked
 WIDTH = 88
-# What prompt_eval.py prints before each answer.
-HEADING = re.compile(r"^==========(Baseline|finetune): Greedy=========$", re.MULTILINE)
-PROMPT_END = re.compile(r"^=+prompt end=+$", re.MULTILINE)
 
 
 class Answers(NamedTuple):
-    """One question as asked, and the texts the two models made of it."""
+    """The greedy answers of the two models to one question, each on one line."""
 
     before: str
     after: str
@@ -38,19 +34,15 @@ def demo_prompts() -> list[str]:
     return [f" {record['prompt']}" for record in demo_records()]
 
 
-def read_answers(printed: str) -> list[Answers]:
-    """The two models' texts for each prompt, from what prompt_eval.py printed."""
-    found = []
-    for block in PROMPT_END.split(printed)[:-1]:
-        parts = HEADING.split(block)
-        by_name = dict(zip(parts[1::2], parts[2::2], strict=True))
-        found.append(Answers(by_name["Baseline"], by_name["finetune"]))
-    return found
-
-
-def one_line(text: str, prompt: str) -> str:
-    """The answer without its prompt, on one line."""
-    return " ".join(text.split()).removeprefix(" ".join(prompt.split())).strip()
+def read_answers(output: Path) -> list[Answers]:
+    """The two models' greedy answers to each prompt, in the prompts' order."""
+    lines = (output / "report" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    greedy = [record for record in map(json.loads, lines) if record["strategy"] == "greedy"]
+    by_model = {
+        model: [" ".join(record["answer"].split()) for record in greedy if record["model"] == model]
+        for model in ("baseline", "finetuned")
+    }
+    return [Answers(*pair) for pair in zip(*by_model.values(), strict=True)]
 
 
 def shortened(line: str) -> str:
@@ -65,10 +57,9 @@ def report(output: Path) -> str:
         for record in map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         if "perplexity" in record
     ]
-    answers = read_answers((output / "answers.txt").read_text(encoding="utf-8"))
+    answers = read_answers(output)
     lines, right = [], 0
-    for record, prompt, pair in zip(demo_records(), demo_prompts(), answers, strict=True):
-        before, after = one_line(pair.before, prompt), one_line(pair.after, prompt)
+    for record, (before, after) in zip(demo_records(), answers, strict=True):
         right += after == record["chosen"]
         question = record["prompt"].removeprefix("Human: ").removesuffix(" Assistant:")
         lines += [f"  question  {question}", f"  before    {shortened(before)}", f"  after     {shortened(after)}"]
@@ -83,7 +74,8 @@ def report(output: Path) -> str:
             "not these questions",
             f"perplexity on held-out data: {evaluations[0]['perplexity']:.1f} before, "
             f"{evaluations[-1]['perplexity']:.2f} after {evaluations[-1]['step']} optimizer steps",
-            f"losses: {output / 'loss.png'}    whole answers: {output / 'answers.txt'}    model: {output}",
+            f"losses: {output / 'loss.png'}    model: {output}",
+            f"report: {output / 'report' / 'report.html'} (open it in a browser; report.md is the same as text)",
         ]
     )
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The closing part of the demo: eight held-out questions to the tiny model before and after training, by
-# run_prompt.sh, then perplexity before and after, the picture of the losses, and the answers side by side.
+# The closing part of the demo: eight held-out questions to the tiny model before and after training, with every
+# decoding strategy, by run_report.sh, then perplexity before and after, the greedy answers side by side, and where
+# the report is.
 # OUTPUT is the folder training_scripts/single_cpu/run_tiny.sh wrote.
 #
 # usage: bash evaluation_scripts/run_demo.sh [OUTPUT] [further prompt_eval.py arguments]
@@ -14,6 +15,7 @@ mapfile -t prompts < <(python "$ROOT/evaluation_scripts/demo_report.py" --prompt
 arguments=()
 for prompt in "${prompts[@]}"; do arguments+=(--prompt "$prompt"); done
 echo "asking both models ${#prompts[@]} held-out questions of data/eval.json ..."
-bash "$ROOT/evaluation_scripts/run_prompt.sh" "$OUTPUT/base" "$OUTPUT" \
-    --max_new_tokens 32 "${arguments[@]}" "$@" >"$OUTPUT/answers.txt"
+bash "$ROOT/evaluation_scripts/run_report.sh" "$OUTPUT/base" "$OUTPUT" "$OUTPUT/report" \
+    --max_new_tokens 32 --data_path local/jsonfile --data_split 10,0,0 --max_seq_len 64 \
+    "${arguments[@]}" "$@" >"$OUTPUT/answers.txt"
 python "$ROOT/evaluation_scripts/demo_report.py" "$OUTPUT"

@@ -1,7 +1,8 @@
-"""prompt_eval.py: greedy answers of two models, each with its own tokenizer, offline."""
+"""prompt_eval.py: answers of two models, each with its own tokenizer, offline, and every way to ask for them."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import prompt_eval
+from utils.answers import STRATEGIES, answer_batch
 from utils.errors import UserError
 from utils.utils import load_hf_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 STORIES = ROOT.parent / "shared" / "data" / "stories260K"
-RUN_PROMPT = ROOT / "evaluation_scripts" / "run_prompt.sh"
+SCRIPTS = ROOT / "evaluation_scripts"
+BOTH = ["--model_name_or_path_baseline", "base", "--model_name_or_path_finetune", "tuned"]
 TEXTS = {
     "base": ["Human: how do you see a bird? Assistant: with a telescope, or with your own eyes."] * 3,
     "tuned": ["Human: a frog went to the moon and wrote short poems there. Assistant: who told you?"] * 3,
@@ -187,7 +190,7 @@ def test_each_model_has_its_own_tokenizer(pairs, capsys):
     (base, base_tokenizer), (tuned, tuned_tokenizer) = pairs["base"], pairs["tuned"]
     prompt = "Human: who wrote short poems? Assistant:"
     assert base_tokenizer(prompt)["input_ids"] != tuned_tokenizer(prompt)["input_ids"]
-    args = prompt_eval.build_parser().parse_args(
+    args = prompt_eval.parse_args(
         [
             "--model_name_or_path_baseline=a",
             "--model_name_or_path_finetune=b",
@@ -214,14 +217,32 @@ def test_six_prompts_per_language(language):
     assert all(p.isascii() for p in prompts) == (language == "English")
 
 
-def test_all_argument_problems_are_said_together():
+def test_all_argument_problems_are_said_together(monkeypatch):
     models = ["--model_name_or_path_baseline=a", "--model_name_or_path_finetune=b"]
-    wrong = ["--num_return_sequences=2", "--top_k=8", "--max_new_tokens=0", "--prompt", " "]
+    wrong = {
+        "--num_return_sequences 2": "greedy decoding has one answer per prompt",
+        "--top_k 0": "at least 1 is needed",
+        "--max_new_tokens -1": "at least 1 is needed",
+        "--penalty_alpha 1.5": "between 0 and 1",
+        "--temperature 0.0": "above 0",
+        "--top_p 0.0": "between 0 and 1",
+        "--seed -1": "between 0 and",
+        "--data_split 1,2": "",
+        "--scorer_command no-such-program": "there is no program",
+        "--prompt_file nowhere.txt": "cannot be read",
+        "--strategies greedy,nucleus": "'nucleus' is none of greedy,",
+        "--report prompt_eval.py": "that is a file",
+    }
+    arguments = [word for pair in wrong for word in pair.split(" ", 1)]
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError) as error:
-        prompt_eval.parse_args([*models, *wrong])
-    for name in ["--num_return_sequences 2", "--top_k 8", "--max_new_tokens 0", "--prompt"]:
-        assert name in str(error.value)
-    assert len(str(error.value).splitlines()) == 4
+        prompt_eval.parse_args([*arguments, "--model_name_or_path_baseline=a", "--prompt", " "])
+    lines = str(error.value).splitlines()
+    assert lines[0] == "14 problems:"
+    assert any("--model_name_or_path_finetune is missing" in line for line in lines)
+    for flag, reason in wrong.items():
+        name = flag.split()[0]
+        assert any(name in line and reason in line for line in lines), flag
     assert prompt_eval.parse_args([*models, "--prompt", "x", "--prompt", "y"]).prompt == ["x", "y"]
 
 
@@ -230,12 +251,52 @@ def test_refusals_of_the_functions(pairs):
     inputs = tokenizer("Human: why? Assistant:", return_tensors="pt")
     with pytest.raises(UserError, match="greedy decoding has one answer"):
         prompt_eval.generate(model, tokenizer, inputs, num_return_sequences=2)
-    with pytest.raises(UserError, match="diverse beam search"):
-        prompt_eval.generate(model, tokenizer, inputs, num_beams=4, num_beam_groups=2)
-    with pytest.raises(UserError, match="contrastive search"):
-        prompt_eval.generate_constrastive_search(model, tokenizer, inputs)
+    with pytest.raises(UserError, match="contrastive search has one answer"):
+        prompt_eval.generate_constrastive_search(model, tokenizer, inputs, num_return_sequences=2)
     with pytest.raises(UserError, match="256 positions"):
         prompt_eval.generate(model, tokenizer, inputs, max_new_tokens=256)
+
+
+def test_the_functions_known_from_the_original_decode_in_every_way(pairs):
+    model, tokenizer = pairs["base"]
+    inputs = tokenizer("Human: why? Assistant:", return_tensors="pt")
+    ways = {
+        "beams": prompt_eval.generate(model, tokenizer, inputs, num_beams=3, num_return_sequences=2, max_new_tokens=6),
+        "groups": prompt_eval.generate(
+            model, tokenizer, inputs, num_beams=4, num_beam_groups=4, num_return_sequences=4, max_new_tokens=6,
+            diversity_penalty=50.0,
+        ),
+        "samples": prompt_eval.generate(
+            model, tokenizer, inputs, do_sample=True, num_return_sequences=3, max_new_tokens=6
+        ),
+        "contrastive": prompt_eval.generate_constrastive_search(model, tokenizer, inputs, max_new_tokens=6),
+    }  # fmt: skip
+    assert {name: len(texts) for name, texts in ways.items()} == {
+        "beams": 2, "groups": 4, "samples": 3, "contrastive": 1,
+    }  # fmt: skip
+    assert all(text.startswith("Human: why? Assistant:") for texts in ways.values() for text in texts)
+    assert len(set(ways["groups"])) == 4
+
+
+def test_the_end_tokens_of_a_checkpoint_survive_loading(folders, tmp_path):
+    """A run with --add_eot_token, and chat models, end answers with another token than the tokenizer's eos."""
+    shutil.copytree(folders / "base", tmp_path / "base")
+    file = tmp_path / "base" / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 7]}))
+    model, tokenizer = prompt_eval.load(str(tmp_path / "base"), "cpu")
+    assert prompt_eval.end_token_ids(model, tokenizer) == [2, 7]
+
+
+def test_what_a_checkpoint_says_about_sampling_does_not_count(folders, tmp_path):
+    """Both models decode in the same way, whatever stands in their generation configs."""
+    shutil.copytree(folders / "base", tmp_path / "base")
+    file = tmp_path / "base" / "generation_config.json"
+    own = {"do_sample": True, "temperature": 9.0, "top_k": 3, "repetition_penalty": 5.0, "num_beams": 3}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    plain, changed = (prompt_eval.load(str(root / "base"), "cpu") for root in (folders, tmp_path))
+    inputs = plain[1]("Human: why? Assistant:", return_tensors="pt")
+    assert changed[0].generation_config.repetition_penalty == 5.0
+    assert answer_batch(*changed, inputs, max_new_tokens=20) == answer_batch(*plain, inputs, max_new_tokens=20)
 
 
 def test_half_precision_is_widened_on_the_cpu_only(folders):
@@ -248,28 +309,38 @@ def test_half_precision_is_widened_on_the_cpu_only(folders):
     assert {p.dtype for p in elsewhere.parameters()} == {torch.float16}
 
 
+def test_the_dtype_asked_for(folders):
+    assert prompt_eval.load(str(folders / "tuned"), "cpu", "bf16")[0].dtype == torch.bfloat16
+    assert prompt_eval.load(str(folders / "tuned"), "meta", "fp32")[0].dtype == torch.float32
+
+
 def test_a_checkpoint_that_is_not_there(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"config.json is missing"):
         prompt_eval.load(str(tmp_path / "empty"), "cpu")
     with pytest.raises(UserError, match="no such folder"):
         prompt_eval.load(str(tmp_path / "nowhere"), "cpu")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no weights here"):
+        prompt_eval.load(str(tmp_path / "empty"), "cpu")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="nobody/nothing: cannot be loaded"):
         prompt_eval.load("nobody/nothing", "cpu")
 
 
-def run_script(arguments, cwd, **environment):
-    """run_prompt.sh with this interpreter as `python`."""
-    keep = {k: v for k, v in os.environ.items() if k not in ("BASELINE", "FINETUNED")}
+def run_script(arguments, cwd, script="run_prompt.sh", **options):
+    """A script of evaluation_scripts/ with this interpreter as `python`; capitals are environment variables."""
+    environment = {name: options.pop(name) for name in list(options) if name.isupper()}
+    keep = {k: v for k, v in os.environ.items() if k not in ("BASELINE", "FINETUNED", "REPORT")}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
-        ["bash", str(RUN_PROMPT), *arguments],
+        ["bash", str(SCRIPTS / script), *map(str, arguments)],
         cwd=cwd,
         env={**keep, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=300,
+        **options,
     )
 
 
@@ -296,13 +367,88 @@ def test_run_prompt_end_to_end(folders, pairs):
 def test_run_prompt_shows_a_mistake_without_a_traceback(folders):
     done = run_script(["base", "missing", "--num_return_sequences", "3"], cwd=folders)
     assert done.returncode == 2
-    assert "--num_return_sequences 3: only greedy decoding" in done.stderr
+    assert "--num_return_sequences 3: greedy decoding has one answer" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_run_prompt_needs_the_finetuned_model(tmp_path):
+@pytest.mark.parametrize("script", ["run_prompt.sh", "run_report.sh", "run_chat.sh"])
+def test_scripts_need_the_finetuned_model(tmp_path, script):
     for arguments in [[], ["base"], ["--language", "Chinese"]]:
-        done = run_script(arguments, cwd=tmp_path)
+        if arguments == ["base"] and script == "run_chat.sh":
+            continue  # there the first one is the fine-tuned one
+        done = run_script(arguments, tmp_path, script)
         assert done.returncode == 2
         assert "FINETUNED is missing" in done.stderr
-        assert "usage: bash evaluation_scripts/run_prompt.sh" in done.stderr
+        assert f"usage: bash evaluation_scripts/{script}" in done.stderr
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("run_*.sh")), ids=lambda path: path.name)
+def test_scripts_are_strict_and_pass_arguments_on(script):
+    text = script.read_text()
+    assert "set -euo pipefail" in text and '"$@"' in text and "XXX" not in text
+    assert os.access(script, os.X_OK) and "# usage: " in text
+
+
+def test_run_report_end_to_end(folders, tmp_path, monkeypatch):
+    """All strategies, several prompts, a scorer: the report's three files, and the numbers in the terminal."""
+    scorer = tmp_path / "scorer.py"
+    scorer.write_text(
+        "import json, sys\nfor line in sys.stdin:\n    record = json.loads(line)\n"
+        "    assert set(record) == {'prompt', 'answer'}\n    print(len(record['answer']))\n"
+    )
+    prompts = ["Human: why? Assistant:", "Human: how do you see a bird? Assistant:"]
+    given = [word for prompt in prompts for word in ("--prompt", prompt)]
+    done = run_script(
+        ["base", "tuned", "out", "--max_new_tokens", "6", *given, "--scorer_command", f"{sys.executable} {scorer}"],
+        folders, "run_report.sh",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (folders / "out" / "results.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["strategy"], row["model"]) for row in rows] == [
+        (prompt, strategy, model)
+        for prompt in prompts
+        for strategy in STRATEGIES
+        for model in ("baseline", "finetuned")
+    ]
+    assert all(row["score"] == len(row["answer"].strip()) for row in rows)
+    for strategy, title in STRATEGIES.items():
+        pairs = [
+            (a["score"], b["score"]) for a, b in zip(rows[::2], rows[1::2], strict=True) if a["strategy"] == strategy
+        ]
+        wins, losses = (sum(sign * (b - a) > 0 for a, b in pairs) for sign in (1, -1))
+        assert f"{title}: finetune wins {wins}, ties {2 - wins - losses}, loses {losses}" in done.stdout
+        assert done.stdout.count(f"==========finetune: {title}=========") == 2
+    assert "Beams: 4 beams, 4 groups of one beam for diverse_beam" in done.stdout
+    assert "Tokenizers: the two models have different ones" in done.stdout
+    assert "Report: out/report.html" in done.stdout
+    # The bar counts prompts on the error stream: the answers stay clean.
+    assert "12/12" in done.stderr and "prompt/s" not in done.stdout
+    monkeypatch.chdir(folders)
+    prompt_eval.main([*BOTH, "--report", "again", "--strategies", "all", "--max_new_tokens", "6", *given])
+    unscored = [{key: value for key, value in row.items() if key != "score"} for row in rows]
+    lines = (folders / "again" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == unscored, "the same seed gives the same answers"
+
+
+def test_a_scorer_that_fails_does_not_cost_the_answers(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folders)
+    given = ["--prompt", "Human: why? Assistant:", "--max_new_tokens", "4", "--scorer_command", "false"]
+    with pytest.raises(UserError, match="--scorer_command 'false' ended with status 1"):
+        prompt_eval.main([*BOTH, *given, "--report", str(tmp_path / "report")])
+    assert (tmp_path / "report" / "report.html").exists() and "finetune: Greedy" in capsys.readouterr().out
+
+
+def test_prompts_that_are_too_long_are_named_before_a_model_is_loaded(folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    monkeypatch.setattr(prompt_eval, "load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError) as error:
+        prompt_eval.main([*BOTH, "--prompt", "Human: why? Assistant:", "--prompt", "why " * 300])
+    for name in ("base", "tuned"):
+        assert f"{name}: prompt 2 of " in str(error.value)
+    assert "prompt 1" not in str(error.value) and "exceed the model's 256 positions" in str(error.value)
+
+
+def test_run_chat_end_to_end(folders):
+    done = run_script(["tuned", "base", "--max_new_tokens", "5"], folders, "run_chat.sh", input="why?\n\nhow?\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finetune: ") == done.stdout.count("Baseline: ") == 2

@@ -1,6 +1,7 @@
 """What README.md and CONTRIBUTING.md tell people to run exists, parses and, for the demo, runs."""
 
 import glob
+import importlib
 import importlib.util
 import json
 import os
@@ -71,10 +72,10 @@ def check(command: str) -> None:
         expanded(words[1])
         flags = [word.startswith("--") for word in words]
         further = words[flags.index(True) :] if True in flags else []
-        if words[1].endswith("run_prompt.sh"):
-            load("prompt_eval.py").build_parser().parse_args(
-                ["--model_name_or_path_baseline", "a", "--model_name_or_path_finetune", "b", *further]
-            )
+        if words[1].startswith("evaluation_scripts/"):
+            from utils.eval_args import build_parser as evaluation_parser
+
+            evaluation_parser().parse_args(further)
         else:
             build_parser().parse_args(["--model_name_or_path", "a", *further])
     elif "main.py" in words:
@@ -84,6 +85,10 @@ def check(command: str) -> None:
             build_parser().parse_args(rest)
     elif words[1:3] == ["-m", "utils.data.inspect"]:
         build_parser().parse_args(words[3:])
+    elif words[1] == "prompt_eval.py":
+        from utils.eval_args import parse_args
+
+        parse_args(words[2:])
     elif words[1:3] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words[3:] if word.startswith("tests/"))
     elif program == "python" and words[1].startswith("tools/"):
@@ -99,7 +104,10 @@ def test_command(command):
 
 
 def test_the_check_finds_mistakes():
-    for command in ("bash training_scripts/none.sh", "python main.py --no_such_flag", "make nothing", "rm -r x"):
+    for command in (
+        "bash training_scripts/none.sh", "python main.py --no_such_flag", "make nothing", "rm -r x",
+        "bash evaluation_scripts/run_chat.sh out --no_such_flag",
+    ):  # fmt: skip
         with pytest.raises((AssertionError, SystemExit, subprocess.CalledProcessError)):
             check(command)
 
@@ -108,29 +116,31 @@ def test_the_promised_commands_are_in_the_readme():
     commands = [*block_commands(), *table_commands()]
     for promised in ("make demo", "make test", "deepspeed --num_gpus 8 main.py", "python main.py"):
         assert any(command.startswith(promised) for command in commands), promised
-    for script in (ROOT / "training_scripts").rglob("run_*.sh"):
-        if script.name == "run_single.sh":  # the sweep's own
+    scripts = [
+        path for folder in ("training_scripts", "evaluation_scripts") for path in (ROOT / folder).rglob("run_*.sh")
+    ]
+    for script in scripts:
+        if script.name in ("run_single.sh", "run_demo.sh"):  # the sweep's own, make demo's own
             continue
         relative = str(script.relative_to(ROOT))
         named = [command.split()[1] for command in commands if command.startswith("bash ")]
         assert any(relative in expanded(pattern) for pattern in named), f"{relative} is not in the README"
 
 
-def test_table_of_arguments_is_up_to_date():
-    from utils.args import build_parser
-
+def test_tables_of_arguments_are_up_to_date():
     module = load("tools/argument_table.py")
     readme = text_of("README.md")
-    assert module.with_table(readme, module.table(build_parser())) == readme, "run python tools/argument_table.py"
+    assert module.with_tables(readme) == readme, "run python tools/argument_table.py"
 
 
-def test_table_holds_every_flag_with_its_default():
+@pytest.mark.parametrize(
+    ("module", "begin"), [("utils.args", "<!-- arguments"), ("utils.eval_args", "<!-- prompt_eval.py")]
+)
+def test_table_holds_every_flag_with_its_default(module, begin):
     """The same seen from the other side, without the tool's own rows."""
-    from utils.args import build_parser
-
-    part = text_of("README.md").split("<!-- arguments")[1].split("<!-- end of arguments -->")[0]
+    part = text_of("README.md").split(begin)[1].split("<!-- end of arguments -->")[0]
     shown = dict(re.findall(r"^\| `(--\w+)[^`]*` \| (.*?) \|", part, re.MULTILINE))
-    parser = build_parser()
+    parser = importlib.import_module(module).build_parser()
     actions = {option: action for action in parser._actions for option in action.option_strings}
     known = {flag for flag in actions if flag.startswith("--")} - {"--help", "--deepscale", "--deepscale_config"}
     assert set(shown) == known
@@ -177,7 +187,7 @@ def test_the_demo_runs_in_small(tmp_path):
     small = ["--data_path", data, "--num_train_epochs", "2", "--data_output_path", tmp_path / "cache"]
     for command in (
         [ROOT / "training_scripts/single_cpu/run_tiny.sh", output, "0", *small],
-        [ROOT / "evaluation_scripts/run_demo.sh", output, "--max_new_tokens", "8"],
+        [ROOT / "evaluation_scripts/run_demo.sh", output, "--max_new_tokens", "8", "--data_path", data],
     ):
         done = subprocess.run(
             ["bash", *map(str, command)], cwd=tmp_path, env=REAL, capture_output=True, text=True, timeout=300
@@ -191,18 +201,22 @@ def test_the_demo_runs_in_small(tmp_path):
     before, *_, after = [record["perplexity"] for record in records if "perplexity" in record]
     assert after < before
     assert f"perplexity on held-out data: {before:.1f} before, {after:.2f} after 4 optimizer steps" in page
-    assert f"losses: {output / 'loss.png'}" in page
+    assert f"losses: {output / 'loss.png'}" in page and f"report: {output / 'report' / 'report.html'}" in page
+    html = (output / "report" / "report.html").read_text(encoding="utf-8")
+    assert html.count("<article") == 8 and html.count('class="pair"') == 6 * 8 and "<svg" in html
+    assert f">{before:.4g}<" in html and f">{after:.4g}<" in html, "perplexities in the report are those of the run"
 
 
 def test_right_answers_are_counted(tmp_path):
     report = load("evaluation_scripts/demo_report.py")
-    printed = "on cpu: both in float32\n"
-    for number, (record, prompt) in enumerate(zip(report.demo_records(), report.demo_prompts(), strict=True)):
+    lines = []
+    for number, record in enumerate(report.demo_records()):
         answer = record["chosen"] if number % 2 else "x " * 99
-        printed += f"==========Baseline: Greedy=========\n\n{prompt} no\n\n"
-        printed += f"==========finetune: Greedy=========\n\n{prompt} {answer}\n\n"
-        printed += "====================prompt end=============================\n\n\n"
-    (tmp_path / "answers.txt").write_text(printed, encoding="utf-8")
+        for strategy, after in (("greedy", f" {answer}\n"), ("beam", record["chosen"])):
+            lines.append({"strategy": strategy, "model": "baseline", "answer": " no"})
+            lines.append({"strategy": strategy, "model": "finetuned", "answer": after})
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "results.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 0, "perplexity": 9.0}\n{"step": 1, "loss": 2.0}\n{"step": 1, "perplexity": 2.0}\n'
     )

@@ -1,19 +1,24 @@
-"""Keep README.md's table of main.py's arguments as utils/args.py has them.
+"""Keep README.md's tables of arguments as the parsers have them: main.py's and prompt_eval.py's.
 
-Without an argument the table between the two markers is written anew; with `--check` nothing is changed and the
-exit status is 1 when it is out of date.
+Without an argument the tables between their markers are written anew; with `--check` nothing is changed and the
+exit status is 1 when one is out of date.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-BEGIN = "<!-- arguments: written by tools/argument_table.py -->"
+# Where a table begins -> the module with its parser.
+BEGINS = {
+    "<!-- arguments: written by tools/argument_table.py -->": "utils.args",
+    "<!-- prompt_eval.py: written by tools/argument_table.py -->": "utils.eval_args",
+}
 END = "<!-- end of arguments -->"
 # DeepSpeed's own, under its former name; they do what --deepspeed and --deepspeed_config do.
 FORMER_NAMES = {"--deepscale", "--deepscale_config"}
@@ -70,27 +75,28 @@ def table(parser: argparse.ArgumentParser) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def with_table(readme: str, new: str) -> str:
-    """`readme` with `new` between the markers."""
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{new}{END}{rest.split(END)[1]}"
+def with_tables(readme: str) -> str:
+    """`readme` with every table as its parser has it now."""
+    for begin, module in BEGINS.items():
+        before, rest = readme.split(begin)
+        new = table(importlib.import_module(module).build_parser())
+        readme = f"{before}{begin}\n{new}{END}{rest.split(END, 1)[1]}"
+    return readme
 
 
 def main() -> int:
     """Entry point."""
-    options = argparse.ArgumentParser(description="Keep README.md's table of arguments up to date.")
+    options = argparse.ArgumentParser(description="Keep README.md's tables of arguments up to date.")
     options.add_argument("--check", action="store_true", help="change nothing, only tell")
     check = options.parse_args().check
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no looking for devices, for a list of names
-    from utils.args import build_parser
-
     old = README.read_text(encoding="utf-8")
-    new = with_table(old, table(build_parser()))
+    new = with_tables(old)
     if new == old:
         return 0
     if check:
-        print("README.md's table of arguments is out of date: run python tools/argument_table.py", file=sys.stderr)
+        print("README.md's tables of arguments are out of date: run python tools/argument_table.py", file=sys.stderr)
         return 1
     README.write_text(new, encoding="utf-8")
     return 0
