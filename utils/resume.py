@@ -9,6 +9,7 @@ import deepspeed
 
 from utils.checkpoint import Checkpoint, restore_random_states
 from utils.data.prompt_dataset import PromptDataset
+from utils.data.sources import parse_source
 from utils.ds_utils import world_size
 from utils.errors import UserError
 from utils.optimizer import recount_updates
@@ -41,7 +42,9 @@ def arguments_record(args: Namespace, ranks: int) -> dict[str, Any]:
 
 def _place(path: str) -> str:
     """A folder by its full path, so that it is the same from another working directory; a hub name as it is."""
-    return os.path.realpath(path) if os.path.exists(path) else path
+    name, weight = parse_source(path)
+    place = os.path.realpath(name) if os.path.exists(name) else name
+    return place if weight == 1 else f"{place}:{weight:g}"
 
 
 def changed_arguments(checkpoint: Checkpoint, args: Namespace, ranks: int) -> list[str]:
