@@ -237,6 +237,15 @@ def test_multi_node_needs_its_host_file(run):
     assert not run.notes.exists()
 
 
+def test_log_goes_on_with_a_run_that_goes_on(run):
+    script = "single_gpu/run_1.3b.sh"
+    assert run(script, "out").returncode == 0 and run(script, "out").returncode == 0
+    log = run.folder / "out" / "training.log"
+    once = log.read_text()
+    assert run(script, "out", "--resume_from_checkpoint").returncode == 0
+    assert log.read_text() == 2 * once
+
+
 def test_sweep_goes_on_after_a_failed_run(run):
     done = run(SWEEP, "out", STATUS="9", FAIL_WITH="--offload")
     assert done.returncode == 1

@@ -14,4 +14,7 @@ if [[ $# -gt 0 && $1 != -* ]]; then
     ZERO_STAGE=${1:-$ZERO_STAGE}
     shift
 fi
+# A run that goes on continues its log.
+# shellcheck disable=SC2034 # for the scripts' `tee`
+if [[ " $* " == *" --resume_from_checkpoint"* ]]; then APPEND=yes; else APPEND=; fi
 mkdir -p "$OUTPUT"

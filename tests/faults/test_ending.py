@@ -104,25 +104,44 @@ def test_folder_lost_while_running(run_setting, tmp_path):
 # -------------------------------------------------------------------------------------- dead ranks
 
 
-def test_dead_rank_ends_the_others_and_the_launcher(run_setting, tmp_path):
-    """Under DeepSpeed's launcher: rank 1 is killed, everything ends within a minute, with a status that says so."""
+@pytest.fixture
+def launched(run_setting, tmp_path):
+    """A long run on two ranks under DeepSpeed's own launcher, three steps in: (process, its log, its folder)."""
     from conftest import ROOT, deepspeed_ranks
 
+    output, log = tmp_path / "out", tmp_path / "log"
     command = [*deepspeed_ranks(2), str(ROOT / "main.py"), *run_setting, "--num_train_epochs", "10000"]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while "Step: 3," not in (tmp_path / "log").read_text():
-            assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.1)
-        children = subprocess.run(["pgrep", "-f", f"main.py --local_rank=1 .*{run_setting[1]}"], capture_output=True)
-        os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
-        killed = time.monotonic()
-        assert process.wait(timeout=60) != 0
-        assert time.monotonic() - killed < 60
-    finally:
-        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [*command, "--output_dir", output], stdout=file, stderr=file, cwd=tmp_path, start_new_session=True
+        )
+    deadline = time.monotonic() + 300
+    while "Step: 3," not in log.read_text():
+        assert time.monotonic() < deadline and process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    yield process, log, output
+    subprocess.run(["pkill", "-KILL", "-f", str(output)], check=False)
+
+
+def test_dead_rank_ends_the_others_and_the_launcher(launched):
+    """Rank 1 is killed: everything ends within a minute, with a status that says so."""
+    process, log, output = launched
+    rank = subprocess.run(["pgrep", "-f", f"main.py --local_rank=1 .*{output}"], capture_output=True, check=True)
+    os.kill(int(rank.stdout.split()[0]), signal.SIGKILL)
+    assert process.wait(timeout=60) not in (0, 75), log.read_text()
+    time.sleep(1)
+    assert subprocess.run(["pgrep", "-f", str(output)], check=False).returncode == 1, "no rank is left"
+
+
+def test_ctrl_c_under_the_launcher_saves(launched):
+    """Ctrl-C goes to launcher and ranks alike: the launcher ends by it, the ranks with a checkpoint."""
+    process, log, output = launched
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(timeout=60)
+    while subprocess.run(["pgrep", "-f", str(output)], check=False, capture_output=True).returncode == 0:
+        time.sleep(0.1)
+    (step,) = checkpoint_steps(output)
+    assert f"Stopped at step {step}" in log.read_text()
 
 
 def test_first_error_is_shown_last(run_setting, tmp_path):

@@ -27,4 +27,4 @@ deepspeed "$ROOT/main.py" \
     --zero_stage "$ZERO_STAGE" \
     --deepspeed \
     --output_dir "$OUTPUT" \
-    "$@" 2>&1 | tee -i "$OUTPUT/training.log"
+    "$@" 2>&1 | tee -i ${APPEND:+-a} "$OUTPUT/training.log"

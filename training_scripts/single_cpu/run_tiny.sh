@@ -33,4 +33,4 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
         --deepspeed \
         --output_dir "$OUTPUT" \
         "$@"
-} 2>&1 | tee -i "$OUTPUT/training.log"
+} 2>&1 | tee -i ${APPEND:+-a} "$OUTPUT/training.log"
