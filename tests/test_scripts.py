@@ -238,7 +238,7 @@ def test_multi_node_needs_its_host_file(run):
 
 
 def test_log_goes_on_with_a_run_that_goes_on(run):
-    script = "single_gpu/run_1.3b.sh"
+    script = ROOT / "training_scripts" / "single_gpu" / "run_1.3b.sh"
     assert run(script, "out").returncode == 0 and run(script, "out").returncode == 0
     log = run.folder / "out" / "training.log"
     once = log.read_text()
