@@ -53,6 +53,7 @@ class ForkedRun:
 
     processes: list
     logs: list[Path]
+    port: int  # of its process group
 
     def kill(self, number: int, ranks: list[int] | None = None) -> None:
         """Send a signal to these ranks (all of them unless given)."""
@@ -104,7 +105,7 @@ def start_run(argv: list, ranks: int = 1, file_limits: dict[int, int] | None = N
         arguments = ([str(argument) for argument in argv], own, str(logs[-1]), (file_limits or {}).get(rank))
         processes.append(context.Process(target=_main, args=arguments, daemon=True))
         processes[-1].start()
-    return ForkedRun(processes, logs)
+    return ForkedRun(processes, logs, port)
 
 
 def finished_run(argv: list, ranks: int = 1, status: int = 0) -> str:
@@ -112,6 +113,8 @@ def finished_run(argv: list, ranks: int = 1, status: int = 0) -> str:
     run = start_run(argv, ranks)
     statuses = run.wait()
     assert statuses == [status] * ranks, f"{statuses}\n{run.output()}"
+    left = list(Path("/dev/shm").glob(f"deepspeed_*_{run.port}_*"))
+    assert not left, f"shared memory is left behind: {left}"
     return run.output()
 
 
