@@ -14,6 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
+from utils.console import say
 from utils.errors import UserError
 from utils.saving import save_model_folder, unwrap, write_weights
 
@@ -31,7 +32,7 @@ def global_rank() -> int:
 def print_rank_0(msg: str, rank: int | None = None) -> None:
     """Print on rank 0 only; `rank` overrides the process group's own answer (<= 0 prints)."""
     if (global_rank() if rank is None else rank) <= 0:
-        print(msg, flush=True)
+        say(msg)
 
 
 def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
