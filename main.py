@@ -46,6 +46,7 @@ from utils.keeper import Keeper
 from utils.loss import summed_loss
 from utils.metrics import MetricsFile, draw_losses
 from utils.model.model_utils import create_hf_model, describe_parameters
+from utils.model_card import describe_model
 from utils.module.adapter import ADAPTER_FOLDER, save_lora_adapter
 from utils.module.lora import (
     convert_linear_layer_to_lora,
@@ -262,7 +263,7 @@ def save(
     sample = train_data[0]["input_ids"][None, :VERIFIED_TOKENS]
     expected = live_logits(engine.module, sample.to(device))
     with phase("writing the model"):
-        folder = save_hf_format(engine, tokenizer, args)
+        folder = save_hf_format(engine, tokenizer, args, describe=describe_model(args, tokenizer))
     if args.save_lora_adapter:
         adapter = os.path.join(folder, ADAPTER_FOLDER)
         save_lora_adapter(unwrap(engine), args.model_name_or_path, adapter)

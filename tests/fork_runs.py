@@ -127,9 +127,8 @@ def losses(folder: Path) -> dict[int, float]:
 def outcome(folder: Path) -> tuple[str, bytes]:
     """What two equal runs share bit for bit: all records but those of their speed, and the weights."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return "\n".join(line for line in lines if "tokens_per_second" not in line), (
-        folder / "model.safetensors"
-    ).read_bytes()
+    records = "\n".join(line for line in lines if "tokens_per_second" not in line)
+    return records, (folder / "model.safetensors").read_bytes()
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

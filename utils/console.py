@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 PRINTED = "print"  # the logger that gets what libraries print
 TICK_SECONDS = 0.5
-RUN_FORMAT = "{desc} |{bar:6}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
+RUN_FORMAT = "{desc} step {n_fmt}/{total_fmt} |{bar:6}| {remaining} left{postfix}"
 PHASE_FORMAT = "{desc} {elapsed}{postfix}"
 
 _run_bar: tqdm | None = None  # the training's, from its first step to its last

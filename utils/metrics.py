@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 PICTURE = "loss.png"
-MEAN_PARTS = 50  # the running mean goes over a fiftieth of the steps
+MEAN_PARTS = 25  # the running mean goes over this part of the steps
 
 
 class StepLosses:
@@ -116,8 +116,8 @@ def draw_losses(output_dir: str, folder: str | None = None) -> str:
     if train:
         steps, losses = zip(*train, strict=True)
         window = len(train) // MEAN_PARTS
-        axes.plot(steps, losses, color="tab:blue", alpha=0.35 if window > 1 else 1, linewidth=1, label="training, step")
-        if window > 1:
+        axes.plot(steps, losses, color="tab:blue", alpha=0.35 if window > 2 else 1, linewidth=1, label="training, step")
+        if window > 2:
             mean = running_mean(losses, window)
             axes.plot(steps, mean, color="tab:blue", linewidth=1.8, label=f"training, mean of {window} steps")
     if evaluation:
@@ -127,7 +127,6 @@ def draw_losses(output_dir: str, folder: str | None = None) -> str:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per label token (nats)")
     axes.grid(alpha=0.3)
-    axes.margins(x=0.08)
     if train or evaluation:
         axes.legend()
     path = os.path.join(folder or output_dir, PICTURE)
@@ -152,5 +151,6 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 def _name_last(axes: Any, point: tuple[float, float]) -> None:
     """Write the last evaluation's loss and perplexity beside its dot."""
     step, loss = point
-    words = f"{loss:.3f}\nppl {math.exp(loss):.4g}" if loss < 700 else f"{loss:.3g}"
-    axes.annotate(words, (step, loss), textcoords="offset points", xytext=(7, 0), fontsize=9, color="tab:orange")
+    words = f"{loss:.4g}, perplexity {math.exp(loss):.4g}" if loss < 700 else f"{loss:.3g}"
+    place = {"textcoords": "offset points", "xytext": (3, 9), "ha": "right", "fontsize": 9}
+    axes.annotate(words, (step, loss), color="tab:orange", **place)
