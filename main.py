@@ -72,7 +72,7 @@ EXIT_BY_SIGINT = 130
 def main(args: Namespace) -> None:
     """One run, top to bottom."""
     check_run(args)
-    LOG.open(args.output_dir)
+    LOG.open(None if args.dry_run else args.output_dir)
     device = start_process_group(args.local_rank, args.ddp_timeout)
     ds_config = build_ds_config(args, world_size())
     set_random_seed(args.seed)

@@ -5,6 +5,7 @@ Without a terminal, or on another rank than 0, there is no live line, and nothin
 
 import io
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from tqdm import tqdm
 PRINTED = "print"  # the logger that gets what libraries print
 TICK_SECONDS = 0.5
 RUN_FORMAT = "{desc} step {n_fmt}/{total_fmt} |{bar:6}| {remaining} left{postfix}"
+NARROW_FORMAT = "{desc} {n_fmt}/{total_fmt} {remaining}{postfix}"
+NARROW = 115  # columns; with fewer the words around the figures make room for them
 PHASE_FORMAT = "{desc} {elapsed}{postfix}"
 
 _run_bar: tqdm | None = None  # the training's, from its first step to its last
@@ -27,6 +30,11 @@ def has_live_line() -> bool:
     """Whether this process may draw one: it is rank 0, and stderr is a terminal."""
     is_first = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
     return is_first and sys.stderr.isatty()
+
+
+def is_narrow() -> bool:
+    """Whether the terminal is too narrow for the live line's words."""
+    return os.get_terminal_size(sys.stderr.fileno()).columns < NARROW
 
 
 def say(line: str) -> None:
@@ -67,15 +75,17 @@ def open_run_bar(total: int, done: int) -> None:
     global _run_bar
     close_run_bar()
     if has_live_line():
+        form = NARROW_FORMAT if is_narrow() else RUN_FORMAT
         _run_bar = tqdm(
-            total=total, initial=done, bar_format=RUN_FORMAT, dynamic_ncols=True, file=sys.stderr, desc="Training"
+            total=total, initial=done, bar_format=form, dynamic_ncols=True, file=sys.stderr, desc="Training"
         )
 
 
 def advance_run_bar(epoch: int, epochs: int) -> None:
     """One more step is on its way. No figure is asked for, so no device is waited for."""
     if _run_bar is not None:
-        _run_bar.set_description_str(f"Epoch {epoch}/{epochs}", refresh=False)
+        word = "ep" if _run_bar.bar_format == NARROW_FORMAT else "Epoch"
+        _run_bar.set_description_str(f"{word} {epoch}/{epochs}", refresh=False)
         _run_bar.update()
 
 

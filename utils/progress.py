@@ -7,8 +7,9 @@ from argparse import Namespace
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
 
-from utils.console import advance_run_bar, has_live_line, open_run_bar, say, show_figures
+from utils.console import advance_run_bar, has_live_line, is_narrow, open_run_bar, say, show_figures
 from utils.data.batches import TrainBatch
 from utils.ds_utils import world_size
 from utils.metrics import MetricsFile, StepLosses
@@ -93,10 +94,17 @@ class Progress:
 
     def _show(self, rates: Throughput, padding: float, memory: float, seconds: float) -> None:
         loss, rate, norm = (self.last[name] for name in ("loss", "learning_rate", "grad_norm"))
-        peak = "?" if rates.peak_share is None else f"{rates.peak_share:.1%}"
-        if has_live_line():
+        peak = "?" if rates.peak_share is None else f"{rates.peak_share:.0%}"
+        speed = rates.tokens_per_second
+        if has_live_line() and is_narrow():
+            norm_words = "skipped" if norm is None else f"{norm:.2g}"
             show_figures(
-                f"loss {loss:.4f}, lr {rate:.2e}, norm {_short(norm)}, {rates.tokens_per_second:,.0f} tok/s, "
+                f"loss {loss:.2f} lr {rate:.0e} norm {norm_words} {tqdm.format_sizeof(speed)}/s pad {padding:.0%} "
+                f"peak {peak} {memory:.1f}G"
+            )
+        elif has_live_line():
+            show_figures(
+                f"loss {loss:.4f}, lr {rate:.2e}, norm {_short(norm)}, {speed:,.0f} tok/s, "
                 f"pad {padding:.1%}, peak {peak}, {memory:.1f} GB"
             )
         else:
