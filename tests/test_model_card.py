@@ -4,8 +4,8 @@ import json
 from argparse import Namespace
 
 import pytest
-import yaml
 from fork_runs import finished_run
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from utils.data.chat_format import ChatFormat, render, render_prompt
@@ -89,7 +89,7 @@ def test_tokenizer_that_reads_a_template_in_another_way_gets_none(tokenizer, mon
 
 def test_card(saved):
     card = (saved / "README.md").read_text(encoding="utf-8")
-    header = yaml.safe_load(card.split("---")[1])
+    header = ModelCard(card).data.to_dict()
     assert header == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sft"]}
     records = [json.loads(line) for line in (saved / "metrics.jsonl").read_text().splitlines()]
     figures = {record["step"]: record["perplexity"] for record in records if "perplexity" in record}
@@ -101,8 +101,7 @@ def test_card(saved):
 
 
 def test_header_names_what_the_hub_knows():
-    header = yaml.safe_load(
-        card_header("facebook/opt-125m", ["Dahoas/rm-static", "/no/such/folder", "mkqa-Chinese"]).strip("-")
-    )
+    sources = ["Dahoas/rm-static", "/no/such/folder", "mkqa-Chinese"]
+    header = ModelCard(card_header("facebook/opt-125m", sources)).data.to_dict()
     assert header["base_model"] == "facebook/opt-125m" and header["datasets"] == ["Dahoas/rm-static"]
     assert "license" not in header

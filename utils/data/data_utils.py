@@ -8,6 +8,7 @@ everything that changes the result.
 import copy
 import hashlib
 import os
+import sys
 from collections.abc import Iterable
 
 import datasets
@@ -194,6 +195,8 @@ def create_prompt_dataset(
     Raises:
         UserError: bad data, or no training sample is left.
     """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     sources = [(name, data_split) for name in data_path]
     if train_phase == 1:
         sources += [(name, SFT_ONLY_SPLIT) for name in sft_only_data_path]
