@@ -14,11 +14,15 @@ What it refuses: fp16 on a CPU (DeepSpeed can't), sequences longer than the mode
 matches no layer, data that is not what it should be. All of it is found before a model is loaded.
 """
 
+import math
 import os
 import sys
 from argparse import Namespace
 from typing import Any
 
+from utils.library_log import LOG, quiet_libraries  # first: DeepSpeed talks while it is imported
+
+# isort: split
 import deepspeed
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_scheduler
@@ -29,6 +33,7 @@ from utils.bad_steps import BadSteps
 from utils.best_model import forget_best_model, publish_best_model
 from utils.checkpoint import find_checkpoint
 from utils.checks import check_run, end_of_conversation_token
+from utils.console import close_run_bar, phase
 from utils.data.batches import collate_for, eval_batches, train_batches
 from utils.data.data_utils import PromptDataset, create_prompt_dataset
 from utils.data.sampler import Units, epoch_units, micro_batches_per_epoch, remaining_units, step_members
@@ -41,6 +46,7 @@ from utils.keeper import Keeper
 from utils.loss import summed_loss
 from utils.metrics import MetricsFile, draw_losses
 from utils.model.model_utils import create_hf_model, describe_parameters
+from utils.model_card import describe_model
 from utils.module.adapter import ADAPTER_FOLDER, save_lora_adapter
 from utils.module.lora import (
     convert_linear_layer_to_lora,
@@ -52,17 +58,11 @@ from utils.neftune import add_embedding_noise
 from utils.optimizer import create_optimizer, initialize_engine
 from utils.progress import Progress
 from utils.resume import arguments_record, describe_position, follow_schedule, restore, run_record
+from utils.run_file import recorded_run
 from utils.run_state import RunPlan, RunState, is_checkpoint_due, is_evaluation_due, plan_run
 from utils.saving import live_logits, unwrap, verify_saved_model
 from utils.self_check import choose_layout
-from utils.utils import (
-    global_rank,
-    load_hf_tokenizer,
-    print_rank_0,
-    save_hf_format,
-    set_random_seed,
-    to_device,
-)
+from utils.utils import global_rank, load_hf_tokenizer, print_rank_0, save_hf_format, set_random_seed, to_device
 
 SFT_PHASE = 1
 VERIFIED_TOKENS = 64
@@ -72,6 +72,7 @@ EXIT_BY_SIGINT = 130
 def main(args: Namespace) -> None:
     """One run, top to bottom."""
     check_run(args)
+    LOG.open(None if args.dry_run else args.output_dir)
     device = start_process_group(args.local_rank, args.ddp_timeout)
     ds_config = build_ds_config(args, world_size())
     set_random_seed(args.seed)
@@ -110,10 +111,8 @@ def main(args: Namespace) -> None:
         print_rank_0(describe_position(checkpoint, state, plan))
         follow_schedule(engine, state, checkpoint, args.seed)
 
-    train(engine, train_data, eval_data, tokenizer, args, device, plan, state, record)
-    if args.output_dir is None:
-        print_rank_0("no --output_dir: the model is not saved")
-    else:
+    with recorded_run(engine, args, train_data, eval_data, plan, state):
+        train(engine, train_data, eval_data, tokenizer, args, device, plan, state, record)
         save(engine, tokenizer, train_data, args, device)
 
 
@@ -191,7 +190,7 @@ def train(
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     collate = collate_for(args.padding, tokenizer.pad_token_id, args.max_seq_len)
     metrics = MetricsFile(args.output_dir, rank == 0, state.metrics_bytes)
-    progress = Progress(engine, args, device, metrics, plan.epochs, state.step)
+    progress = Progress(engine, args, device, metrics, plan, state.step)
     keeper = Keeper(engine, tokenizer, args, progress, state, record, sample=train_data[0]["input_ids"])
     bad_steps = BadSteps(engine, args.max_bad_steps)
     stop = StopRequest(args.ddp_timeout)
@@ -199,11 +198,12 @@ def train(
     def perplexity() -> None:
         print_rank_0(f"***** Evaluating perplexity, Epoch {state.epochs_begun}/{plan.epochs} *****")
         batches = eval_batches(eval_data, collate, args.per_device_eval_batch_size, ranks, rank, on_cpu)
-        result = evaluate(engine, batches, device, stop.agreed)
+        count = math.ceil(len(eval_data) / (args.per_device_eval_batch_size * ranks))
+        result = evaluate(engine, batches, device, stop.agreed, count)
         if result is None:
             keeper.interrupt(stop.received)
         print_rank_0("ppl: {}, loss: {}".format(*result) if len(eval_data) else "no evaluation data: no perplexity")
-        metrics.write(epoch=state.epochs_begun, step=state.step, eval_loss=result[1], perplexity=result[0])
+        progress.record(epoch=state.epochs_begun, step=state.step, eval_loss=result[1], perplexity=result[0])
         keeper.evaluated(result[1], len(eval_data))
 
     print_rank_0("***** Running training *****")
@@ -240,6 +240,7 @@ def train(
             if plan.is_done(state) or keeper.has_lost_patience():
                 break
     stop.close()
+    close_run_bar()
     set_documents(None)
     if args.output_dir is not None and rank == 0:
         print_rank_0(f"Loss curve: {draw_losses(args.output_dir)}")
@@ -253,12 +254,16 @@ def save(
     device: torch.device,
 ) -> None:
     """Save the model, load it again with plain transformers, and compare. Every rank takes part."""
+    if args.output_dir is None:
+        print_rank_0("no --output_dir: the model is not saved")
+        return
     print_rank_0("saving the final model ...")
     if args.load_best_model_at_end and publish_best_model(args):
         return
     sample = train_data[0]["input_ids"][None, :VERIFIED_TOKENS]
     expected = live_logits(engine.module, sample.to(device))
-    folder = save_hf_format(engine, tokenizer, args)
+    with phase("writing the model"):
+        folder = save_hf_format(engine, tokenizer, args, describe=describe_model(args, tokenizer))
     if args.save_lora_adapter:
         adapter = os.path.join(folder, ADAPTER_FOLDER)
         save_lora_adapter(unwrap(engine), args.model_name_or_path, adapter)
@@ -274,9 +279,10 @@ def run(argv: list[str] | None = None) -> None:
     """Start `main` and end with one message and a status that says what happened."""
     rank = int(os.environ.get("RANK", 0))
     try:
-        args = parse_args(argv)
-        args.local_rank = local_rank_of(args.local_rank)
-        main(args)
+        with quiet_libraries():
+            args = parse_args(argv)
+            args.local_rank = local_rank_of(args.local_rank)
+            main(args)
     except Interrupted as stop:
         print_rank_0(str(stop), rank)
         sys.exit(EXIT_INTERRUPTED)

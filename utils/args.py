@@ -9,6 +9,7 @@ from transformers import SchedulerType
 from utils.data.sources import parse_columns, parse_source
 from utils.data.splits import parse_data_split
 from utils.errors import UserError
+from utils.reporting import CHOICES
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -178,8 +179,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="longest wait of one rank for the others; half an hour outlasts a slow disk, not a dead rank")
     add("--dry_run", action="store_true",
         help="check everything, prepare the data, print the plan and stop before the model is loaded")
+    add("--logging_steps", type=int, default=10, metavar="N",
+        help="bring figures over from the device and say them every N optimizer steps; 10, since that waits for it")
+    add("--report_to", nargs="*", default=["none"], choices=CHOICES,
+        help="send the figures there too, through DeepSpeed's monitor; none: they are in OUTPUT_DIR/metrics.jsonl")
     add("--enable_tensorboard", action="store_true",
-        help="write curves through DeepSpeed's monitor; off, since few look at them")
+        help="the original's name of --report_to tensorboard; off, since few look at them")
     add("--tensorboard_path", default="step1_tensorboard", metavar="DIR",
         help="where the curves go; the default is the original's")
 # fmt: on
@@ -207,7 +212,7 @@ def check_values(args: argparse.Namespace) -> list[str]:
         "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
         "num_train_epochs": 1, "num_warmup_steps": 0, "max_seq_len": 2, "lora_dim": 0, "ddp_timeout": 1, "seed": 0,
         "max_steps": 1, "eval_steps": 1, "save_steps": 1, "save_total_limit": 0, "early_stopping_patience": 1,
-        "max_bad_steps": 1, "preprocessing_num_workers": 1,
+        "max_bad_steps": 1, "logging_steps": 1, "preprocessing_num_workers": 1,
     }  # fmt: skip
     for name, least in at_least.items():
         if getattr(args, name) is not None and getattr(args, name) < least:

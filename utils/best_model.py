@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.checkpoint import checkpoints_folder
 from utils.errors import UserError
+from utils.metrics import PICTURE
+from utils.model_card import describe_model
 from utils.module.adapter import ADAPTER_FOLDER, save_lora_adapter
 from utils.run_state import RunState
 from utils.saving import live_logits, publish_model, save_model_folder, unwrap, verify_saved_model
@@ -43,7 +45,7 @@ def keep_best_model(
     if global_rank() == 0:
         shutil.rmtree(work, ignore_errors=True)
     expected = live_logits(engine.module, sample.to(engine.device))
-    save_model_folder(unwrap(engine), tokenizer, work)
+    save_model_folder(unwrap(engine), tokenizer, work, describe_model(args, tokenizer))
     if args.save_lora_adapter:
         save_lora_adapter(unwrap(engine), args.model_name_or_path, os.path.join(work, ADAPTER_FOLDER))
     if global_rank() == 0:
@@ -67,7 +69,7 @@ def publish_best_model(args: Namespace) -> bool:
         dist.broadcast_object_list(found, src=0)
     if found[0] and global_rank() == 0:
         try:
-            publish_model(folder, args.output_dir, leave_out=(RECORD,))
+            publish_model(folder, args.output_dir, leave_out=(RECORD, PICTURE))
         except OSError as err:
             raise UserError(
                 f"can't copy the best model to {args.output_dir} ({err}): it is whole in {folder}."

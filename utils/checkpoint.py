@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.ds_utils import world_size
 from utils.errors import UserError
+from utils.model_card import describe_model
 from utils.run_state import RunState
 from utils.saving import save_model_folder, unwrap
 from utils.utils import global_rank, set_random_seed
@@ -152,7 +153,7 @@ def save_checkpoint(
             _check_space(engine, root, args)
         _wait_for_all()
         if args.save_only_model:
-            save_model_folder(unwrap(engine), tokenizer, work)
+            save_model_folder(unwrap(engine), tokenizer, work, describe_model(args, tokenizer))
         else:
             # Frozen weights are those of the model the run started from: only what trains is written.
             engine.save_checkpoint(root, INCOMPLETE + name, save_latest=False, exclude_frozen_parameters=True)

@@ -22,6 +22,7 @@ from utils.ds_utils import check_local_rank, launched_ranks, read_deepspeed_conf
 from utils.errors import UserError
 from utils.model.model_utils import load_model_config, max_positions
 from utils.module.lora import check_lora_module_name
+from utils.reporting import check_reports
 from utils.resume import check_same_run
 from utils.utils import load_hf_tokenizer
 
@@ -48,6 +49,7 @@ def check_run(args: Namespace) -> None:
 
     attempt(check_local_rank, args.local_rank)
     attempt(resolve_dtype, args.dtype)
+    attempt(check_reports, args)
     if args.deepspeed_config:
         attempt(read_deepspeed_config, args.deepspeed_config)
     if args.output_dir is not None:

@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from utils.console import chatter_to_log, say
 from utils.errors import UserError
 from utils.op_locks import clear_stale_build_locks, extension_folder
+from utils.reporting import monitor_blocks
 
 STEPS_PER_PRINT = 10
 
@@ -177,6 +179,7 @@ def check_local_rank(local_rank: int) -> None:
         )
 
 
+@chatter_to_log()
 def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
     """Join (or, for a plain `python main.py`, make) the process group; returns this rank's device."""
     if "RANK" not in os.environ:
@@ -193,7 +196,7 @@ def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
         )
     several_nodes = os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
     for lock in clear_stale_build_locks(extension_folder(), several_nodes):
-        print(f"Removed {lock}: a run that was killed while compiling left it behind", flush=True)
+        say(f"Removed {lock}: a run that was killed while compiling left it behind")
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)
     deepspeed.init_distributed(
@@ -239,6 +242,7 @@ def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
         args.offload, args.zero_stage, dtype, enable_tensorboard=args.enable_tensorboard,
         tb_path=args.tensorboard_path, tb_name="step1_model",
     )  # fmt: skip
+    config = merge_config(config, monitor_blocks(args))
     config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
     config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
     if args.deepspeed_config:
@@ -259,4 +263,4 @@ def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
 
 def _say(line: str) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(line, flush=True)
+        say(line)

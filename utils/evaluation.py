@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from utils.console import phase
 from utils.loss import summed_loss
 from utils.utils import all_reduce_sum, to_device
 
@@ -14,6 +15,7 @@ def evaluate(
     batches: Iterable[tuple[dict[str, torch.Tensor], bool]],
     device: torch.device,
     should_stop: Callable[[], bool] = lambda: False,
+    count: int = 0,
 ) -> tuple[float, float] | None:
     """(perplexity, loss): exp(total negative log-likelihood / total label tokens), and that mean itself.
 
@@ -23,14 +25,16 @@ def evaluate(
         batches: (batch, counts) pairs of this rank; one that does not count weighs 0.
         should_stop: asked before every batch, with the same answer on all ranks; once it says yes, there is no
             result (None).
+        count: number of the batches, for the live line.
     """
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     tokens = 0
     stopped = False
-    with torch.no_grad():
-        for batch, counts in batches:
+    with torch.no_grad(), phase("evaluating") as show:
+        for number, (batch, counts) in enumerate(batches, 1):
+            show(f"{number}/{count}")
             stopped = should_stop()
             if stopped:
                 break

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.attention import set_documents
 from utils.best_model import keep_best_model
 from utils.checkpoint import save_checkpoint
+from utils.console import phase
 from utils.interrupt import Interrupted
 from utils.metrics import draw_losses
 from utils.progress import Progress
@@ -44,7 +45,8 @@ class Keeper:
         self.state.scheduler_steps = self.engine.lr_scheduler.last_epoch
         self.state.metrics_bytes = self.progress.metrics.size()
         if self.last_checkpoint is None or self._saved != self.state:
-            self.last_checkpoint = save_checkpoint(self.engine, self.tokenizer, self.state, self.args, self.record)
+            with phase("saving a checkpoint"):
+                self.last_checkpoint = save_checkpoint(self.engine, self.tokenizer, self.state, self.args, self.record)
             self._saved = RunState.from_dict(self.state.to_dict())
             print_rank_0(f"Checkpoint: {self.last_checkpoint}")
         return self.last_checkpoint
@@ -72,7 +74,8 @@ class Keeper:
             return
         if self.state.record_evaluation(loss) and self.args.load_best_model_at_end:
             set_documents(None)
-            keep_best_model(self.engine, self.tokenizer, self.sample, self.state, self.args)
+            with phase("saving the best model"):
+                keep_best_model(self.engine, self.tokenizer, self.sample, self.state, self.args)
         if self.has_lost_patience():
             print_rank_0(
                 f"Early stop after step {self.state.step}: {self.state.evaluations_without_gain} evaluation(s) in a "

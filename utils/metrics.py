@@ -3,6 +3,9 @@
 import json
 import math
 import os
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +14,7 @@ from utils.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 PICTURE = "loss.png"
+MEAN_PARTS = 25  # the running mean goes over this part of the steps
 
 
 class StepLosses:
@@ -70,7 +74,7 @@ class MetricsFile:
         return os.path.getsize(self.path) if self.path else 0
 
     def write(self, **record: float | int | str) -> None:
-        """Append one record: `step` and either `loss` and `learning_rate`, or `eval_loss` and `perplexity`.
+        """Append one record: `epoch`, `step`, and the figures of one kind of record; the README says which there are.
 
         A figure that is not finite becomes null: JSON has no word for it.
         """
@@ -95,25 +99,58 @@ def read_metrics(output_dir: str) -> list[dict[str, float]]:
         return [json.loads(line) for line in file]
 
 
-def draw_losses(output_dir: str) -> str:
-    """Draw training and evaluation loss over the optimizer steps into `loss.png`; returns its path."""
+def draw_losses(output_dir: str, folder: str | None = None) -> str:
+    """Draw training and evaluation loss over the optimizer steps into `loss.png` in `folder`; returns its path.
+
+    `folder` is `output_dir` unless given. Beside the loss of every step stands its running mean, where there are
+    enough steps for one.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     records = read_metrics(output_dir)
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o--")):
-        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2)
+    train, evaluation = curve(records, "loss"), curve(records, "eval_loss")
+    figure, axes = plt.subplots(figsize=(9, 5), dpi=120)
+    if train:
+        steps, losses = zip(*train, strict=True)
+        window = len(train) // MEAN_PARTS
+        axes.plot(steps, losses, color="tab:blue", alpha=0.35 if window > 2 else 1, linewidth=1, label="training, step")
+        if window > 2:
+            mean = running_mean(losses, window)
+            axes.plot(steps, mean, color="tab:blue", linewidth=1.8, label=f"training, mean of {window} steps")
+    if evaluation:
+        steps, losses = zip(*evaluation, strict=True)
+        axes.plot(steps, losses, "o-", color="tab:orange", markersize=5, linewidth=1.8, label="evaluation")
+        _name_last(axes, evaluation[-1])
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per label token (nats)")
     axes.grid(alpha=0.3)
-    axes.legend()
-    path = os.path.join(output_dir, PICTURE)
+    if train or evaluation:
+        axes.legend()
+    path = os.path.join(folder or output_dir, PICTURE)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
     return path
+
+
+def curve(records: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
+    """(step, value) of every record that has a finite value of this name."""
+    return [(record["step"], record[name]) for record in records if record.get(name) is not None]
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """At each place the mean of the last `window` values, or of all so far where there are fewer."""
+    sums = [0.0, *accumulate(values)]
+    starts = [max(0, place - window) for place in range(1, len(sums))]
+    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, 1)]
+
+
+def _name_last(axes: Any, point: tuple[float, float]) -> None:
+    """Write the last evaluation's loss and perplexity beside its dot."""
+    step, loss = point
+    words = f"{loss:.4g}, perplexity {math.exp(loss):.4g}" if loss < 700 else f"{loss:.3g}"
+    place = {"textcoords": "offset points", "xytext": (3, 9), "ha": "right", "fontsize": 9}
+    axes.annotate(words, (step, loss), color="tab:orange", **place)

@@ -10,11 +10,13 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
 from utils.bad_steps import skip_steps_that_are_not_finite
+from utils.console import chatter_to_log, phase
 from utils.utils import get_optimizer_grouped_parameters, print_rank_0
 
 BETAS = (0.9, 0.95)
 
 
+@chatter_to_log()
 def create_optimizer(model: torch.nn.Module, args: Namespace) -> torch.optim.Optimizer:
     """DeepSpeedCPUAdam with `--offload`, FusedAdam otherwise, torch's AdamW where their kernels don't build.
 
@@ -23,7 +25,8 @@ def create_optimizer(model: torch.nn.Module, args: Namespace) -> torch.optim.Opt
     groups = get_optimizer_grouped_parameters(model, args.weight_decay, args.lora_learning_rate)
     kernel = DeepSpeedCPUAdam if args.offload else FusedAdam
     try:
-        optimizer = kernel(groups, lr=args.learning_rate, betas=BETAS)
+        with phase("preparing the optimizer"):  # compiled the first time
+            optimizer = kernel(groups, lr=args.learning_rate, betas=BETAS)
     except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError, AssertionError) as err:
         reason = " ".join(str(err).split())[:200]
         print_rank_0(f"Optimizer: torch AdamW, since {kernel.__name__} can't be built here ({reason})")
@@ -32,6 +35,7 @@ def create_optimizer(model: torch.nn.Module, args: Namespace) -> torch.optim.Opt
     return optimizer
 
 
+@chatter_to_log()
 def initialize_engine(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
 ) -> deepspeed.DeepSpeedEngine:
@@ -43,7 +47,9 @@ def initialize_engine(
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    with phase("preparing DeepSpeed"):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.monitor.enabled = False  # its one event a step would come before ours of earlier steps: see reporting.py
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
         if "step" in group:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from utils.console import say
+
 # Dense 16-bit matrix rate in TFLOP/s by the vendors' data sheets; the longest name contained wins.
 PEAK_TFLOPS = {
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "H800": 989, "B200": 2250, "GB200": 2500,
@@ -72,6 +74,44 @@ def device_peak(name: str) -> int | None:
     return PEAK_TFLOPS[max(found, key=len)] if found else None
 
 
+class Throughput(NamedTuple):
+    """What all ranks did in a span of time."""
+
+    tokens_per_second: float  # real (unpadded) ones
+    samples_per_second: float
+    tflops: float  # per device
+    peak_share: float | None  # of the device's 16-bit peak, None where that is unknown
+
+
+def measure_throughput(
+    hf_model: torch.nn.Module,
+    args: Namespace,
+    seconds: float,
+    *,
+    tokens: int,
+    samples: int,
+    world_size: int,
+    device_name: str,
+) -> Throughput:
+    """The rates of work all ranks did in `seconds`; arguments as of `print_throughput`."""
+    passes = training_passes(hf_model, args.gradient_checkpointing)
+    flops = tokens * flops_per_token(model_shape(hf_model), tokens / max(samples, 1), passes)
+    tflops = flops / seconds / world_size / 1e12
+    peak = device_peak(device_name)
+    return Throughput(tokens / seconds, samples / seconds, tflops, tflops / peak if peak else None)
+
+
+def throughput_line(rates: Throughput, world_size: int, device_name: str) -> str:
+    """The rates in words."""
+    share = f"peak of {device_name} unknown"
+    if rates.peak_share is not None:
+        share = f"{rates.peak_share:.1%} of {device_name}'s {device_peak(device_name)}"
+    return (
+        f"Throughput: {rates.tokens_per_second:.0f} real tokens/s, {rates.samples_per_second:.2f} samples/s, "
+        f"{rates.tflops:.4g} TFLOP/s per device ({share}), {world_size} rank{'s' * (world_size > 1)}"
+    )
+
+
 def print_throughput(
     hf_model: torch.nn.Module,
     args: Namespace,
@@ -91,15 +131,10 @@ def print_throughput(
         tokens: real (unpadded) tokens over all ranks.
         samples: samples over all ranks.
     """
-    passes = training_passes(hf_model, args.gradient_checkpointing)
-    flops = tokens * flops_per_token(model_shape(hf_model), tokens / max(samples, 1), passes)
-    tflops = flops / e2e_time / world_size / 1e12
-    peak = device_peak(device_name)
-    share = f"{tflops / peak:.1%} of {device_name}'s {peak}" if peak else f"peak of {device_name} unknown"
-    line = (
-        f"Throughput: {tokens / e2e_time:.0f} real tokens/s, {samples / e2e_time:.2f} samples/s, "
-        f"{tflops:.4g} TFLOP/s per device ({share}), {world_size} rank{'s' * (world_size > 1)}"
+    rates = measure_throughput(
+        hf_model, args, e2e_time, tokens=tokens, samples=samples, world_size=world_size, device_name=device_name
     )
+    line = throughput_line(rates, world_size, device_name)
     if rank <= 0:
-        print(line, flush=True)
+        say(line)
     return line

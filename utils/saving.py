@@ -117,13 +117,23 @@ def write_weights(model: torch.nn.Module, folder: str, is_writer: bool, max_shar
             json.dump({"metadata": {"total_size": total}, "weight_map": index}, file, indent=2)
 
 
-def save_model_folder(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    """Save everything `from_pretrained(folder)` needs; complete or absent. Every rank must call it."""
+def save_model_folder(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str,
+    describe: Callable[[str], None] | None = None,
+) -> None:
+    """Save everything `from_pretrained(folder)` needs; complete or absent. Every rank must call it.
+
+    `describe` adds what else is to be in the folder it is given (`utils.model_card`), on the rank that writes.
+    """
 
     def write(work: str, is_writer: bool) -> None:
         if is_writer:
             tokenizer.save_pretrained(work)
             _save_configs(model, work)
+            if describe is not None:
+                describe(work)
         write_weights(model, work, is_writer)
 
     write_folder(folder, "the model", "config.json", write)

@@ -4,7 +4,7 @@ import json
 import os
 import random
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
+from utils.console import say
 from utils.errors import UserError
 from utils.saving import save_model_folder, unwrap, write_weights
 
@@ -31,7 +32,7 @@ def global_rank() -> int:
 def print_rank_0(msg: str, rank: int | None = None) -> None:
     """Print on rank 0 only; `rank` overrides the process group's own answer (<= 0 prints)."""
     if (global_rank() if rank is None else rank) <= 0:
-        print(msg, flush=True)
+        say(msg)
 
 
 def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
@@ -212,15 +213,19 @@ def get_optimizer_grouped_parameters(
 
 
 def save_hf_format(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, args: Namespace, sub_folder: str = ""
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Namespace,
+    sub_folder: str = "",
+    describe: Callable[[str], None] | None = None,
 ) -> str:
     """Save model, configuration, generation configuration and tokenizer so that plain transformers loads them.
 
     Every rank must call it (ZeRO 3 gathers). LoRA is merged on the way out; live weights stay untouched.
-    Returns the folder, `args.output_dir` / `sub_folder`.
+    `describe` adds what else is to be there. Returns the folder, `args.output_dir` / `sub_folder`.
     """
     folder = os.path.join(args.output_dir, sub_folder) if sub_folder else args.output_dir
-    save_model_folder(unwrap(model), tokenizer, folder)
+    save_model_folder(unwrap(model), tokenizer, folder, describe)
     return folder
 
 

@@ -8,11 +8,13 @@ everything that changes the result.
 import copy
 import hashlib
 import os
+import sys
 from collections.abc import Iterable
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from utils.console import say
 from utils.data import prompt_cache
 from utils.data.cache import build_folder, cache_lock
 from utils.data.chat_format import AUTO, resolve_chat_format
@@ -132,14 +134,11 @@ def create_dataset(
         )  # fmt: skip
         rule = split_boundaries(data_split, len(rows)).rule
         if rule != "published" and local_rank <= 0:
-            print(
-                f"{raw.dataset_name} {split_name}: {data_split} of {len(rows)} rows is cut by {rule}",
-                flush=True,
-            )
+            say(f"{raw.dataset_name} {split_name}: {data_split} of {len(rows)} rows is cut by {rule}")
         if split_name == "train" and weight != 1:
             given, index = len(index), weighted(index, weight)
             if local_rank <= 0:
-                print(f"{raw.dataset_name} train: weight {weight:g}, {len(index)} rows of {given}", flush=True)
+                say(f"{raw.dataset_name} train: weight {weight:g}, {len(index)} rows of {given}")
         work_file = None
         if work_folder:
             os.makedirs(work_folder, exist_ok=True)
@@ -196,6 +195,8 @@ def create_prompt_dataset(
     Raises:
         UserError: bad data, or no training sample is left.
     """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     sources = [(name, data_split) for name in data_path]
     if train_phase == 1:
         sources += [(name, SFT_ONLY_SPLIT) for name in sft_only_data_path]
@@ -226,14 +227,14 @@ def create_prompt_dataset(
         reason = "asked for" if reload else prompt_cache.damage(folder)
         if reason:
             build_folder(folder, build)
-            print(f"Data cache {folder}: built ({reason})", flush=True)  # whichever rank came first
+            say(f"Data cache {folder}: built ({reason})")  # whichever rank came first
     report = prompt_cache.read_report(folder)
     if local_rank <= 0:
         for line in filter(None, (raw.describe() for raw, *_ in raws)):
-            print(line, flush=True)
+            say(line)
         if not reason:
-            print(f"Data cache {folder}: hit", flush=True)
-        print("\n".join(prompt_cache.describe(report, max_seq_len, train_phase)), flush=True)
+            say(f"Data cache {folder}: hit")
+        say("\n".join(prompt_cache.describe(report, max_seq_len, train_phase)))
     if report["train"]["samples"] == 0:
         raise UserError(
             f"no training sample: part {train_phase} of --data_split {data_split} of {', '.join(data_path)} is empty. "

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from utils.console import say
 from utils.data.cache import checksum
 from utils.data.columns import Schema, arrow_type, check_columns, check_dataset, conversation_fault, record_fault
 from utils.data.csv_records import CSV_ADVICE, iter_csv_records
@@ -74,7 +75,7 @@ def load_files(files: list[str], schema: Schema, output_path: str, root: str) ->
         # One process converts, the others wait and then open the same file.
         with FileLock(f"{target}.lock"):
             if not _is_whole(target):
-                print(f"{root}: new or changed data, turned into {target}", flush=True)
+                say(f"{root}: new or changed data, turned into {target}")
                 _write_arrow(target, files, schema)
                 with write_aside(f"{target}.crc") as file:
                     file.write(str(checksum(target)).encode())

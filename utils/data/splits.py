@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from utils.console import say
 from utils.errors import UserError
 
 PUBLISHED = "published"
@@ -166,7 +167,7 @@ def _keep_index(path: str, index: np.ndarray, rebuild: bool, quiet: bool) -> Non
         if found == wanted and not rebuild:
             return
         if found is not None and not quiet:
-            print(f"Split index {path} does not fit the data or was to be rebuilt: written anew", flush=True)
+            say(f"Split index {path} does not fit the data or was to be rebuilt: written anew")
         with write_aside(path) as file:
             file.write(wanted)
     except OSError as err:
