@@ -133,7 +133,7 @@ def create_model(
 ) -> torch.nn.Module:
     """The model as it will train: loaded (`untrained`: random weights), LoRA wrapped, checkpointing on."""
     model = create_hf_model(
-        AutoModelForCausalLM, args.model_name_or_path, tokenizer, ds_config,
+        AutoModelForCausalLM, args.model_name_or_path, tokenizer, None if untrained else ds_config,
         rlhf_training=untrained, disable_dropout=args.disable_dropout, dropout=args.dropout,
     )  # fmt: skip
     if args.add_eot_token:

@@ -1,6 +1,6 @@
 """What `utils.memory` foresees beside what training takes: peak resident memory above the start, on this CPU.
 
-    python benchmarks/memory.py [--only NAME,...]
+    python benchmarks/memory.py [--only NAME;...]
 
 Every setting trains a randomly initialised model for a few steps in processes of its own, one a rank, with the
 project's own optimizer, engine, layouts and loss. A process first imports everything and starts its process group; what
@@ -104,7 +104,6 @@ def _reset_peak() -> None:
 
 def train(name: str) -> None:
     """One rank of one setting; prints the peaks of its moments above the start as JSON."""
-    import deepspeed
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -129,8 +128,7 @@ def train(name: str) -> None:
     start, peaks = _status("VmRSS"), {}
     _reset_peak()
     torch.manual_seed(0)
-    with deepspeed.zero.Init(config_dict_or_path=config, enabled=args.zero_stage == 3):
-        model = AutoModelForCausalLM.from_config(model_config(args))
+    model = AutoModelForCausalLM.from_config(model_config(args))
     if args.lora_dim:
         model = convert_linear_layer_to_lora(model, "auto", args.lora_dim, 1.0)
         if args.only_optimize_lora:
@@ -204,6 +202,7 @@ def foreseen(name: str) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="settings, separated by semicolons; all by default")
+    parser.add_argument("--peaks", type=Path, help="JSON file of measured peaks: what it holds is not measured again")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--moments", action="store_true", help="also show every moment of a step")
     args = parser.parse_args()
@@ -211,9 +210,14 @@ def main() -> None:
         train(args.child)
         return
     began, errors = time.time(), []
+    peaks = json.loads(args.peaks.read_text()) if args.peaks and args.peaks.exists() else {}
     print("| setting | measured MB | estimate MB | error |\n| --- | --- | --- | --- |")
     for name in args.only.split(";") if args.only else SETTINGS:
-        real, guess = measured(name), foreseen(name)
+        if name not in peaks:
+            peaks[name] = measured(name)
+            if args.peaks:
+                args.peaks.write_text(json.dumps(peaks, indent=1))
+        real, guess = peaks[name], foreseen(name)
         peak = max(real[moment] for moment in ("start", "backward", "step"))
         errors.append(guess.peak / peak - 1)
         print(f"| {name} | {peak / 1e6:.0f} | {guess.peak / 1e6:.0f} | {errors[-1]:+.1%} |", flush=True)

@@ -5,7 +5,7 @@ by the number of ranks, stage 2 the gradients too, stage 3 the weights too. What
 read off DeepSpeed 0.19.8 and measured (`benchmarks/memory.py`); the paper's 16 bytes a weight are not all of it:
 
   * without ZeRO fp32 has no master copy; 16 bits have one, and the step holds the float32 gradients twice;
-  * under ZeRO there is a float32 master even in fp32 at stages 1 and 2, and none in fp32 at stage 3;
+  * under ZeRO there is a float32 master in fp32 too, a copy of the weights;
   * gradients pass through buckets of `reduce_bucket_size` elements: two with `overlap_comm` at stages 1 and 2, one at
     stage 3 and a copy while it is reduced. A GPU reserves them whole, a CPU only what is written to.
 """
@@ -112,8 +112,10 @@ def _stage_1_or_2(sizes: Sizes, setting: Setting) -> Estimate:
         in_backward = max(sizes.forward, sizes.backward + buckets + size * part)
     host = 0.0
     if setting.offload:
-        host = master + state + FULL * part + size * part
+        passing = size * sizes.largest  # a gradient on its way, on both sides
+        host = master + state + FULL * part + size * part + passing
         optimizer = host if setting.on_cpu else 0
+        weights += passing
     else:
         optimizer = master + state
     in_step = (size * part + FULL * part) if not setting.offload else size * part
@@ -130,7 +132,7 @@ def _stage_1_or_2(sizes: Sizes, setting: Setting) -> Estimate:
 def _stage_3(sizes: Sizes, setting: Setting) -> Estimate:
     size, trained, part = setting.dtype_bytes, sizes.trainable, sizes.trainable / setting.ranks
     weights = size * sizes.parameters / setting.ranks
-    master = FULL * part if size < FULL or setting.offload else 0
+    master = FULL * part
     state = MOMENTS * part
     gradients = size * part
     live = size * min(sizes.parameters, sizes.largest + setting.gathered) if setting.ranks > 1 else 0
@@ -143,15 +145,11 @@ def _stage_3(sizes: Sizes, setting: Setting) -> Estimate:
         optimizer = host - weights - gradients if setting.on_cpu else 0
         if not setting.on_cpu:
             weights = gradients = 0
-    held = weights + optimizer + gradients
-    if setting.on_cpu:
-        in_backward = max(sizes.forward, sizes.with_gradients, bucket + reduced) + live
-    else:
-        in_backward = bucket + max(sizes.forward, sizes.backward, reduced) + live
+    held = weights + optimizer + gradients + bucket  # which stays from step to step
     moments = {
         "start": weights + master,
-        "backward": held + in_backward,
-        "step": held + FULL * part,
+        "backward": held + live + max(sizes.forward, sizes.backward, reduced),
+        "step": held + (0 if setting.offload else FULL * part),
     }
     return _result(sizes, weights, gradients, optimizer, bucket + live, moments, host)
 
