@@ -66,6 +66,7 @@ def test_plan_for_gpus_that_are_not_here(run_inside, run_arguments, without_weig
     # Two buckets of 5e8 elements in 16 bits, whatever the model.
     assert "buffers 2.0 GB" in out
     assert "Time: not measured, the GPUs of this plan are not here" in out
+    assert f"Weights: none in {without_weights}" in out
 
 
 def test_a_model_that_does_not_fit(run_inside, run_arguments, without_weights):

@@ -94,12 +94,17 @@ def _check_resume(args: Namespace) -> None:
         check_same_run(checkpoint, args, launched_ranks())
 
 
+def has_weights(folder: str) -> bool:
+    """Files of weights are there."""
+    return any(file.endswith((".safetensors", ".bin", ".index.json")) for file in os.listdir(folder))
+
+
 def _check_model_folder(name: str, needs_weights: bool) -> PretrainedConfig:
     if os.path.isdir(name):
         files = os.listdir(name)
         if "config.json" not in files:
             raise UserError(f"no config.json in the model folder {name}: give a complete model folder or a hub name.")
-        if needs_weights and not any(file.endswith((".safetensors", ".bin", ".index.json")) for file in files):
+        if needs_weights and not has_weights(name):
             raise UserError(f"no weights (*.safetensors or *.bin) in the model folder {name}: it is not complete.")
     return load_model_config(name)
 

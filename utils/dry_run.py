@@ -15,13 +15,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
 
-from utils.checks import end_of_conversation_token
+from utils.checks import end_of_conversation_token, has_weights
 from utils.data.batches import collate_for, train_batches
 from utils.data.prompt_dataset import PromptDataset
 from utils.data.sampler import plan_micro_batches
 from utils.hardware import parse_gpus
 from utils.loss import summed_loss
-from utils.memory import describe, device_memory, foresee
+from utils.memory import Foreseen, describe, device_memory, foresee, free_memory
 from utils.model.simulate import Layout
 from utils.optimizer import create_optimizer, initialize_engine
 from utils.plan import planned_ranks, print_plan, units_of_epoch
@@ -62,9 +62,12 @@ def dry_run(
     foreseen = foresee(args, ds_config, layout, planned_ranks(args), len(tokenizer))
     room = device_memory(gpus, device)
     print_rank_0(describe(foreseen, room))
+    folder = args.model_name_or_path
+    if os.path.isdir(folder) and not has_weights(folder):
+        print_rank_0(f"Weights: none in {folder}, which is enough for a plan and not for a run")
     if gpus is not None:
         print_rank_0("Time: not measured, the GPUs of this plan are not here")
-    elif foreseen.estimate.peak > room.bytes_each:
+    elif foreseen.estimate.peak > room.bytes_each or untrained_bytes(foreseen) > free_memory():
         print_rank_0("Time: not measured, the model does not fit here")
     else:
         model = create_model(args, tokenizer, ds_config, untrained=True)
@@ -177,6 +180,11 @@ def largest_micro_batch(args: Namespace, data: PromptDataset, on_cpu: bool) -> L
 
 
 # -------------------------------------------------------------------------------------------------- time
+
+
+def untrained_bytes(foreseen: Foreseen) -> int:
+    """CPU memory a rank needs to make the model in float32 before it goes to its device, or for offload."""
+    return max(4 * foreseen.counts.parameters, foreseen.estimate.host)
 
 
 def measure_time(

@@ -72,9 +72,13 @@ def device_memory(gpus: Gpus | None, device: torch.device) -> Room:
     if device.type != "cpu":
         total = get_accelerator().total_memory()
         return Room(ROOM * total, f"{get_accelerator().device_name()} of {total / GB:.1f} GB")
+    return Room(free_memory(), f"this CPU's free memory, for {ranks_here()} rank(s)")
+
+
+def free_memory() -> float:
+    """Bytes of CPU memory that are free for each rank of this node."""
     free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    here = ranks_here()
-    return Room(free / here, f"{free / GB:.1f} GB of free memory for {here} rank(s) on this CPU")
+    return free / ranks_here()
 
 
 def ranks_here() -> int:

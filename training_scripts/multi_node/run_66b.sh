@@ -15,7 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HOSTFILE=${HOSTFILE:-/job/hostfile}
 # Without the file the launcher would go on with this machine alone, and run out of memory much later.
 START=(deepspeed --hostfile "$HOSTFILE")
-if [[ " $* " == *" --dry_run "* ]]; then
+if [[ " $* " == *" --dry_run"* ]]; then
     START=(python)
 elif [[ ! -f $HOSTFILE ]]; then
     echo "no host file at $HOSTFILE: set HOSTFILE to a file with a line \"name slots=GPUs\" per machine" >&2
