@@ -36,8 +36,9 @@ from utils.checks import check_run, end_of_conversation_token
 from utils.console import close_run_bar, phase
 from utils.data.batches import collate_for, eval_batches, train_batches
 from utils.data.data_utils import PromptDataset, create_prompt_dataset
-from utils.data.sampler import Units, epoch_units, micro_batches_per_epoch, remaining_units, step_members
+from utils.data.sampler import micro_batches_per_epoch, remaining_units, step_members
 from utils.data.sources import parse_columns
+from utils.dry_run import dry_run
 from utils.ds_utils import build_ds_config, local_rank_of, start_process_group, world_size
 from utils.evaluation import evaluate
 from utils.failures import end_run
@@ -56,10 +57,11 @@ from utils.module.lora import (
 )
 from utils.neftune import add_embedding_noise
 from utils.optimizer import create_optimizer, initialize_engine
+from utils.plan import planned_ranks, print_plan, units_of_epoch
 from utils.progress import Progress
 from utils.resume import arguments_record, describe_position, follow_schedule, restore, run_record
 from utils.run_file import recorded_run
-from utils.run_state import RunPlan, RunState, is_checkpoint_due, is_evaluation_due, plan_run
+from utils.run_state import RunPlan, RunState, is_checkpoint_due, is_evaluation_due
 from utils.saving import live_logits, unwrap, verify_saved_model
 from utils.self_check import choose_layout
 from utils.utils import global_rank, load_hf_tokenizer, print_rank_0, save_hf_format, set_random_seed, to_device
@@ -74,7 +76,7 @@ def main(args: Namespace) -> None:
     check_run(args)
     LOG.open(None if args.dry_run else args.output_dir)
     device = start_process_group(args.local_rank, args.ddp_timeout)
-    ds_config = build_ds_config(args, world_size())
+    ds_config = build_ds_config(args, planned_ranks(args))
     set_random_seed(args.seed)
     arguments = arguments_record(args, world_size())
 
@@ -87,8 +89,7 @@ def main(args: Namespace) -> None:
         columns=parse_columns(args.columns), chat_template=args.chat_template,
     )  # fmt: skip
     if args.dry_run:
-        print_plan(args, train_data, RunState())
-        print_rank_0("Dry run: everything is checked and the data prepared; nothing was trained or saved")
+        dry_run(args, ds_config, tokenizer, train_data, eval_data, device, create_model)
         return
 
     optimizer = create_optimizer(model, args)
@@ -126,11 +127,13 @@ def create_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def create_model(args: Namespace, tokenizer: PreTrainedTokenizerBase, ds_config: dict) -> torch.nn.Module:
-    """The model as it will train: loaded, LoRA wrapped, checkpointing on."""
+def create_model(
+    args: Namespace, tokenizer: PreTrainedTokenizerBase, ds_config: dict, untrained: bool = False
+) -> torch.nn.Module:
+    """The model as it will train: loaded (`untrained`: random weights), LoRA wrapped, checkpointing on."""
     model = create_hf_model(
-        AutoModelForCausalLM, args.model_name_or_path, tokenizer, ds_config,
-        disable_dropout=args.disable_dropout, dropout=args.dropout,
+        AutoModelForCausalLM, args.model_name_or_path, tokenizer, None if untrained else ds_config,
+        rlhf_training=untrained, disable_dropout=args.disable_dropout, dropout=args.dropout,
     )  # fmt: skip
     if args.add_eot_token:
         model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(args.eot_token)
@@ -146,32 +149,6 @@ def create_model(args: Namespace, tokenizer: PreTrainedTokenizerBase, ds_config:
         model.gradient_checkpointing_enable()
     print_rank_0(f"Model: {describe_parameters(model)}")
     return model
-
-
-def units_of_epoch(args: Namespace, train_data: PromptDataset, epoch: int) -> Units:
-    """What batches are counted in, in the epoch's order: samples, or with packing rows of samples."""
-    row_length = args.max_seq_len if args.packing else None
-    return epoch_units(train_data.lengths(), train_data.label_counts(), args.seed, epoch, row_length)
-
-
-def print_plan(args: Namespace, train_data: PromptDataset, state: RunState) -> RunPlan:
-    """Say what will run."""
-    micro, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size()
-    units = units_of_epoch(args, train_data, epoch=1)
-    count = len(units.tokens)
-    plan = plan_run(count, micro * accumulation * ranks, args.num_train_epochs, args.max_steps, state)
-    if args.packing:
-        print_rank_0(
-            f"Packing: {len(train_data)} samples in {count} rows of {args.max_seq_len}, "
-            f"{units.tokens.sum() / (count * args.max_seq_len):.1%} full; a step holds "
-            f"{micro * accumulation * ranks * len(train_data) / count:.1f} samples on average"
-        )
-    print_rank_0(
-        f"Plan: {plan.steps} optimizer steps = {plan.epochs} epoch(s) of {count} "
-        f"{'rows' if args.packing else 'samples'} in steps of {micro} x {accumulation} accumulation x {ranks} "
-        "rank(s); an epoch's last step takes what is left"
-    )
-    return plan
 
 
 def train(

@@ -85,6 +85,10 @@ def check(command: str) -> None:
             build_parser().parse_args(rest)
     elif words[1:3] == ["-m", "utils.data.inspect"]:
         build_parser().parse_args(words[3:])
+    elif words[1:3] == ["-m", "utils.memory"]:
+        from utils.memory import build_parser as memory_parser
+
+        memory_parser().parse_args(words[3:])
     elif words[1] == "prompt_eval.py":
         from utils.eval_args import parse_args
 

@@ -9,6 +9,7 @@ from transformers import SchedulerType
 from utils.data.sources import parse_columns, parse_source
 from utils.data.splits import parse_data_split
 from utils.errors import UserError
+from utils.hardware import HERE, parse_gpus
 from utils.reporting import CHOICES
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -177,8 +178,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="set by the launcher; -1 for a plain start")
     add("--ddp_timeout", type=int, default=1800, metavar="SECONDS",
         help="longest wait of one rank for the others; half an hour outlasts a slow disk, not a dead rank")
-    add("--dry_run", action="store_true",
-        help="check everything, prepare the data, print the plan and stop before the model is loaded")
+    add("--dry_run", nargs="?", const=HERE, default=None, metavar="GPUSxGB",
+        help="check everything, prepare the data, print the plan with its memory and time, and train nothing; with "
+        "64x80 for 64 GPUs of 80 GB each instead of this machine; off")
     add("--logging_steps", type=int, default=10, metavar="N",
         help="bring figures over from the device and say them every N optimizer steps; 10, since that waits for it")
     add("--report_to", nargs="*", default=["none"], choices=CHOICES,
@@ -242,7 +244,7 @@ def check_values(args: argparse.Namespace) -> list[str]:
         problems.append("--data_path is empty: name at least one data set.")
     if args.add_eot_token and not args.eot_token:
         problems.append("--eot_token is empty: name the token, or leave --add_eot_token out.")
-    checks = [(parse_data_split, args.data_split), (parse_columns, args.columns)]
+    checks = [(parse_data_split, args.data_split), (parse_columns, args.columns), (parse_gpus, args.dry_run)]
     checks += [(parse_source, name) for name in (*args.data_path, *args.sft_only_data_path)]
     for check, value in checks:
         try:

@@ -20,6 +20,7 @@ from utils.data.sources import parse_columns, parse_source
 from utils.data.splits import parse_data_split, split_boundaries
 from utils.ds_utils import check_local_rank, launched_ranks, read_deepspeed_config, resolve_dtype
 from utils.errors import UserError
+from utils.hardware import parse_gpus
 from utils.model.model_utils import load_model_config, max_positions
 from utils.module.lora import check_lora_module_name
 from utils.reporting import check_reports
@@ -48,7 +49,8 @@ def check_run(args: Namespace) -> None:
             return None
 
     attempt(check_local_rank, args.local_rank)
-    attempt(resolve_dtype, args.dtype)
+    if attempt(parse_gpus, args.dry_run) is None:
+        attempt(resolve_dtype, args.dtype)
     attempt(check_reports, args)
     if args.deepspeed_config:
         attempt(read_deepspeed_config, args.deepspeed_config)
@@ -56,7 +58,7 @@ def check_run(args: Namespace) -> None:
         attempt(_check_writable, args.output_dir, "--output_dir")
     if not problems:
         attempt(_check_resume, args)
-    config = attempt(_check_model_folder, args.model_name_or_path)
+    config = attempt(_check_model_folder, args.model_name_or_path, not args.dry_run)
     if config is not None:
         attempt(_check_length, args.max_seq_len, config)
         if args.lora_dim > 0:
@@ -94,12 +96,17 @@ def _check_resume(args: Namespace) -> None:
         check_same_run(checkpoint, args, launched_ranks())
 
 
-def _check_model_folder(name: str) -> PretrainedConfig:
+def has_weights(folder: str) -> bool:
+    """Files of weights are there."""
+    return any(file.endswith((".safetensors", ".bin", ".index.json")) for file in os.listdir(folder))
+
+
+def _check_model_folder(name: str, needs_weights: bool) -> PretrainedConfig:
     if os.path.isdir(name):
         files = os.listdir(name)
         if "config.json" not in files:
             raise UserError(f"no config.json in the model folder {name}: give a complete model folder or a hub name.")
-        if not any(file.endswith((".safetensors", ".bin", ".index.json")) for file in files):
+        if needs_weights and not has_weights(name):
             raise UserError(f"no weights (*.safetensors or *.bin) in the model folder {name}: it is not complete.")
     return load_model_config(name)
 

@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 
 from utils.console import chatter_to_log, say
 from utils.errors import UserError
+from utils.hardware import parse_gpus
 from utils.op_locks import clear_stale_build_locks, extension_folder
 from utils.reporting import monitor_blocks
 
@@ -145,6 +146,11 @@ def resolve_dtype(requested: str) -> tuple[str, str]:
     return requested, "as asked"
 
 
+def _planned_dtype(requested: str) -> tuple[str, str]:
+    """(dtype, reason) on GPUs that are not here."""
+    return ("bf16", "taken to be what the planned GPUs have") if requested == "auto" else (requested, "as asked")
+
+
 def _has_bf16() -> bool:
     """bf16 in hardware: torch also says yes to GPUs and CPUs that only emulate it, at a fraction of their speed."""
     accelerator = get_accelerator()
@@ -234,7 +240,7 @@ def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
 
     `args.zero_stage` and `args.offload` are set to what the merged configuration says.
     """
-    dtype, reason = resolve_dtype(args.dtype)
+    dtype, reason = resolve_dtype(args.dtype) if parse_gpus(args.dry_run) is None else _planned_dtype(args.dtype)
     if args.offload and args.zero_stage == 0:
         args.zero_stage = 1
         _say("--offload with ZeRO 0: DeepSpeed offloads only what ZeRO shards, so stage 1 is used (same mathematics)")

@@ -3,6 +3,8 @@
 # large cards hold it, more make it faster. HOSTFILE names the machines, one a line ("worker-1 slots=8"),
 # all reachable by ssh without a password and with this repository in the same place; OUTPUT should lie on a
 # disk they share.
+# With --dry_run 64x80 the plan for 64 GPUs of 80 GB is made on this machine alone, without a host file; a folder with
+# config.json and tokenizer is model enough for it.
 # --lora_learning_rate is for the LoRA weights, --learning_rate for embeddings, norms and biases.
 #
 # usage: [HOSTFILE=/job/hostfile] bash training_scripts/multi_node/run_66b.sh \
@@ -12,12 +14,15 @@ OUTPUT=./output_66b ZERO_STAGE=3
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HOSTFILE=${HOSTFILE:-/job/hostfile}
 # Without the file the launcher would go on with this machine alone, and run out of memory much later.
-if [[ ! -f $HOSTFILE ]]; then
+START=(deepspeed --hostfile "$HOSTFILE")
+if [[ " $* " == *" --dry_run"* ]]; then
+    START=(python)
+elif [[ ! -f $HOSTFILE ]]; then
     echo "no host file at $HOSTFILE: set HOSTFILE to a file with a line \"name slots=GPUs\" per machine" >&2
     exit 2
 fi
 
-deepspeed --hostfile "$HOSTFILE" "$ROOT/main.py" \
+"${START[@]}" "$ROOT/main.py" \
     --model_name_or_path facebook/opt-66b \
     --data_path Dahoas/rm-static Dahoas/full-hh-rlhf \
         Dahoas/synthetic-instruct-gptj-pairwise yitingxie/rlhf-reward-datasets \

@@ -1,0 +1,235 @@
+"""What `utils.memory` foresees beside what training takes: peak resident memory above the start, on this CPU.
+
+    python benchmarks/memory.py [--only NAME;...]
+
+Every setting trains a randomly initialised model for a few steps in processes of its own, one a rank, with the
+project's own optimizer, engine, layouts and loss. A process first imports everything and starts its process group; what
+its peak resident memory grows by from there is compared with the estimate. Freed memory is given back at once
+(MALLOC_MMAP_THRESHOLD_), so that the peak is of live tensors.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+STEPS = 3  # the last is measured
+VOCABULARY = 50272
+SMALL_PAGES = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1"}
+# What differs from 4 samples of 64 to 256 tokens, width 512, 12 layers, ZeRO 0, one rank.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "opt 25m": {"hidden": 384, "layers": 6},
+    "opt 25m, 16 samples": {"hidden": 384, "layers": 6, "micro": 16},
+    "opt 63m": {},
+    "opt 63m, 2 samples": {"micro": 2},
+    "opt 63m, max_length": {"padding": "max_length"},
+    "opt 63m, checkpointing": {"checkpointing": True},
+    "opt 63m, LoRA 16": {"lora": 16},
+    "opt 63m, LoRA 16 alone": {"lora": 16, "alone": True},
+    "opt 63m, LoRA 16 alone, checkpointing": {"lora": 16, "alone": True, "checkpointing": True},
+    "opt 63m, ZeRO 1": {"stage": 1},
+    "opt 63m, ZeRO 2": {"stage": 2},
+    "opt 63m, ZeRO 3": {"stage": 3},
+    "opt 63m, ZeRO 2, offload": {"stage": 2, "offload": True},
+    "opt 63m, ZeRO 3, offload": {"stage": 3, "offload": True},
+    "opt 63m, 2 ranks, ZeRO 0": {"ranks": 2},
+    "opt 63m, 2 ranks, ZeRO 1": {"stage": 1, "ranks": 2},
+    "opt 63m, 2 ranks, ZeRO 2": {"stage": 2, "ranks": 2},
+    "opt 63m, 2 ranks, ZeRO 3": {"stage": 3, "ranks": 2},
+    "opt 63m, 2 ranks, ZeRO 3, LoRA 16 alone": {"stage": 3, "ranks": 2, "lora": 16, "alone": True},
+    "opt 125m": {"hidden": 768, "layers": 12},
+    "llama 60m": {"family": "llama", "hidden": 512, "layers": 12},
+    "llama 60m, ZeRO 2, checkpointing": {
+        "family": "llama", "hidden": 512, "layers": 12, "stage": 2, "checkpointing": True,
+    },
+    "llama 60m, longest": {"family": "llama", "hidden": 512, "layers": 12, "padding": "longest"},
+}  # fmt: skip
+
+
+def run_arguments(name: str) -> Namespace:
+    """A setting as main.py's arguments, as far as they matter here."""
+    given = SETTINGS[name]
+    return Namespace(
+        family=given.get("family", "opt"), hidden=given.get("hidden", 512), layers=given.get("layers", 12),
+        micro=given.get("micro", 4), ranks=given.get("ranks", 1), padding=given.get("padding", "free"),
+        zero_stage=given.get("stage", 0), offload=given.get("offload", False), lora_dim=given.get("lora", 0),
+        only_optimize_lora=given.get("alone", False), gradient_checkpointing=given.get("checkpointing", False),
+        lora_module_name="auto", lora_alpha=1.0, lora_dropout=0.0, dropout=None, disable_dropout=False,
+        learning_rate=1e-5, lora_learning_rate=1e-5, weight_decay=0.0, max_seq_len=256,
+    )  # fmt: skip
+
+
+def model_config(args: Namespace) -> Any:
+    from transformers import LlamaConfig, OPTConfig
+
+    heads = args.hidden // 64
+    if args.family == "llama":
+        return LlamaConfig(
+            hidden_size=args.hidden, intermediate_size=8 * args.hidden // 3 // 64 * 64, num_hidden_layers=args.layers,
+            num_attention_heads=heads, num_key_value_heads=heads // 2, vocab_size=32000, max_position_embeddings=2048,
+        )  # fmt: skip
+    return OPTConfig(
+        hidden_size=args.hidden, word_embed_proj_dim=args.hidden, ffn_dim=4 * args.hidden, vocab_size=VOCABULARY,
+        num_hidden_layers=args.layers, num_attention_heads=heads, max_position_embeddings=2048,
+    )  # fmt: skip
+
+
+def sample_lengths(args: Namespace) -> list[int]:
+    """Tokens of the samples of a micro batch: max_seq_len and less, down to a share of it."""
+    return [args.max_seq_len * (number + 1) // args.micro for number in range(args.micro)]
+
+
+# --------------------------------------------------------------------------------------------- one rank
+
+
+def _status(key: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
+
+
+def _reset_peak() -> None:
+    import ctypes
+
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def train(name: str) -> None:
+    """One rank of one setting; prints the peaks of its moments above the start as JSON."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from utils.data.batches import collate_for
+    from utils.ds_utils import get_train_ds_config, start_process_group
+    from utils.loss import summed_loss
+    from utils.module.lora import (
+        convert_linear_layer_to_lora,
+        make_model_gradient_checkpointing_compatible,
+        only_optimize_lora_parameters,
+    )
+    from utils.optimizer import create_optimizer, initialize_engine
+    from utils.self_check import choose_layout
+
+    args = run_arguments(name)
+    device = start_process_group(int(os.environ.get("LOCAL_RANK", 0)), 600)
+    tiny = torch.nn.Linear(64, 64)  # what libraries load at first use is no part of training
+    tiny(torch.randn(64, 64)).sum().backward()
+    create_optimizer(tiny, args).step()
+    config = get_train_ds_config(args.offload, args.zero_stage, "fp32")
+    config["train_micro_batch_size_per_gpu"] = args.micro
+    start, peaks = _status("VmRSS"), {}
+    _reset_peak()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(model_config(args))
+    if args.lora_dim:
+        model = convert_linear_layer_to_lora(model, "auto", args.lora_dim, 1.0)
+        if args.only_optimize_lora:
+            model = make_model_gradient_checkpointing_compatible(only_optimize_lora_parameters(model))
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    engine = initialize_engine(model, create_optimizer(model, args), config)
+    peaks["start"] = _status("VmHWM") - start
+    choose_layout(engine.module, args.padding, 32000, device)
+    engine.train()
+    samples = [{"input_ids": torch.randint(0, 32000, (length,))} for length in sample_lengths(args)]
+    batch = collate_for(args.padding, 1, args.max_seq_len)([{**s, "labels": s["input_ids"]} for s in samples])
+    for number in range(STEPS):
+        for moment in ("backward", "step"):
+            if number == STEPS - 1:
+                _reset_peak()
+            if moment == "backward":
+                engine.set_gradient_accumulation_boundary(True)
+                engine.backward(summed_loss(engine, batch) / 1000)
+            else:
+                engine.step()
+            if number == STEPS - 1:
+                peaks[moment] = _status("VmHWM") - start
+                peaks[f"after {moment}"] = _status("VmRSS") - start
+    print("RESULT " + json.dumps(peaks), flush=True)
+
+
+# --------------------------------------------------------------------------------------------- all of them
+
+
+def measured(name: str) -> dict[str, int]:
+    """Peaks of the rank that takes most."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = run_arguments(name).ranks
+    common = {**os.environ, **SMALL_PAGES, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    common |= {"LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--child", name], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    results = []
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        if "RESULT " not in out:
+            raise RuntimeError(f"{name}: {out[-2000:]}{err[-2000:]}")
+        results.append(json.loads(out.split("RESULT ")[1].splitlines()[0]))
+    return {key: max(result[key] for result in results) for key in results[0]}
+
+
+def foreseen(name: str) -> Any:
+    """The estimate for a setting."""
+    from utils.ds_utils import get_train_ds_config
+    from utils.memory_estimate import Sizes, estimate, setting_from_config
+    from utils.model.simulate import Layout, count, meta_model
+
+    args, lengths = run_arguments(name), sample_lengths(run_arguments(name))
+    if args.padding == "free":
+        layout = Layout(1, sum(lengths), sum(lengths) - len(lengths), len(lengths), on_cpu=True)
+    else:
+        layout = Layout(len(lengths), args.max_seq_len, sum(lengths) - len(lengths), on_cpu=True)
+    counts = count(meta_model(model_config(args), args, "fp32"), layout, args.padding != "max_length")
+    config = get_train_ds_config(args.offload, args.zero_stage, "fp32")
+    return estimate(Sizes(*counts), setting_from_config(config, args.ranks, 4, on_cpu=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="settings, separated by semicolons; all by default")
+    parser.add_argument("--peaks", type=Path, help="JSON file of measured peaks: what it holds is not measured again")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--moments", action="store_true", help="also show every moment of a step")
+    args = parser.parse_args()
+    if args.child:
+        train(args.child)
+        return
+    began, errors = time.time(), []
+    peaks = json.loads(args.peaks.read_text()) if args.peaks and args.peaks.exists() else {}
+    print("| setting | measured MB | estimate MB | error |\n| --- | --- | --- | --- |")
+    for name in args.only.split(";") if args.only else SETTINGS:
+        if name not in peaks:
+            peaks[name] = measured(name)
+            if args.peaks:
+                args.peaks.write_text(json.dumps(peaks, indent=1))
+        real, guess = peaks[name], foreseen(name)
+        peak = max(real[moment] for moment in ("start", "backward", "step"))
+        errors.append(guess.peak / peak - 1)
+        print(f"| {name} | {peak / 1e6:.0f} | {guess.peak / 1e6:.0f} | {errors[-1]:+.1%} |", flush=True)
+        if args.moments:
+            print("    measured", {key: round(value / 1e6) for key, value in real.items()})
+            print("    estimate", {key: round(value / 1e6) for key, value in guess.moments.items()})
+            parts = {key: round(v / 1e6) for key, v in guess._asdict().items() if isinstance(v, int)}
+            print("    parts   ", parts, flush=True)
+    within = sum(abs(error) <= 0.15 for error in errors)
+    worst = max(errors, key=abs)
+    print(f"\n{within} of {len(errors)} within 15%; largest error {worst:+.1%}; {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What will run: batches and steps."""
+
+from argparse import Namespace
+
+from utils.data.prompt_dataset import PromptDataset
+from utils.data.sampler import Units, epoch_units
+from utils.ds_utils import world_size
+from utils.hardware import parse_gpus
+from utils.run_state import RunPlan, RunState, plan_run
+from utils.utils import print_rank_0
+
+
+def planned_ranks(args: Namespace) -> int:
+    """Ranks of the run the plan is for."""
+    gpus = parse_gpus(args.dry_run)
+    return world_size() if gpus is None else gpus.count
+
+
+def units_of_epoch(args: Namespace, train_data: PromptDataset, epoch: int) -> Units:
+    """What batches are counted in, in the epoch's order: samples, or with packing rows of samples."""
+    row_length = args.max_seq_len if args.packing else None
+    return epoch_units(train_data.lengths(), train_data.label_counts(), args.seed, epoch, row_length)
+
+
+def print_plan(args: Namespace, train_data: PromptDataset, state: RunState) -> RunPlan:
+    """Say what will run."""
+    micro, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, planned_ranks(args)
+    units = units_of_epoch(args, train_data, epoch=1)
+    count = len(units.tokens)
+    plan = plan_run(count, micro * accumulation * ranks, args.num_train_epochs, args.max_steps, state)
+    if args.packing:
+        print_rank_0(
+            f"Packing: {len(train_data)} samples in {count} rows of {args.max_seq_len}, "
+            f"{units.tokens.sum() / (count * args.max_seq_len):.1%} full; a step holds "
+            f"{micro * accumulation * ranks * len(train_data) / count:.1f} samples on average"
+        )
+    print_rank_0(
+        f"Plan: {plan.steps} optimizer steps = {plan.epochs} epoch(s) of {count} "
+        f"{'rows' if args.packing else 'samples'} in steps of {micro} x {accumulation} accumulation x {ranks} "
+        "rank(s); an epoch's last step takes what is left"
+    )
+    return plan
