@@ -192,9 +192,14 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line of main.py; `utils.checks.check_run` checks it."""
-    args = build_parser().parse_args(argv)
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """Parse the command line of main.py, or of a program (`description`) that takes the same arguments.
+
+    `utils.checks.check_run` checks it.
+    """
+    parser = build_parser()
+    parser.description = description or parser.description
+    args = parser.parse_args(argv)
     if args.save_strategy is None:
         args.save_strategy = "no" if args.save_steps is None else "steps"
     return args

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from utils.args import build_parser, check_values, exit_with, join_problems
+from utils.args import check_values, join_problems, parse_args
 from utils.checks import end_of_conversation_token
 from utils.data.cache import cache_lock
 from utils.data.chat_format import resolve_chat_format
@@ -25,6 +25,7 @@ from utils.data.sources import parse_columns, parse_source, weighted
 from utils.data.splits import get_shuffle_idx, split_boundaries
 from utils.data.tokenise import tokenise, tokenise_completions
 from utils.errors import UserError
+from utils.failures import end_run
 from utils.utils import load_hf_tokenizer
 
 ROWS_AT_ONCE = 1000
@@ -48,9 +49,7 @@ class Rows(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     """Print the report."""
-    parser = build_parser()
-    parser.description = "Look at the data of a run before it starts; takes main.py's arguments."
-    args = parser.parse_args(argv)
+    args = parse_args(argv, "Look at the data of a run before it starts; takes main.py's arguments.")
     problems = check_values(args)
     if problems:
         raise UserError(join_problems(problems))
@@ -254,4 +253,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as err:
-        exit_with(err, 0)
+        end_run(err, 0)
