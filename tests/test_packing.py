@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.data.packing import pack_best_fit
-from utils.data.sampler import epoch_units, micro_batches_per_epoch, plan_micro_batches, step_sizes
+from utils.data.sampler import (
+    epoch_units,
+    micro_batches_per_epoch,
+    plan_micro_batches,
+    remaining_units,
+    step_members,
+    step_sizes,
+)
 
 
 def slow_best_fit_decreasing(lengths: list[int], row_length: int) -> int:
@@ -72,7 +79,11 @@ def test_however_a_step_is_cut_up_it_holds_the_same_samples(row_length, micro, a
     for step, size in enumerate(sizes):
         expected = [sample for unit in members[step * 8 : step * 8 + 8] for sample in unit]
         assert sorted(steps[step]) == sorted(expected)
-        assert size == (len(expected), SIZES[expected].sum(), SIZES[expected].sum() - len(expected))
+        units_of_step = len(members[step * 8 : step * 8 + 8])
+        assert size == (units_of_step, len(expected), SIZES[expected].sum(), SIZES[expected].sum() - len(expected))
+        assert sorted(step_members(units, step * 8, units_of_step)) == sorted(expected)
+        rest = remaining_units(units, step * 8)
+        assert step_sizes(rest, 8)[0] == size and len(rest.members) == len(members) - step * 8
     # All ranks agree when the optimizer steps, and a stand-in never counts.
     assert len({tuple(batch.is_last for batch in plan) for plan in plans}) == 1
     assert sum(batch.is_last for batch in plans[0]) == len(sizes)

@@ -3,12 +3,9 @@
 import json
 import os
 import random
-import string
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
-from pathlib import Path
 
-import pytest
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -65,40 +62,36 @@ def call_main(arguments: list[str]) -> tuple[int, str, str]:
     return status, out.getvalue(), err.getvalue()
 
 
-@pytest.fixture(scope="module")
-def tally():
-    """How many cases ended how, so that the fuzzing is known to reach both ends."""
+def test_random_arguments(run_setting, tmp_path, monkeypatch):
+    """500 combinations; one in twenty that is not refused is trained for up to three steps, the others prepare data."""
     counts = {"refused": 0, "prepared": 0, "trained": 0}
-    yield counts
+    # The plan's memory and time have tests of their own, and take longer than all the rest.
+    monkeypatch.setattr(main, "dry_run", lambda args, *_: print("prepared"))
 
+    @ONE_AFTER_THE_OTHER
+    @given(flags=st.lists(FLAG, min_size=0, max_size=4), really=st.integers(0, 19))
+    def one_case(flags, really):
+        output = tmp_path / f"output_{sum(counts.values())}"
+        words = [word for flag, value in flags for word in ([flag] if value is None else [f"{flag}={value}"])]
+        short = ["--max_steps=2"] if not any(word.startswith("--max_steps") for word in words) else []
+        command = [*run_setting, f"--output_dir={output}", *short, *words, *([] if really == 0 else ["--dry_run"])]
+        status, _, err = call_main(command)
+        assert "Traceback" not in err, (words, err)
+        assert status in (0, 2), (words, status, err)
+        if status == 2:
+            assert "error: " in err and len(err.split("error: ")[1].strip()) > 20, (words, err)
+            files = [path for path in output.rglob("*") if path.is_file()] if output.exists() else []
+            assert not files or "not finite" in err, (words, files)
+            counts["refused"] += 1
+        elif really == 0:
+            assert (output / "config.json").exists() and (output / "metrics.jsonl").exists(), words
+            counts["trained"] += 1
+        else:
+            assert not output.exists() or not any(output.iterdir()), words
+            counts["prepared"] += 1
 
-@ONE_AFTER_THE_OTHER
-@given(flags=st.lists(FLAG, min_size=0, max_size=4), really=st.integers(0, 19))
-def test_random_arguments(flags, really, run_setting, tmp_path_factory, tally):
-    """500 combinations; one in twenty that is not refused is trained for up to three steps."""
-    output = tmp_path_factory.getbasetemp() / f"fuzz_{sum(tally.values())}"
-    words = [word for flag, value in flags for word in ([flag] if value is None else [f"{flag}={value}"])]
-    short = ["--max_steps=2"] if not any(word.startswith("--max_steps") for word in words) else []
-    command = [*run_setting, f"--output_dir={output}", *short, *words, *([] if really == 0 else ["--dry_run"])]
-    status, _, err = call_main(command)
-    assert "Traceback" not in err, (words, err)
-    assert status in (0, 2), (words, status, err)
-    if status == 2:
-        assert "error: " in err and len(err.split("error: ")[1].strip()) > 20, (words, err)
-        files = [path for path in output.rglob("*") if path.is_file()] if output.exists() else []
-        bad_steps = "not finite" in err
-        assert not files or bad_steps, (words, files)
-        tally["refused"] += 1
-    elif really == 0:
-        assert (output / "config.json").exists() and (output / "metrics.jsonl").exists(), words
-        tally["trained"] += 1
-    else:
-        assert not output.exists() or not any(output.iterdir()), words
-        tally["prepared"] += 1
-
-
-def test_random_arguments_reached_every_end(tally):
-    assert tally["refused"] > 100 and tally["prepared"] > 50 and tally["trained"] > 2, tally
+    one_case()
+    assert counts["refused"] > 100 and counts["prepared"] > 50 and counts["trained"] > 2, counts
 
 
 # ------------------------------------------------------------------------------------ mutated files
@@ -147,46 +140,36 @@ def mutate_bytes(content: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-@ONE_AFTER_THE_OTHER
-@given(seed=st.integers(0, 2**32 - 1))
-def test_mutated_files(seed, tmp_path_factory, shared_tokenizer, tally_of_files):
+def test_mutated_files(tmp_path):
     """500 files, json and jsonl, known and own format: data to train on, or words that name the place."""
-    chance = random.Random(seed)
-    name = "".join(chance.choices(string.ascii_lowercase, k=12))
-    known = chance.random() < 0.5
-    folder = tmp_path_factory.getbasetemp() / "mutated" / name / ("local/jsonfile" if known else "own")
-    folder.mkdir(parents=True)
-    lines = not known and chance.random() < 0.5
-    records = mutate_records([dict(RECORD, prompt=f"{RECORD['prompt']} {i}") for i in range(12)], chance)
-    text = "\n".join(map(json.dumps, records)) if lines else json.dumps(records)
-    for part in ("train", "eval"):
-        file = folder / f"{part}.{'jsonl' if lines else 'json'}"
-        file.write_bytes(mutate_bytes(text.encode(), chance) if part == "train" else text.encode())
-    cache = folder.parent / "cache"
-    out = StringIO()
-    try:
-        with redirect_stdout(out):
-            train, _ = create_prompt_dataset(
-                0, [str(folder)], "10,0,0", str(cache), 1, 1234, shared_tokenizer, 64, "</s>", num_proc=1
-            )
-        assert 0 < len(train) <= 40
-        assert all(len(train[i]["input_ids"]) > 1 for i in range(len(train)))
-        tally_of_files["read"] += 1
-    except UserError as err:
-        assert str(folder) in str(err) or "no training sample" in str(err), err
-        tally_of_files["refused"] += 1
-    assert not list(cache.rglob(".incomplete*")) and not list(cache.rglob("*.tmp"))
+    counts, tokenizer = {"read": 0, "refused": 0}, load_hf_tokenizer(str(ROOT / "demo" / "tiny_opt"))
 
+    @ONE_AFTER_THE_OTHER
+    @given(seed=st.integers(0, 2**32 - 1))
+    def one_case(seed):
+        chance = random.Random(seed)
+        known = chance.random() < 0.5
+        folder = tmp_path / str(seed) / ("local/jsonfile" if known else "own")
+        folder.mkdir(parents=True)
+        lines = not known and chance.random() < 0.5
+        records = mutate_records([dict(RECORD, prompt=f"{RECORD['prompt']} {i}") for i in range(12)], chance)
+        text = "\n".join(map(json.dumps, records)) if lines else json.dumps(records)
+        for part in ("train", "eval"):
+            file = folder / f"{part}.{'jsonl' if lines else 'json'}"
+            file.write_bytes(mutate_bytes(text.encode(), chance) if part == "train" else text.encode())
+        cache = folder.parent / "cache"
+        try:
+            with redirect_stdout(StringIO()):
+                train, _ = create_prompt_dataset(
+                    0, [str(folder)], "10,0,0", str(cache), 1, 1234, tokenizer, 64, "</s>", num_proc=1
+                )
+            assert 0 < len(train) <= 40
+            assert all(len(train[i]["input_ids"]) > 1 for i in range(len(train)))
+            counts["read"] += 1
+        except UserError as err:
+            assert str(folder) in str(err) or "no training sample" in str(err), err
+            counts["refused"] += 1
+        assert not list(cache.rglob(".incomplete*")) and not list(cache.rglob("*.tmp"))
 
-@pytest.fixture(scope="module")
-def tally_of_files():
-    return {"read": 0, "refused": 0}
-
-
-@pytest.fixture(scope="module")
-def shared_tokenizer():
-    return load_hf_tokenizer(str(Path(ROOT) / "demo" / "tiny_opt"))
-
-
-def test_mutated_files_reached_both_ends(tally_of_files):
-    assert min(tally_of_files.values()) > 90, tally_of_files
+    one_case()
+    assert min(counts.values()) > 90, counts
