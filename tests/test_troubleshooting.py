@@ -60,7 +60,8 @@ def test_every_message_has_its_advice():
 
 IN_PROCESS = {
     "max_seq_len": "positions", "config.json": "config.json", "tokenizer in": "no tokenizer",
-    "training rows": "larger share", "fp16 can't be trained": "fp16", "lora_module_name": "--lora_module_name", "record": "record",
+    "training rows": "larger share", "fp16 can't be trained": "fp16", "lora_module_name": "--lora_module_name",
+    "record": "record",
     "earlier run": "earlier run", "other arguments": "other arguments", "no complete checkpoint": "is damaged",
 }  # fmt: skip
 
