@@ -14,7 +14,6 @@ What it refuses: fp16 on a CPU (DeepSpeed can't), sequences longer than the mode
 matches no layer, data that is not what it should be. All of it is found before a model is loaded.
 """
 
-import math
 import os
 import sys
 from argparse import Namespace
@@ -175,7 +174,7 @@ def train(
     def perplexity() -> None:
         print_rank_0(f"***** Evaluating perplexity, Epoch {state.epochs_begun}/{plan.epochs} *****")
         batches = eval_batches(eval_data, collate, args.per_device_eval_batch_size, ranks, rank, on_cpu)
-        count = math.ceil(len(eval_data) / (args.per_device_eval_batch_size * ranks))
+        count = micro_batches_per_epoch(len(eval_data), args.per_device_eval_batch_size, 1, ranks)
         result = evaluate(engine, batches, device, stop.agreed, count)
         if result is None:
             keeper.interrupt(stop.received)

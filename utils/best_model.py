@@ -7,7 +7,6 @@ from argparse import Namespace
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from utils.checkpoint import checkpoints_folder
@@ -17,7 +16,7 @@ from utils.model_card import describe_model
 from utils.module.adapter import ADAPTER_FOLDER, save_lora_adapter
 from utils.run_state import RunState
 from utils.saving import live_logits, publish_model, save_model_folder, unwrap, verify_saved_model
-from utils.utils import global_rank, print_rank_0
+from utils.utils import answer_of_rank_0, global_rank, print_rank_0
 
 NAME = "best_model"
 RECORD = "best.json"
@@ -64,10 +63,8 @@ def publish_best_model(args: Namespace) -> bool:
         UserError: it can't be written; the best model stays where it is.
     """
     folder = _folder(args)
-    found = [global_rank() == 0 and os.path.isfile(os.path.join(folder, RECORD))]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    if found[0] and global_rank() == 0:
+    found = answer_of_rank_0(os.path.isfile(os.path.join(folder, RECORD)))
+    if found and global_rank() == 0:
         try:
             publish_model(folder, args.output_dir, leave_out=(RECORD, PICTURE))
         except OSError as err:
@@ -80,4 +77,4 @@ def publish_best_model(args: Namespace) -> bool:
             f"Saved to {args.output_dir}: the model of step {best['step']}, evaluation loss {best['eval_loss']:.6g}, "
             "verified when it was kept"
         )
-    return found[0]
+    return found

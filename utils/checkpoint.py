@@ -18,7 +18,6 @@ import datasets
 import deepspeed
 import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
@@ -27,8 +26,8 @@ from utils.ds_utils import world_size
 from utils.errors import UserError
 from utils.model_card import describe_model
 from utils.run_state import RunState
-from utils.saving import save_model_folder, unwrap
-from utils.utils import global_rank, set_random_seed
+from utils.saving import save_model_folder, sync, unwrap
+from utils.utils import global_rank, set_random_seed, wait_for_all
 
 FOLDER = "checkpoints"
 MARKER = "complete.json"
@@ -151,19 +150,19 @@ def save_checkpoint(
             remove_incomplete(root)
             os.makedirs(work)
             _check_space(engine, root, args)
-        _wait_for_all()
+        wait_for_all()
         if args.save_only_model:
             save_model_folder(unwrap(engine), tokenizer, work, describe_model(args, tokenizer))
         else:
             # Frozen weights are those of the model the run started from: only what trains is written.
             engine.save_checkpoint(root, INCOMPLETE + name, save_latest=False, exclude_frozen_parameters=True)
             torch.save(random_states(), os.path.join(work, _random_file(global_rank())))
-        _wait_for_all()
+        wait_for_all()
         if global_rank() == 0:
             kind = "model" if args.save_only_model else "full"
             _publish(work, os.path.join(root, name), {**record, "kind": kind, "state": state.to_dict()})
             _drop_old(root, args.save_total_limit)
-        _wait_for_all()
+        wait_for_all()
     except Exception as err:
         if global_rank() == 0:  # another rank must not take the folder away under those that still write
             shutil.rmtree(work, ignore_errors=True)
@@ -217,7 +216,7 @@ def _publish(work: str, folder: str, info: dict[str, Any]) -> None:
     for parent, _, names in os.walk(work):
         for name in names:
             path = os.path.join(parent, name)
-            _sync(path)
+            sync(path)
             files[os.path.relpath(path, work)] = os.path.getsize(path)
     marker = os.path.join(work, MARKER)
     versions = {module.__name__: module.__version__ for module in (torch, deepspeed, transformers, datasets, np)}
@@ -225,20 +224,12 @@ def _publish(work: str, folder: str, info: dict[str, Any]) -> None:
         json.dump({"format": FORMAT, **info, "versions": versions, "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _sync(work)
+    sync(work)
     if os.path.isdir(folder):
         os.rename(folder, work + "-replaced")
     os.rename(work, folder)
-    _sync(os.path.dirname(folder))
+    sync(os.path.dirname(folder))
     shutil.rmtree(work + "-replaced", ignore_errors=True)
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_incomplete(root: str) -> None:
@@ -256,11 +247,6 @@ def _drop_old(root: str, limit: int | None) -> None:
         doomed = os.path.join(root, INCOMPLETE + os.path.basename(checkpoint.folder))
         os.rename(checkpoint.folder, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 # ------------------------------------------------------------------------------------- random states

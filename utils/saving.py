@@ -184,13 +184,21 @@ def _save_configs(model: torch.nn.Module, folder: str) -> None:
         model.generation_config.save_pretrained(folder)
 
 
+def sync(path: str) -> None:
+    """Have a file, or a folder's list of names, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _publish(work: str, folder: str, config: str = "config.json") -> None:
     """Move the finished files up, the old configuration away first and the new one in last."""
     new = sorted(os.listdir(work), key=lambda name: name == config)
     for parent, _, files in os.walk(work):
         for name in files:
-            with open(os.path.join(parent, name), "rb") as file:
-                os.fsync(file.fileno())
+            sync(os.path.join(parent, name))
     for name in os.listdir(folder):
         if name == config or name.endswith(".safetensors") or name.endswith(".safetensors.index.json"):
             os.remove(os.path.join(folder, name))

@@ -24,7 +24,7 @@ from deepspeed.utils import (
 
 from utils.checkpoint import Checkpoint
 from utils.errors import UserError
-from utils.utils import global_rank
+from utils.utils import answer_of_rank_0, global_rank, wait_for_all
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 States = dict[str, torch.Tensor]  # "fp32" and the moments, each in the parameter's shape
@@ -46,8 +46,7 @@ def load_full_states(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) 
                 _set_states(engine, parameter, read(name))
         _after_setting(engine, steps)
     finally:
-        if dist.is_initialized():
-            dist.barrier()
+        wait_for_all()
         if folder is not None and global_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
     engine.global_steps, engine.skipped_steps = checkpoint.state.step, checkpoint.state.step - steps
@@ -64,13 +63,9 @@ def _reader(checkpoint: Checkpoint) -> tuple[Callable[[str], States], int, str |
             "same layout."
         )
     folder = os.path.abspath(checkpoint.folder) + "-universal"
-    outcome = [""]
-    if global_rank() == 0:
-        outcome = [_convert(os.path.abspath(checkpoint.folder), folder)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[0]:
-        raise UserError(f"{checkpoint.folder} can't be converted to DeepSpeed's universal format: {outcome[0]}")
+    fault = answer_of_rank_0(_convert(os.path.abspath(checkpoint.folder), folder) if global_rank() == 0 else "")
+    if fault:
+        raise UserError(f"{checkpoint.folder} can't be converted to DeepSpeed's universal format: {fault}")
 
     def read(name: str) -> States:
         place = os.path.join(folder, "zero", name)

@@ -58,6 +58,20 @@ def get_all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def wait_for_all() -> None:
+    """Go on when every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def answer_of_rank_0(answer: Any) -> Any:
+    """What rank 0 passes in, on every rank; each must call it."""
+    answers = [answer]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answers, src=0)
+    return answers[0]
+
+
 def all_reduce_sum(values: Iterable[float], device: torch.device | str) -> list[float]:
     """Sum each of `values` over all ranks (float64 where the device has it)."""
     dtype = torch.float32 if get_accelerator().device_name() == "mps" else torch.float64
