@@ -42,7 +42,7 @@ from utils.ds_utils import build_ds_config, local_rank_of, start_process_group, 
 from utils.evaluation import evaluate
 from utils.failures import end_run
 from utils.interrupt import EXIT_INTERRUPTED, Interrupted, StopRequest
-from utils.keeper import Keeper
+from utils.keeper import SAMPLE_TOKENS, Keeper
 from utils.loss import summed_loss
 from utils.metrics import MetricsFile, draw_losses
 from utils.model.model_utils import create_hf_model, describe_parameters
@@ -66,7 +66,6 @@ from utils.self_check import choose_layout
 from utils.utils import global_rank, load_hf_tokenizer, print_rank_0, save_hf_format, set_random_seed, to_device
 
 SFT_PHASE = 1
-VERIFIED_TOKENS = 64
 EXIT_BY_SIGINT = 130
 
 
@@ -236,7 +235,7 @@ def save(
     print_rank_0("saving the final model ...")
     if args.load_best_model_at_end and publish_best_model(args):
         return
-    sample = train_data[0]["input_ids"][None, :VERIFIED_TOKENS]
+    sample = train_data[0]["input_ids"][None, :SAMPLE_TOKENS]
     expected = live_logits(engine.module, sample.to(device))
     with phase("writing the model"):
         folder = save_hf_format(engine, tokenizer, args, describe=describe_model(args, tokenizer))

@@ -22,6 +22,7 @@ from utils.ds_utils import world_size
 from utils.errors import UserError
 from utils.interrupt import Interrupted
 from utils.metrics import METRICS_FILE, curve, read_metrics
+from utils.model.model_utils import count_parameters
 from utils.progress import device_label, peak_memory_gb
 from utils.run_state import RunPlan, RunState
 from utils.utils import global_rank
@@ -81,7 +82,7 @@ def recorded_run(
 def describe_start(engine: deepspeed.DeepSpeedEngine, state: RunState) -> dict[str, Any]:
     """One start of the program: when, how, on what."""
     modules = (torch, transformers, deepspeed, datasets)
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
+    parameters, trained_parameters = count_parameters(engine.module)
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -89,8 +90,8 @@ def describe_start(engine: deepspeed.DeepSpeedEngine, state: RunState) -> dict[s
         "device": device_label(),
         "ranks": world_size(),
         "zero_stage": int(engine.zero_optimization_stage()),
-        "parameters": sum(numel for numel, _ in sizes),
-        "trained_parameters": sum(numel for numel, trains in sizes if trains),
+        "parameters": parameters,
+        "trained_parameters": trained_parameters,
         "versions": {"python": sys.version.split()[0], **{module.__name__: module.__version__ for module in modules}},
         "git_commit": git_commit(),
     }

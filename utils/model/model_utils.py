@@ -132,9 +132,13 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return None
 
 
-def describe_parameters(model: torch.nn.Module) -> str:
-    """Total and trainable parameters in words, each counted once."""
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(total, trainable) parameters, each counted once, whole ones where ZeRO 3 has split them."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    total = sum(numel for numel, _ in sizes)
-    trainable = sum(numel for numel, trains in sizes if trains)
+    return sum(numel for numel, _ in sizes), sum(numel for numel, trains in sizes if trains)
+
+
+def describe_parameters(model: torch.nn.Module) -> str:
+    """Total and trainable parameters in words."""
+    total, trainable = count_parameters(model)
     return f"{type(model).__name__}, {total:,} parameters, {trainable:,} of them train ({trainable / total:.1%})"
