@@ -8,7 +8,6 @@ it without data (`utils.model.simulate`); `utils.memory_estimate` does the arith
 
 import argparse
 import os
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from transformers import OPTConfig, PretrainedConfig
 
 from utils.ds_utils import get_train_ds_config
 from utils.errors import UserError
+from utils.failures import end_run
 from utils.hardware import Gpus
 from utils.memory_estimate import Estimate, Setting, Sizes, estimate, setting_from_config
 from utils.model.model_utils import load_model_config
@@ -213,5 +213,4 @@ if __name__ == "__main__":
         check(given)
         print(table(given))
     except UserError as err:
-        print(f"error: {err}", file=sys.stderr)
-        sys.exit(2)
+        end_run(err, rank=0)

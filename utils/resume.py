@@ -13,6 +13,7 @@ from utils.data.sources import parse_source
 from utils.ds_utils import world_size
 from utils.errors import UserError
 from utils.optimizer import recount_updates
+from utils.run_file import plain_arguments
 from utils.run_state import RunPlan, RunState
 from utils.universal import load_full_states
 from utils.utils import print_rank_0
@@ -80,15 +81,11 @@ def run_record(
     """What every checkpoint of this run says beside its position; `arguments` as they were given."""
     return {
         "arguments": arguments,
-        "command": {key: getattr(value, "value", value) for key, value in vars(args).items() if _is_plain(value)},
+        "command": plain_arguments(args),
         "data": data_record(train_data),
         "layout": layout_record(engine),
         "optimizer_parameters": optimizer_parameter_names(engine),
     }
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float, bool, list))
 
 
 def optimizer_parameter_names(engine: deepspeed.DeepSpeedEngine) -> list[str]:

@@ -51,7 +51,7 @@ def recorded_run(
     start = describe_start(engine, state)
     run = {
         "status": "running",
-        "arguments": {key: _plain(value) for key, value in vars(args).items()},
+        "arguments": plain_arguments(args),
         "data": {
             "cache": cache_folder(train_data), "train": data_sizes(train_data), "eval": data_sizes(eval_data)
         },
@@ -169,6 +169,8 @@ def write_run_file(output_dir: str, run: dict[str, Any]) -> None:
         raise UserError(f"{path} can't be written ({err}): is the disk full, or the folder gone?") from err
 
 
-def _plain(value: Any) -> Any:
-    value = getattr(value, "value", value)
-    return value if value is None or isinstance(value, (str, int, float, bool, list)) else str(value)
+def plain_arguments(args: Namespace) -> dict[str, Any]:
+    """Every argument as a JSON file holds it."""
+    values = {key: getattr(value, "value", value) for key, value in vars(args).items()}
+    plain = (str, int, float, bool, list, type(None))
+    return {key: value if isinstance(value, plain) else str(value) for key, value in values.items()}
