@@ -36,10 +36,9 @@ from utils.answers import (  # noqa: F401 (the two id functions are part of this
     end_token_ids,
     unknown_token_ids,
 )
-from utils.args import join_problems
 from utils.chat import Speaker, chat
 from utils.data.prompt_dataset import PromptDataset
-from utils.errors import UserError
+from utils.errors import UserError, join_problems
 from utils.eval_args import build_parser, parse_args  # noqa: F401
 from utils.eval_models import check_fit, chosen_device, evaluation_data, load, look_at, measure_perplexity
 from utils.generation import contrastive_search, diverse_beam_search

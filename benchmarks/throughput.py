@@ -30,10 +30,11 @@ from utils.attention import NAME as DOCUMENTS  # noqa: E402
 from utils.data.batches import collate_for, train_batches  # noqa: E402
 from utils.data.data_utils import PromptDataset, create_prompt_dataset  # noqa: E402
 from utils.data.sampler import epoch_units  # noqa: E402
-from utils.ds_utils import get_train_ds_config, resolve_dtype, start_process_group  # noqa: E402
+from utils.ds_utils import get_train_ds_config, start_process_group  # noqa: E402
 from utils.loss import install_loss, summed_loss  # noqa: E402
 from utils.optimizer import create_optimizer  # noqa: E402
 from utils.perf import flops_per_token, model_shape  # noqa: E402
+from utils.precision import resolve_dtype  # noqa: E402
 from utils.utils import load_hf_tokenizer, to_device  # noqa: E402
 
 LAYOUTS = ("max_length", "longest", "free", "packed")

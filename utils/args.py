@@ -1,4 +1,4 @@
-"""The command line: every argument with its group, its help, and the checks that need nothing but itself."""
+"""The command line: every argument with its group and its help."""
 
 import argparse
 import os
@@ -6,10 +6,7 @@ import os
 import deepspeed
 from transformers import SchedulerType
 
-from utils.data.sources import parse_columns, parse_source
-from utils.data.splits import parse_data_split
-from utils.errors import UserError
-from utils.hardware import HERE, parse_gpus
+from utils.hardware import HERE
 from utils.reporting import CHOICES
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -203,92 +200,3 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     if args.save_strategy is None:
         args.save_strategy = "no" if args.save_steps is None else "steps"
     return args
-
-
-def join_problems(problems: list[str]) -> str:
-    """One message for one problem, a list for several."""
-    if len(problems) == 1:
-        return problems[0]
-    return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)
-
-
-def check_values(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the arguments' values, seen by themselves."""
-    problems = []
-    at_least = {
-        "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
-        "num_train_epochs": 1, "num_warmup_steps": 0, "max_seq_len": 2, "lora_dim": 0, "ddp_timeout": 1, "seed": 0,
-        "max_steps": 1, "eval_steps": 1, "save_steps": 1, "save_total_limit": 0, "early_stopping_patience": 1,
-        "max_bad_steps": 1, "logging_steps": 1, "preprocessing_num_workers": 1,
-    }  # fmt: skip
-    for name, least in at_least.items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            problems.append(f"--{name} must be at least {least}, not {getattr(args, name)}.")
-    if args.seed >= 2**32:
-        problems.append(f"--seed must be below 2**32, not {args.seed}.")
-    for name in ("learning_rate", "lora_learning_rate", "weight_decay"):
-        if not 0 <= getattr(args, name) < float("inf"):
-            problems.append(f"--{name} must be a finite number of at least 0, not {getattr(args, name)}.")
-    if args.neftune_noise_alpha is not None and not 0 <= args.neftune_noise_alpha < float("inf"):
-        problems.append(f"--neftune_noise_alpha must be a finite number of at least 0, not {args.neftune_noise_alpha}.")
-    if args.packing and args.padding != "free":
-        problems.append(f"--packing puts samples end to end and needs --padding free, not {args.padding}.")
-    if args.dropout is not None and not 0 <= args.dropout < 1:
-        problems.append(f"--dropout must be at least 0 and below 1, not {args.dropout}.")
-    if args.dropout and args.disable_dropout:
-        problems.append("--disable_dropout and --dropout contradict each other: give one of them.")
-    if not 0 < args.lora_alpha < float("inf"):
-        problems.append(f"--lora_alpha must be a finite number above 0, not {args.lora_alpha}.")
-    if not 0 <= args.lora_dropout < 1:
-        problems.append(f"--lora_dropout must be at least 0 and below 1, not {args.lora_dropout}.")
-    if args.save_lora_adapter:
-        problems += _check_adapter_arguments(args)
-    if args.only_optimize_lora and args.lora_dim == 0:
-        problems.append("--only_optimize_lora needs --lora_dim above 0: without LoRA nothing would train.")
-    if not args.data_path and not args.sft_only_data_path:
-        problems.append("--data_path is empty: name at least one data set.")
-    if args.add_eot_token and not args.eot_token:
-        problems.append("--eot_token is empty: name the token, or leave --add_eot_token out.")
-    checks = [(parse_data_split, args.data_split), (parse_columns, args.columns), (parse_gpus, args.dry_run)]
-    checks += [(parse_source, name) for name in (*args.data_path, *args.sft_only_data_path)]
-    for check, value in checks:
-        try:
-            check(value)
-        except UserError as err:
-            problems.append(str(err))
-    return problems + _check_checkpoint_values(args)
-
-
-def _check_checkpoint_values(args: argparse.Namespace) -> list[str]:
-    problems = []
-    if args.save_strategy == "steps" and args.save_steps is None:
-        problems.append("--save_strategy steps needs --save_steps N.")
-    if args.save_strategy != "steps" and args.save_steps is not None:
-        problems.append(
-            f"--save_steps {args.save_steps} and --save_strategy {args.save_strategy} contradict each other."
-        )
-    if args.save_strategy == "no" and args.save_only_model:
-        problems.append("--save_only_model needs --save_steps N or --save_strategy epoch.")
-    wanting = {
-        f"--save_strategy {args.save_strategy}": args.save_strategy != "no",
-        "--resume_from_checkpoint": args.resume_from_checkpoint == "latest",
-        "--load_best_model_at_end": args.load_best_model_at_end,
-    }  # fmt: skip
-    if args.output_dir is None:
-        problems += [f"{flag} needs --output_dir." for flag, wants in wanting.items() if wants]
-    return problems
-
-
-def _check_adapter_arguments(args: argparse.Namespace) -> list[str]:
-    """What keeps `--save_lora_adapter` from writing an adapter that gives the trained model."""
-    problems = []
-    if args.lora_dim == 0:
-        problems.append("--save_lora_adapter needs --lora_dim above 0: without LoRA there is no adapter.")
-    elif not args.only_optimize_lora:
-        problems.append(
-            "--save_lora_adapter needs --only_optimize_lora: without it embeddings, norms and biases train too, which "
-            "an adapter does not hold. The merged model in --output_dir always holds everything."
-        )
-    if args.output_dir is None:
-        problems.append("--save_lora_adapter needs --output_dir: the adapter is written to its folder adapter.")
-    return problems

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from utils.args import check_values, join_problems
+from utils.arg_checks import check_values
 from utils.checkpoint import find_checkpoint
 from utils.data.cache import cache_lock
 from utils.data.chat_format import ChatFormat, resolve_chat_format
@@ -18,11 +18,12 @@ from utils.data.own_formats import OwnOptions
 from utils.data.raw_datasets import known_name
 from utils.data.sources import parse_columns, parse_source
 from utils.data.splits import parse_data_split, split_boundaries
-from utils.ds_utils import check_local_rank, launched_ranks, read_deepspeed_config, resolve_dtype
-from utils.errors import UserError
+from utils.ds_utils import check_local_rank, launched_ranks, read_deepspeed_config
+from utils.errors import UserError, join_problems
 from utils.hardware import parse_gpus
 from utils.model.model_utils import load_model_config, max_positions
 from utils.module.lora import check_lora_module_name
+from utils.precision import resolve_dtype
 from utils.reporting import check_reports
 from utils.resume import check_same_run
 from utils.utils import load_hf_tokenizer

@@ -17,6 +17,7 @@ from utils.console import chatter_to_log, say
 from utils.errors import UserError
 from utils.hardware import parse_gpus
 from utils.op_locks import clear_stale_build_locks, extension_folder
+from utils.precision import planned_dtype, resolve_dtype
 from utils.reporting import monitor_blocks
 
 STEPS_PER_PRINT = 10
@@ -122,50 +123,6 @@ def merge_config(base: dict[str, Any], override: dict[str, Any]) -> dict[str, An
     return merged
 
 
-def resolve_dtype(requested: str) -> tuple[str, str]:
-    """(dtype, reason) for `--dtype`; `auto` takes bf16 where the device has it, then fp16 on a GPU, then fp32.
-
-    Raises:
-        UserError: the device can't train in the requested dtype.
-    """
-    accelerator = get_accelerator()
-    name = accelerator.device_name()
-    bf16 = _has_bf16()
-    if requested == "bf16" and name == "cpu" and not bf16:
-        return "bf16", "as asked, but this CPU has no bf16 instructions: fp32 is many times faster here"
-    if requested == "auto":
-        if bf16:
-            return "bf16", f"{name} has it"
-        if name != "cpu" and accelerator.is_fp16_supported():
-            return "fp16", f"{name} has no bf16"
-        return "fp32", f"{name} has neither bf16 nor fp16"
-    if requested == "fp16" and (name == "cpu" or not accelerator.is_fp16_supported()):
-        raise UserError(f"--dtype fp16 can't be trained on {name}: use --dtype bf16 (or fp32).")
-    if requested == "bf16" and not bf16:
-        raise UserError(f"--dtype bf16 can't be trained on this {name}: use --dtype fp16 (or fp32).")
-    return requested, "as asked"
-
-
-def _planned_dtype(requested: str) -> tuple[str, str]:
-    """(dtype, reason) on GPUs that are not here."""
-    return ("bf16", "taken to be what the planned GPUs have") if requested == "auto" else (requested, "as asked")
-
-
-def _has_bf16() -> bool:
-    """bf16 in hardware: torch also says yes to GPUs and CPUs that only emulate it, at a fraction of their speed."""
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    module = torch.get_device_module(accelerator.device_name())
-    probe = getattr(module, "is_bf16_supported", None)
-    if probe is not None:
-        try:
-            return probe(including_emulation=False)
-        except TypeError:
-            return probe()
-    return accelerator.is_bf16_supported()
-
-
 def local_rank_of(args_local_rank: int) -> int:
     """LOCAL_RANK of any launcher (deepspeed, torchrun), else `--local_rank`, else 0."""
     return int(os.environ.get("LOCAL_RANK", max(args_local_rank, 0)))
@@ -240,7 +197,7 @@ def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
 
     `args.zero_stage` and `args.offload` are set to what the merged configuration says.
     """
-    dtype, reason = resolve_dtype(args.dtype) if parse_gpus(args.dry_run) is None else _planned_dtype(args.dtype)
+    dtype, reason = resolve_dtype(args.dtype) if parse_gpus(args.dry_run) is None else planned_dtype(args.dtype)
     if args.offload and args.zero_stage == 0:
         args.zero_stage = 1
         _say("--offload with ZeRO 0: DeepSpeed offloads only what ZeRO shards, so stage 1 is used (same mathematics)")

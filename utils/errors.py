@@ -6,3 +6,10 @@ class UserError(Exception):
 
     Entry points print it without a traceback and exit with status 2.
     """
+
+
+def join_problems(problems: list[str]) -> str:
+    """One message for one problem, a list for several."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)

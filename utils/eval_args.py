@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Sequence
 
 from utils.answers import ONE_ANSWER, STRATEGIES
-from utils.args import default_cache_folder, join_problems
+from utils.args import default_cache_folder
 from utils.data.splits import parse_data_split
-from utils.errors import UserError
+from utils.errors import UserError, join_problems
 from utils.prompts import PROMPTS, read_prompt_file
 
 USUAL_BEAMS = 4

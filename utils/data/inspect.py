@@ -14,7 +14,8 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from utils.args import check_values, join_problems, parse_args
+from utils.arg_checks import check_values
+from utils.args import parse_args
 from utils.checks import end_of_conversation_token
 from utils.data.cache import cache_lock
 from utils.data.chat_format import resolve_chat_format
@@ -24,7 +25,7 @@ from utils.data.raw_datasets import PromptRawDataset
 from utils.data.sources import parse_columns, parse_source, weighted
 from utils.data.splits import get_shuffle_idx, split_boundaries
 from utils.data.tokenise import tokenise, tokenise_completions
-from utils.errors import UserError
+from utils.errors import UserError, join_problems
 from utils.failures import end_run
 from utils.utils import load_hf_tokenizer
 
