@@ -115,9 +115,10 @@ def main() -> None:
     output = args.folder / "output"
     command = [
         sys.executable, str(ROOT / "main.py"), "--model_name_or_path", str(args.folder / "base"),
-        "--data_path", str(data), "--data_split", "10,0,0", "--data_output_path", str(args.folder / "cache"), "--max_seq_len", "128", "--packing",
-        "--per_device_train_batch_size", "4", "--learning_rate", "1e-4", "--num_train_epochs", "1000",
-        "--save_steps", "1000", "--eval_steps", "1000", "--output_dir", str(output), *args.further,
+        "--data_path", str(data), "--data_split", "10,0,0", "--data_output_path", str(args.folder / "cache"),
+        "--max_seq_len", "128", "--packing", "--per_device_train_batch_size", "4", "--learning_rate", "1e-4",
+        "--num_train_epochs", "1000", "--save_steps", "1000", "--eval_steps", "1000", "--output_dir", str(output),
+        *args.further,
     ]  # fmt: skip
     with open(args.folder / "run.log", "w", encoding="utf-8") as log:
         run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
