@@ -2,7 +2,7 @@
 
 What it does
   * trains any decoder-only model of transformers under ZeRO 0 to 3, with or without offload and LoRA, on one
-    process (`python main.py`) or many (`deepspeed --num_gpus 8 main.py`, torchrun), on GPUs or a CPU;
+    process (`python main.py`) or many (`deepspeed --num_gpus 8 main.py`, torchrun, srun), on GPUs or a CPU;
   * the loss of an optimizer step is the mean over all label tokens of its whole global batch, so ranks,
     micro batch and accumulation change nothing; padding never counts;
   * by default there is no padding at all: samples lie end to end in one row, each attending to itself alone
@@ -43,6 +43,7 @@ from utils.evaluation import evaluate
 from utils.failures import end_run
 from utils.interrupt import EXIT_INTERRUPTED, Interrupted, StopRequest
 from utils.keeper import SAMPLE_TOKENS, Keeper
+from utils.launchers import adopt_launcher, launched_rank
 from utils.loss import summed_loss
 from utils.metrics import MetricsFile, draw_losses
 from utils.model.model_utils import create_hf_model, describe_parameters
@@ -252,20 +253,20 @@ def save(
 
 def run(argv: list[str] | None = None) -> None:
     """Start `main` and end with one message and a status that says what happened."""
-    rank = int(os.environ.get("RANK", 0))
     try:
+        adopt_launcher()
         with quiet_libraries():
             args = parse_args(argv)
             args.local_rank = local_rank_of(args.local_rank)
             main(args)
     except Interrupted as stop:
-        print_rank_0(str(stop), rank)
+        print_rank_0(str(stop), launched_rank())
         sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
-        print_rank_0("stopped before the training began: there is nothing to save", rank)
+        print_rank_0("stopped before the training began: there is nothing to save", launched_rank())
         sys.exit(EXIT_BY_SIGINT)
     except Exception as err:  # the end of the line: each kind of failure has its words and status
-        end_run(err, rank)
+        end_run(err, launched_rank())
 
 
 if __name__ == "__main__":

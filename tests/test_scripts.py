@@ -1,6 +1,6 @@
 """Every training script: its arguments, its log, its exit status, from any folder.
 
-`deepspeed` and `python` are stand-ins, first on PATH, that note how they were called. A new script is found
+`deepspeed`, `python`, `srun` and `scontrol` are stand-ins, first on PATH, that note how they were called. A new script is found
 by the glob below and has to pass everything here.
 """
 
@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "training_scripts").rglob("run_*.sh"))
 SWEEP = ROOT / "training_scripts" / "single_node" / "sweep" / "run_step1_sweep.sh"
+SLURM = ROOT / "training_scripts" / "multi_node" / "run_66b_slurm.sh"
 SINGLE_RUNS = [script for script in SCRIPTS if script != SWEEP]
 # The promised scripts, each with its default ZeRO stage.
 STAGES = {
@@ -29,6 +30,7 @@ STAGES = {
     "single_node/sweep/run_single.sh": "2",
     "single_node/sweep/run_step1_sweep.sh": "2",
     "multi_node/run_66b.sh": "3",
+    "multi_node/run_66b_slurm.sh": "3",
     "other_language/run_chinese.sh": "2",
     "other_language/run_japanese.sh": "2",
 }
@@ -77,7 +79,7 @@ class Runner:
         self.notes = folder / "calls.jsonl"
         programs = folder / "bin"
         programs.mkdir()
-        for program in ["deepspeed", "python"]:
+        for program in ["deepspeed", "python", "srun", "scontrol"]:
             (programs / program).write_text(STAND_IN.format(python=sys.executable, program=program))
             (programs / program).chmod(0o755)
         (folder / "hostfile").write_text("worker-1 slots=8\nworker-2 slots=8\n")
@@ -218,6 +220,9 @@ def test_launchers(run):
             "single_gpu": ["--num_gpus", "1"],
             "multi_node": ["--hostfile", str(run.folder / "hostfile")],
         }
+        if script == SLURM:
+            assert call.program == "srun" and call.launcher[-1] == "python"
+            continue
         assert call.launcher == expected.get(folder, [])
         assert call.program == ("python" if folder == "single_cpu" else "deepspeed")
 
@@ -235,6 +240,36 @@ def test_multi_node_needs_its_host_file(run):
     assert done.returncode == 2
     assert f"no host file at {run.folder / 'nowhere'}" in done.stdout
     assert not run.notes.exists()
+
+
+def test_slurm_job_is_run_66b_that_goes_on(run):
+    """The same arguments as the script for a host file, checkpoints beside them; ZeRO stage and folder last."""
+    assert run(SLURM.with_name("run_66b.sh"), "out").returncode == 0
+    [plain] = run.calls()
+    assert run(SLURM, "out").returncode == 0
+    [job] = run.calls()
+    own = ["--save_steps", "500", "--resume_from_checkpoint", "latest"]
+    assert job.arguments == plain.arguments + own
+
+
+@pytest.mark.parametrize("status", [75, 3])
+def test_slurm_job_goes_back_into_the_queue_when_it_was_interrupted(run, status):
+    done = run(SLURM, "out", "--print_loss", STATUS=str(status), FAIL_WITH="--print_loss", SLURM_JOB_ID="17")
+    assert done.returncode == status
+    notes = [json.loads(line) for line in run.notes.read_text().splitlines()]
+    requeued = [note["argv"] for note in notes if note["program"] == "scontrol"]
+    assert requeued == ([["requeue", "17"]] if status == 75 else [])
+    assert ("back into the queue" in (run.folder / "out" / "training.log").read_text()) == (status == 75)
+
+
+def test_slurm_copies_the_script(run):
+    """Slurm runs it from its own folder; the repository is found where sbatch was called, or missed with words."""
+    copy = run.folder / "slurm_script"
+    copy.write_text(SLURM.read_text())
+    assert run(copy, "out", SLURM_SUBMIT_DIR=str(ROOT)).returncode == 0
+    assert Path(run.calls()[0].main) == ROOT / "main.py"
+    done = run(copy, "out", SLURM_SUBMIT_DIR=str(run.folder))
+    assert done.returncode == 2 and "call sbatch in the repository's own folder" in done.stdout
 
 
 def test_log_goes_on_with_a_run_that_goes_on(run):

@@ -55,11 +55,11 @@ class Hosts:
     folder: Path  # shared by both; a folder of its own below it holds each host's cache
     servers: list[subprocess.Popen]
 
-    def command(self, words: list[str]) -> list[str]:
-        """`words` as a command on the first host."""
+    def command(self, words: list[str], number: int = 0) -> list[str]:
+        """`words` as a command on one of the hosts, the first unless given."""
         return [
             "nsenter",
-            f"--target={self.servers[0].pid}",
+            f"--target={self.servers[number].pid}",
             "--net",
             "--mount",
             "--uts",
@@ -85,6 +85,8 @@ def two_hosts(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"], check=True)
     (folder / "ssh_config").write_text(SSH.format(folder=folder))
+    lines = [f"{address} {name}\n" for address, name in zip(ADDRESSES, NAMES, strict=True)]
+    (folder / "names").write_text("127.0.0.1 localhost\n" + "".join(lines))
     (folder / "bin").mkdir()
     for program in ("ssh",):
         wrapper = folder / "bin" / program
@@ -107,7 +109,9 @@ def two_hosts(folder: Path):
             (folder / name).mkdir()
             config = folder / name / "sshd_config"
             config.write_text(SSHD.format(folder=folder, address=address, name=name))
-            start = f"mount -t tmpfs tmpfs /dev/shm && hostname {name} && exec {_which('sshd')} -D -e -f {config}"
+            names = f"mount --bind {folder}/names /etc/hosts"
+            shared = "mount -t tmpfs tmpfs /dev/shm"
+            start = f"{shared} && {names} && hostname {name} && exec {_which('sshd')} -D -e -f {config}"
             inside = ["ip", "netns", "exec", name, "unshare", "--mount", "--uts", "sh", "-c", start]
             with open(folder / name / "sshd.log", "w") as log:
                 servers.append(subprocess.Popen(inside, stdout=log, stderr=log))
