@@ -1,7 +1,7 @@
 """Every training script: its arguments, its log, its exit status, from any folder.
 
-`deepspeed`, `python`, `srun` and `scontrol` are stand-ins, first on PATH, that note how they were called. A new script is found
-by the glob below and has to pass everything here.
+`deepspeed`, `python`, `srun` and `scontrol` are stand-ins, first on PATH, that note how they were called.
+A new script is found by the glob below and has to pass everything here.
 """
 
 import json

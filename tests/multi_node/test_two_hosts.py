@@ -1,6 +1,7 @@
-"""`deepspeed --hostfile` over ssh on two hosts that share a folder alone: network, /dev/shm and caches are apart."""
+"""Two hosts that share a folder alone, network and /dev/shm apart: `deepspeed --hostfile` over ssh, and by hand."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -64,3 +65,41 @@ def test_two_hosts_lose_one_go_on_and_end_as_one_node(run_setting, tmp_path):
         assert outcome(output) == outcome(tmp_path / "one_node")
         for name in NAMES:
             assert list((hosts.folder / name / "cache").rglob("prompts_*/report.json")), "each host built its own cache"
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_each_host_started_by_hand_with_a_cache_for_both(run_setting, tmp_path):
+    """`deepspeed --no_ssh` on each host with a cold cache on the shared folder, then torchrun on the warm one."""
+    finished_run([*run_setting, "--output_dir", tmp_path / "one_node"], ranks=2)
+    cache = tmp_path / "shared_cache"
+    setting = [*run_setting, "--data_output_path", cache]  # the last one counts
+    programs = Path(sys.executable).parent
+    with two_hosts(tmp_path / "hosts") as hosts:
+        (hosts.folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NAMES))
+        environment = hosts.environment() | {
+            "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0",
+            "TORCH_EXTENSIONS_DIR": extension_folder(),
+        }  # fmt: skip
+
+        def on_both(launcher: list[list], output: Path) -> str:
+            runs = [
+                subprocess.Popen(
+                    hosts.command([*words, ROOT / "main.py", *setting, "--output_dir", output], number),
+                    env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                )
+                for number, words in enumerate(launcher)
+            ]  # fmt: skip
+            said = [run.communicate(timeout=240)[0] for run in runs]
+            assert [run.returncode for run in runs] == [0, 0], "\n".join(said)
+            return "\n".join(said)
+
+        no_ssh = [programs / "deepspeed", "--no_ssh", "--hostfile", hosts.folder / "hostfile"]
+        no_ssh += ["--master_addr", NAMES[0], "--master_port", "29600"]
+        cold = on_both([[*no_ssh, "--node_rank", str(number)] for number in (0, 1)], tmp_path / "no_ssh")
+        torchrun = [programs / "torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", NAMES[0]]
+        warm = on_both([[*torchrun, "--node_rank", str(number)] for number in (0, 1)], tmp_path / "torchrun")
+    built = re.compile(rf"Data cache {cache}/\S+: built")
+    assert len(built.findall(cold)) == 1, "one of the hosts, for both"
+    assert f"Data cache {cache}" in warm and not built.findall(warm)
+    assert outcome(tmp_path / "no_ssh") == outcome(tmp_path / "one_node")
+    assert outcome(tmp_path / "torchrun") == outcome(tmp_path / "one_node")
