@@ -68,7 +68,7 @@ def check(command: str) -> None:
     program = Path(words[0]).name
     if program == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
-    elif program == "bash":
+    elif program in ("bash", "sbatch"):
         expanded(words[1])
         flags = [word.startswith("--") for word in words]
         further = words[flags.index(True) :] if True in flags else []
@@ -79,7 +79,7 @@ def check(command: str) -> None:
         else:
             build_parser().parse_args(["--model_name_or_path", "a", *further])
     elif "main.py" in words:
-        assert program in ("python", "deepspeed", "torchrun")
+        assert program in ("python", "deepspeed", "torchrun", "srun")
         rest = words[words.index("main.py") + 1 :]
         if rest not in ([], ["…"], ["..."]):
             build_parser().parse_args(rest)
@@ -127,7 +127,7 @@ def test_the_promised_commands_are_in_the_readme():
         if script.name in ("run_single.sh", "run_demo.sh"):  # the sweep's own, make demo's own
             continue
         relative = str(script.relative_to(ROOT))
-        named = [command.split()[1] for command in commands if command.startswith("bash ")]
+        named = [command.split()[1] for command in commands if command.startswith(("bash ", "sbatch "))]
         assert any(relative in expanded(pattern) for pattern in named), f"{relative} is not in the README"
 
 
