@@ -43,7 +43,7 @@ def block_commands() -> Iterator[str]:
 def table_commands() -> Iterator[str]:
     """Every command in back quotes."""
     for name in DOCUMENTS:
-        yield from re.findall(r"`((?:make|bash|python|deepspeed) [^`]+)`", text_of(name))
+        yield from re.findall(r"`((?:make|bash|sbatch|python|deepspeed) [^`]+)`", text_of(name))
 
 
 def expanded(pattern: str) -> list[str]:
