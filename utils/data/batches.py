@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from utils.data.collate import collate_free, collate_padded
+from utils.data.collate import collate_free, collate_padded, collate_slice
 from utils.data.prompt_dataset import PromptDataset
 from utils.data.sampler import MicroBatch, StepSize, Units, plan_micro_batches, step_sizes
 
@@ -23,10 +23,13 @@ class TrainBatch(NamedTuple):
     step: StepSize
 
 
-def collate_for(padding: str, pad_token_id: int, max_seq_len: int) -> Collate:
-    """How samples become a batch: "free" (one row, no padding), "longest" or "max_length"."""
+def collate_for(padding: str, pad_token_id: int, max_seq_len: int, part: tuple[int, int] = (0, 1)) -> Collate:
+    """How samples become a batch: "free" (one row, no padding), "longest" or "max_length".
+
+    `part` (k, N): this rank gets part k of N of every row ("free" only).
+    """
     if padding == "free":
-        return collate_free
+        return collate_free if part[1] == 1 else partial(collate_slice, part=part)
     return partial(collate_padded, pad_token_id=pad_token_id, pad_to=max_seq_len if padding == "max_length" else None)
 
 
@@ -58,7 +61,11 @@ def train_batches(
     rank: int,
     on_cpu: bool = True,
 ) -> Iterator[TrainBatch]:
-    """This rank's micro batches of one epoch over `units`."""
+    """This rank's micro batches of one epoch over `units`.
+
+    `world_size` and `rank` count data parallel ranks: those of one sequence parallel group count as one, and DeepSpeed
+    sums their gradients.
+    """
     plans = list(plan_micro_batches(units, micro_batch, accumulation, world_size, rank))
     steps = step_sizes(units, micro_batch * accumulation * world_size)
     for plan, tensors in zip(plans, load_batches(dataset, plans, collate, on_cpu), strict=True):

@@ -36,6 +36,7 @@ class Layout(NamedTuple):
     labels: int  # label tokens in all rows
     documents: int = 1  # in a row, where samples lie end to end
     on_cpu: bool = False
+    parts: int = 1  # ranks that share a row, of which `length` is one's part
 
 
 class Counts(NamedTuple):
