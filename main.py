@@ -64,7 +64,7 @@ from utils.run_file import recorded_run
 from utils.run_state import RunPlan, RunState, is_checkpoint_due, is_evaluation_due
 from utils.saving import live_logits, unwrap, verify_saved_model
 from utils.self_check import choose_layout
-from utils.sequence_parallel import data_rank, sequence_part, start_sequence_parallel
+from utils.sequence_parallel import averaged_over, data_rank, sequence_part, start_sequence_parallel
 from utils.tiled_mlp import tile_mlps
 from utils.utils import global_rank, load_hf_tokenizer, print_rank_0, save_hf_format, set_random_seed, to_device
 
@@ -196,7 +196,10 @@ def train(
         rest = remaining_units(units, state.units_done)
         progress.start_epoch(epoch, micro_batches_per_epoch(len(units.tokens), micro, accumulation, ranks))
         engine.train()
-        for batch in train_batches(train_data, rest, collate, micro, accumulation, ranks, rank, on_cpu):
+        batches = train_batches(
+            train_data, rest, collate, micro, accumulation, ranks, rank, on_cpu, averaged_over(args)
+        )
+        for batch in batches:
             engine.set_gradient_accumulation_boundary(batch.is_last)
             loss = summed_loss(engine, to_device(batch.tensors, device))
             engine.backward(loss * batch.weight)

@@ -170,7 +170,7 @@ def _add_long_context_arguments(parser: argparse.ArgumentParser) -> None:
         help="ranks that share every row of tokens, each with a share of the attention heads (DeepSpeed Ulysses); a "
         "micro batch is then one of N ranks; 1, since a row that fits one device is faster there")
     add("--tiled_mlp", action="store_true",
-        help="compute the blocks' MLPs a piece of the row at a time, and once more in the backward: less memory for long "
+        help="compute the blocks' MLPs a piece of the row at a time, and again in the backward: less memory for long "
         "rows; off, since it is slower and short rows gain nothing")
     add("--activation_offloading", action="store_true",
         help="keep what --gradient_checkpointing keeps in CPU memory until the backward; off, since copying takes time")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from utils.arg_checks import check_values
@@ -56,6 +57,7 @@ def check_run(args: Namespace) -> None:
         attempt(resolve_dtype, args.dtype)
     attempt(check_reports, args)
     attempt(_check_groups, args)
+    attempt(_check_offloading, args)
     if args.deepspeed_config:
         attempt(read_deepspeed_config, args.deepspeed_config)
     if args.output_dir is not None:
@@ -104,6 +106,14 @@ def _check_groups(args: Namespace) -> None:
     if args.sequence_parallel_size > 1 and ranks % args.sequence_parallel_size:
         raise UserError(
             f"--sequence_parallel_size {args.sequence_parallel_size} must divide the number of ranks, which is {ranks}."
+        )
+
+
+def _check_offloading(args: Namespace) -> None:
+    if args.activation_offloading and parse_gpus(args.dry_run) is None and get_accelerator().device_name() == "cpu":
+        raise UserError(
+            "--activation_offloading: this run is on a CPU, where activations are in CPU memory anyway: it would "
+            "save nothing. Leave it out."
         )
 
 

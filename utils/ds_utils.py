@@ -222,6 +222,11 @@ def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
     config["train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * groups
     if args.sequence_parallel_size > 1:  # read where weights are partitioned while they load
         config["sequence_parallel_size"] = args.sequence_parallel_size
+        if args.zero_stage == 3 and not config["zero_optimization"].get("reduce_scatter", True):
+            raise UserError(
+                f"--deepspeed_config {args.deepspeed_config}: reduce_scatter false at ZeRO 3 scales some gradients of "
+                "ranks that share rows and not others. Leave it true with --sequence_parallel_size."
+            )
     precision = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
     _say(f"Precision: {precision} ({reason if precision == dtype else 'as the DeepSpeed configuration says'})")
     _say(f"DeepSpeed: ZeRO stage {args.zero_stage}, offload {'on' if args.offload else 'off'}, {ranks} rank(s)")

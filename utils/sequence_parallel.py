@@ -4,7 +4,7 @@ Each rank has one part of the row. For attention, queries, keys and values are e
 row for its share of the heads, and exchanged back after it (Jacobs et al. 2023, https://arxiv.org/abs/2309.14509, and
 Bekman et al. 2025, https://arxiv.org/abs/2506.13996). The exchange is DeepSpeed's; the attention inside it is
 `utils.attention`'s, so documents stay apart. ZeRO divides states over all ranks; gradients are summed over the ranks of
-a group and averaged over the groups, which is what the weights of `utils.data.batches` are made for.
+a group and averaged over the groups (`averaged_over`), which the weights of `utils.data.batches` undo.
 """
 
 from argparse import Namespace
@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from utils.attention import Documents, document_attention
 from utils.errors import UserError
 from utils.hardware import parse_gpus
+from utils.plan import data_ranks
 from utils.utils import global_rank
 
 PROBE = "probed"
@@ -35,6 +36,15 @@ def sequence_part(args: Namespace) -> tuple[int, int]:
 def data_rank(args: Namespace) -> int:
     """Which data this rank works on: the number of its group."""
     return global_rank() // args.sequence_parallel_size
+
+
+def averaged_over(args: Namespace) -> int:
+    """What DeepSpeed (0.19.8) divides the gradients by that it sums over all ranks.
+
+    The ranks of a group hold parts of one gradient, so it divides by the number of groups; but at ZeRO 3, where
+    gradients go through `reduce_scatter_coalesced`, by that of all ranks.
+    """
+    return data_ranks(args) * (args.sequence_parallel_size if args.zero_stage == 3 else 1)
 
 
 def start_sequence_parallel(args: Namespace) -> Namespace | None:

@@ -60,18 +60,20 @@ def train_batches(
     world_size: int,
     rank: int,
     on_cpu: bool = True,
+    averaged_over: int | None = None,
 ) -> Iterator[TrainBatch]:
     """This rank's micro batches of one epoch over `units`.
 
-    `world_size` and `rank` count data parallel ranks: those of one sequence parallel group count as one, and DeepSpeed
-    sums their gradients.
+    Args:
+        world_size: data parallel ranks, of which this is number `rank`; those that share rows count as one.
+        averaged_over: what DeepSpeed divides the ranks' summed gradients by, where that is another number.
     """
     plans = list(plan_micro_batches(units, micro_batch, accumulation, world_size, rank))
     steps = step_sizes(units, micro_batch * accumulation * world_size)
     for plan, tensors in zip(plans, load_batches(dataset, plans, collate, on_cpu), strict=True):
         step = steps[plan.step]
         # DeepSpeed divides by the accumulation steps and averages over the ranks: undone here.
-        weight = accumulation * world_size / step.label_tokens if plan.counts else 0.0
+        weight = accumulation * (averaged_over or world_size) / step.label_tokens if plan.counts else 0.0
         yield TrainBatch(tensors, weight, plan.is_last, step)
 
 

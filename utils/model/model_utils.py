@@ -105,11 +105,9 @@ def create_hf_model(
 
 
 def enable_checkpointing(model: PreTrainedModel, offload: bool) -> None:
-    """Keep only the inputs of the blocks for the backward; `offload`: in CPU memory (transformers' own way)."""
+    """Keep only the inputs of the blocks for the backward; `offload`: in pinned CPU memory, transformers' own way."""
     model.activation_checkpointing_enable(offload=offload)
-    if offload and get_accelerator().device_name() == "cpu":
-        print_rank_0("Activation offloading: this run is on a CPU, where it copies activations and saves no memory")
-    elif offload:
+    if offload:
         print_rank_0("Activation offloading: the inputs of all blocks wait in CPU memory for the backward")
 
 
