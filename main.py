@@ -150,7 +150,7 @@ def create_model(
     if args.gradient_checkpointing:
         enable_checkpointing(model, args.activation_offloading)
     if args.tiled_mlp:
-        tile_mlps(model)
+        print_rank_0(f"Tiled MLP: {tile_mlps(model)}")
     print_rank_0(f"Model: {describe_parameters(model)}")
     return model
 

@@ -18,13 +18,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from utils.errors import UserError
 from utils.model.model_utils import configure_dropout
 from utils.module.lora import convert_linear_layer_to_lora, find_blocks
-from utils.utils import print_rank_0
 
 NAMES = ("mlp", "feed_forward")
 
 
-def tile_mlps(model: nn.Module) -> list[nn.Module]:
-    """Make every block's MLP work on pieces of at most as many tokens as the model is wide; returns the MLPs.
+def tile_mlps(model: nn.Module) -> str:
+    """Make every block's MLP work on pieces of at most as many tokens as the model is wide; says so in words.
 
     Raises:
         UserError: a block has no MLP that can be cut.
@@ -36,8 +35,7 @@ def tile_mlps(model: nn.Module) -> list[nn.Module]:
         # ZeRO 3 then gathers the MLP's weights once for all pieces. Ranks may so have different numbers of pieces,
         # where gathering piece by piece they would wait for each other for ever.
         set_z3_leaf_module(mlp, True)
-    print_rank_0(f"Tiled MLP: {len(mlps)} {type(mlps[0]).__name__} in pieces of {width} tokens")
-    return mlps
+    return f"{len(mlps)} {type(mlps[0]).__name__} in pieces of {width} tokens"
 
 
 def _tiled(forward: Any, mlp: nn.Module, width: int, hidden: torch.Tensor) -> torch.Tensor:
