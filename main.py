@@ -139,6 +139,8 @@ def create_model(
     )  # fmt: skip
     if args.add_eot_token:
         model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(args.eot_token)
+    if args.tiled_mlp:
+        print_rank_0(f"Tiled MLP: {tile_mlps(model)}")
     if args.lora_dim > 0:
         model = convert_linear_layer_to_lora(
             model, args.lora_module_name, args.lora_dim, args.lora_alpha, args.lora_dropout
@@ -149,8 +151,6 @@ def create_model(
             model = make_model_gradient_checkpointing_compatible(model)
     if args.gradient_checkpointing:
         enable_checkpointing(model, args.activation_offloading)
-    if args.tiled_mlp:
-        print_rank_0(f"Tiled MLP: {tile_mlps(model)}")
     print_rank_0(f"Model: {describe_parameters(model)}")
     return model
 

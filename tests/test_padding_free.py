@@ -44,9 +44,9 @@ def documents() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": one, "labels": one.clone()} for one in ids]
 
 
-def one_by_one(family: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def one_by_one(family: str, **changes) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The reference: plain transformers, each document alone; loss of each and gradients of their sum."""
-    model = make(family)
+    model = make(family, **changes)
     losses = []
     for document in documents():
         logits = model(input_ids=document["input_ids"][None], use_cache=False).logits[0]

@@ -84,6 +84,10 @@ def _check_long_context_values(args: argparse.Namespace) -> list[str]:
             f"--sequence_parallel_size cuts rows of samples that lie end to end and needs --padding free, not "
             f"{args.padding}."
         )
+    if args.tiled_mlp and args.lora_dropout > 0:
+        problems.append(
+            "--tiled_mlp computes MLPs again in the backward, where --lora_dropout would draw anew: leave one of them out."
+        )
     if args.activation_offloading and not args.gradient_checkpointing:
         problems.append(
             "--activation_offloading moves what --gradient_checkpointing keeps to CPU memory: give that flag too."

@@ -17,13 +17,15 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from utils.errors import UserError
 from utils.model.model_utils import configure_dropout
-from utils.module.lora import convert_linear_layer_to_lora, find_blocks
+from utils.module.lora import find_blocks
 
 NAMES = ("mlp", "feed_forward")
 
 
 def tile_mlps(model: nn.Module) -> str:
     """Make every block's MLP work on pieces of at most as many tokens as the model is wide; says so in words.
+
+    LoRA comes afterwards: blocks are found by the layers it could wrap.
 
     Raises:
         UserError: a block has no MLP that can be cut.
@@ -68,8 +70,7 @@ def find_mlps(model: nn.Module) -> list[nn.Module]:
     elif any(len(_required_inputs(mlp)) != 1 for mlp in found):
         why = f"its MLPs take {', '.join(_required_inputs(found[0]))}, not the hidden states alone"
     elif any(isinstance(part, nn.Dropout) and part.p > 0 for mlp in found for part in mlp.modules()):
-        why = "there is dropout within its MLPs, and the second computation would draw another: --disable_dropout, and "
-        why += "--lora_dropout 0"
+        why = "there is dropout within its MLPs, and the second computation would draw another: --disable_dropout"
     if why is not None:
         raise UserError(f"--tiled_mlp can't be used with model type {model.config.model_type!r}: {why}.")
     return found
@@ -88,7 +89,4 @@ def check_tiled_mlp(config: PretrainedConfig, args: Namespace) -> None:
     """UserError where `tile_mlps` would refuse the model, found without its weights."""
     configure_dropout(config, 0.0 if args.disable_dropout else args.dropout)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        if args.lora_dim > 0 and args.lora_dropout > 0:
-            model = convert_linear_layer_to_lora(model, args.lora_module_name, args.lora_dim, 1, args.lora_dropout)
-    find_mlps(model)
+        find_mlps(AutoModelForCausalLM.from_config(config))

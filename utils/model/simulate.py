@@ -157,6 +157,8 @@ def meta_model(config: PretrainedConfig, args: Namespace, dtype: str, entries: i
         model.set_attn_implementation(NAME)
         if entries is not None:
             grow_embeddings(model, entries)
+        if getattr(args, "tiled_mlp", False):
+            tile_mlps(model)
         if args.lora_dim > 0:
             model = convert_linear_layer_to_lora(
                 model, args.lora_module_name, args.lora_dim, args.lora_alpha, args.lora_dropout
@@ -170,8 +172,6 @@ def meta_model(config: PretrainedConfig, args: Namespace, dtype: str, entries: i
             for module in model.modules():
                 if hasattr(module, "_gradient_checkpointing_func"):
                     module._gradient_checkpointing_func = _offloading_checkpoint
-    if getattr(args, "tiled_mlp", False):
-        tile_mlps(model)
     return model.train()
 
 
