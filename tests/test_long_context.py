@@ -269,7 +269,7 @@ def test_offloaded_activations_come_back(monkeypatch):
 
 def test_memory_of_a_long_row():
     """The flags' savings on the meta device, and a loss that never holds the logits of 16k tokens."""
-    tokens, width, wide, layers, vocabulary = 16384, 256, 1024, 4, 32000
+    tokens, width, wide, layers, vocabulary = 16384, 1024, 4096, 2, 32000
 
     def counts(parts: int = 1, **flags: bool):
         config = AutoConfig.for_model(
@@ -324,17 +324,25 @@ def test_what_can_not_be_is_refused_before_loading(run_inside, run_arguments, tm
         assert words in err, words
 
 
+def test_experts_can_be_shared_by_ranks():
+    """They take tokens one by one: only attention mixes them."""
+    from utils.sequence_parallel import check_sequence_parallel
+
+    check_sequence_parallel(AutoConfig.for_model("mixtral", **LLAMA, num_local_experts=4), 2)
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "flags", "words"),
     [
         ("llama", LLAMA, ["--sequence_parallel_size", "8"], "must divide the model's 4 attention heads"),
         ("bloom", FAMILIES["bloom"], ["--sequence_parallel_size", "2"], "attention of model type 'bloom' can't be"),
         ("mamba", {"vocab_size": 64, "hidden_size": 32}, ["--sequence_parallel_size", "2"], "'mamba' can't be shared"),
+        ("jamba", {**LLAMA, "num_experts": 2}, ["--sequence_parallel_size", "2"], "0 of its 2 layers take"),
         ("gpt2", FAMILIES["gpt2"], ["--tiled_mlp"], "there is dropout within its MLPs"),
         ("bloom", FAMILIES["bloom"], ["--tiled_mlp"], "take hidden_states, residual, not the hidden states alone"),
         ("mixtral", {**LLAMA, "num_local_experts": 4}, ["--tiled_mlp"], "mixtures of experts"),
     ],
-    ids=["heads", "bloom", "mamba", "dropout", "residual", "experts"],
+    ids=["heads", "bloom", "mamba", "hybrid", "dropout", "residual", "experts"],
 )
 def test_models_that_are_refused(family, changes, flags, words):
     from utils.errors import UserError

@@ -86,7 +86,8 @@ def _check_long_context_values(args: argparse.Namespace) -> list[str]:
         )
     if args.tiled_mlp and args.lora_dropout > 0:
         problems.append(
-            "--tiled_mlp computes MLPs again in the backward, where --lora_dropout would draw anew: leave one of them out."
+            "--tiled_mlp computes MLPs again in the backward, where --lora_dropout would draw anew: leave one of them "
+            "out."
         )
     if args.activation_offloading and not args.gradient_checkpointing:
         problems.append(
