@@ -76,11 +76,20 @@ def assert_same_run(folder: Path, plain: Path) -> None:
 # ------------------------------------------------------------------------------------ rows shared by ranks
 
 
+def without_exchange(module, query, key, value, *args, **kwargs):
+    """Each rank's part attended to by itself, twice over to fill the row: what a broken exchange would give."""
+    from utils.attention import document_attention
+
+    both = [torch.cat([tensor, tensor], dim=2) for tensor in (query, key, value)]
+    output, weights = document_attention(module, *both, *args, **kwargs)
+    return output[:, : query.shape[2]], weights
+
+
 def on_rank(rank: int, port: int, log: str) -> None:
     """Every family on one of two ranks: logits by the check of the program, gradients here."""
     import torch.distributed as dist
 
-    from utils.attention import Documents, document_attention
+    from utils.attention import Documents
     from utils.errors import UserError
     from utils.sequence_parallel import start_sequence_parallel
 
@@ -104,15 +113,13 @@ def on_rank(rank: int, port: int, log: str) -> None:
                 total, gradients[key], rtol=1e-3, atol=1e-4 * gradients[key].abs().max().item() + 1e-7, msg=key
             )
         done.append(name)
-    # Attention within the rank's own part alone: what comes of an exchange that does not take place.
-    Documents.exchange = lambda module, query, key, value, *args, **kwargs: document_attention(
-        module, *(torch.cat([tensor, tensor], dim=2) for tensor in (query, key, value)), *args, **kwargs
-    )
+    Documents.exchange = without_exchange
     try:
         choose_layout(make("llama"), "free", VOCABULARY, CPU, (rank, 2))
-    except (UserError, RuntimeError) as err:
+    except UserError as err:
         done.append(str(err))
     Path(log).write_text(json.dumps(done))
+    os._exit(0)  # threads of the process group must not keep the test waiting
 
 
 def test_two_ranks_give_every_familys_gradients(tmp_path):
@@ -127,7 +134,7 @@ def test_two_ranks_give_every_familys_gradients(tmp_path):
         process.start()
     for process in processes:
         process.join(200)
-        assert process.exitcode == 0
+    assert [process.exitcode for process in processes] == [0, 0]
     for log in logs:
         *families, refusal = json.loads(log.read_text())
         assert families == list(SHARED)
@@ -281,7 +288,7 @@ def test_memory_of_a_long_row():
         return count(model, Layout(1, tokens // parts, tokens // parts - 1, parts=parts))
 
     plain, tiled, shared = counts(), counts(tiled_mlp=True), counts(parts=4)
-    assert plain.forward - plain.activations < 4 * tokens * vocabulary / 4
+    assert plain.forward - plain.activations < 4 * tokens * vocabulary / 2
     # Of the MLP the gate, what it becomes, the other half and their product are as wide as the MLP.
     assert plain.activations - tiled.activations >= 4 * 2 * tokens * wide * layers
     assert shared.activations == pytest.approx(plain.activations / 4, rel=0.15)
