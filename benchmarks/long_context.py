@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINTED, TILED, SHARED = "--gradient_checkpointing", "--tiled_mlp", "--sequence_parallel_size"
 SETTINGS = {
-    "a row of 512": ["--max_seq_len", "512"],
+    "documents of 512": ["--max_seq_len", "512"],
     "plain": [],
     "tiled": [TILED],
     "checkpointed": [CHECKPOINTED],
