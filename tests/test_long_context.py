@@ -331,6 +331,14 @@ def test_what_can_not_be_is_refused_before_loading(run_inside, run_arguments, tm
         assert words in err, words
 
 
+def test_gradients_scaled_unequally_are_refused(run_inside, run_arguments, tmp_path):
+    config = tmp_path / "ds.json"
+    config.write_text('{"zero_optimization": {"reduce_scatter": false}}')
+    flags = ["--sequence_parallel_size", "2", "--zero_stage", "3", "--dry_run", "2x80", "--deepspeed_config", config]
+    status, _, err = run_inside([*run_arguments, *flags])
+    assert status == 2 and "reduce_scatter false at ZeRO 3 scales some gradients" in err
+
+
 def test_experts_can_be_shared_by_ranks():
     """They take tokens one by one: only attention mixes them."""
     from utils.sequence_parallel import check_sequence_parallel
