@@ -7,6 +7,7 @@ What it does
     micro batch and accumulation change nothing; padding never counts;
   * by default there is no padding at all: samples lie end to end in one row, each attending to itself alone
     (`--padding`, `--packing`); the real model shows before training that this changes nothing;
+  * a row too long for one device is shared by several (`--sequence_parallel_size`), with the same losses;
   * perplexity is exp(summed negative log-likelihood / label tokens) over the evaluation set;
   * saves what plain `from_pretrained` loads, LoRA merged, and verifies it before it says it is done.
 
@@ -38,7 +39,7 @@ from utils.data.data_utils import PromptDataset, create_prompt_dataset
 from utils.data.sampler import micro_batches_per_epoch, remaining_units, step_members
 from utils.data.sources import parse_columns
 from utils.dry_run import dry_run
-from utils.ds_utils import build_ds_config, local_rank_of, start_process_group, world_size
+from utils.ds_utils import build_ds_config, local_rank_of, start_process_group
 from utils.evaluation import evaluate
 from utils.failures import end_run
 from utils.interrupt import EXIT_INTERRUPTED, Interrupted, StopRequest
@@ -46,7 +47,7 @@ from utils.keeper import SAMPLE_TOKENS, Keeper
 from utils.launchers import adopt_launcher, launched_rank
 from utils.loss import summed_loss
 from utils.metrics import MetricsFile, draw_losses
-from utils.model.model_utils import create_hf_model, describe_parameters
+from utils.model.model_utils import create_hf_model, describe_parameters, enable_checkpointing
 from utils.model_card import describe_model
 from utils.module.adapter import ADAPTER_FOLDER, save_lora_adapter
 from utils.module.lora import (
@@ -57,13 +58,15 @@ from utils.module.lora import (
 )
 from utils.neftune import add_embedding_noise
 from utils.optimizer import create_optimizer, initialize_engine
-from utils.plan import planned_ranks, print_plan, units_of_epoch
+from utils.plan import data_ranks, planned_ranks, print_plan, units_of_epoch
 from utils.progress import Progress
 from utils.resume import arguments_record, describe_position, follow_schedule, restore, run_record
 from utils.run_file import recorded_run
 from utils.run_state import RunPlan, RunState, is_checkpoint_due, is_evaluation_due
 from utils.saving import live_logits, unwrap, verify_saved_model
 from utils.self_check import choose_layout
+from utils.sequence_parallel import averaged_over, data_rank, sequence_part, start_sequence_parallel
+from utils.tiled_mlp import tile_mlps
 from utils.utils import global_rank, load_hf_tokenizer, print_rank_0, save_hf_format, set_random_seed, to_device
 
 SFT_PHASE = 1
@@ -75,9 +78,10 @@ def main(args: Namespace) -> None:
     check_run(args)
     LOG.open(None if args.dry_run else args.output_dir)
     device = start_process_group(args.local_rank, args.ddp_timeout)
+    groups = start_sequence_parallel(args)
     ds_config = build_ds_config(args, planned_ranks(args))
     set_random_seed(args.seed)
-    arguments = arguments_record(args, world_size())
+    arguments = arguments_record(args, data_ranks(args))
 
     tokenizer = create_tokenizer(args)
     model = None if args.dry_run else create_model(args, tokenizer, ds_config)
@@ -88,12 +92,12 @@ def main(args: Namespace) -> None:
         columns=parse_columns(args.columns), chat_template=args.chat_template,
     )  # fmt: skip
     if args.dry_run:
-        dry_run(args, ds_config, tokenizer, train_data, eval_data, device, create_model)
+        dry_run(args, ds_config, tokenizer, train_data, eval_data, device, create_model, groups)
         return
 
     optimizer = create_optimizer(model, args)
-    engine = initialize_engine(model, optimizer, ds_config)
-    args.padding = choose_layout(engine.module, args.padding, len(tokenizer), device)
+    engine = initialize_engine(model, optimizer, ds_config, groups)
+    args.padding = choose_layout(engine.module, args.padding, len(tokenizer), device, sequence_part(args))
     args.packing = args.packing and args.padding == "free"
     add_embedding_noise(engine.module, args.neftune_noise_alpha)
 
@@ -136,6 +140,8 @@ def create_model(
     )  # fmt: skip
     if args.add_eot_token:
         model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(args.eot_token)
+    if args.tiled_mlp:
+        print_rank_0(f"Tiled MLP: {tile_mlps(model)}")
     if args.lora_dim > 0:
         model = convert_linear_layer_to_lora(
             model, args.lora_module_name, args.lora_dim, args.lora_alpha, args.lora_dropout
@@ -145,7 +151,7 @@ def create_model(
             model = only_optimize_lora_parameters(model)
             model = make_model_gradient_checkpointing_compatible(model)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        enable_checkpointing(model, args.activation_offloading)
     print_rank_0(f"Model: {describe_parameters(model)}")
     return model
 
@@ -162,10 +168,10 @@ def train(
     record: dict[str, Any],
 ) -> None:
     """All steps from `state` on, with perplexity before the first, after each epoch and every `--eval_steps`."""
-    rank, ranks, on_cpu = global_rank(), world_size(), device.type == "cpu"
+    rank, ranks, on_cpu = data_rank(args), data_ranks(args), device.type == "cpu"
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    collate = collate_for(args.padding, tokenizer.pad_token_id, args.max_seq_len)
-    metrics = MetricsFile(args.output_dir, rank == 0, state.metrics_bytes)
+    collate = collate_for(args.padding, tokenizer.pad_token_id, args.max_seq_len, sequence_part(args))
+    metrics = MetricsFile(args.output_dir, global_rank() == 0, state.metrics_bytes)
     progress = Progress(engine, args, device, metrics, plan, state.step)
     keeper = Keeper(engine, tokenizer, args, progress, state, record, sample=train_data[0]["input_ids"])
     bad_steps = BadSteps(engine, args.max_bad_steps)
@@ -191,7 +197,10 @@ def train(
         rest = remaining_units(units, state.units_done)
         progress.start_epoch(epoch, micro_batches_per_epoch(len(units.tokens), micro, accumulation, ranks))
         engine.train()
-        for batch in train_batches(train_data, rest, collate, micro, accumulation, ranks, rank, on_cpu):
+        batches = train_batches(
+            train_data, rest, collate, micro, accumulation, ranks, rank, on_cpu, averaged_over(args)
+        )
+        for batch in batches:
             engine.set_gradient_accumulation_boundary(batch.is_last)
             loss = summed_loss(engine, to_device(batch.tensors, device))
             engine.backward(loss * batch.weight)
@@ -218,7 +227,7 @@ def train(
     stop.close()
     close_run_bar()
     set_documents(None)
-    if args.output_dir is not None and rank == 0:
+    if args.output_dir is not None and global_rank() == 0:
         print_rank_0(f"Loss curve: {draw_losses(args.output_dir)}")
 
 

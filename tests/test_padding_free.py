@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils.attention import document_attention, set_documents
+from utils.attention import document_attention, row_attention, set_documents
 from utils.data.collate import collate_free, collate_padded
 from utils.loss import install_loss, summed_loss
 from utils.self_check import choose_layout
@@ -44,9 +44,9 @@ def documents() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": one, "labels": one.clone()} for one in ids]
 
 
-def one_by_one(family: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def one_by_one(family: str, **changes) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The reference: plain transformers, each document alone; loss of each and gradients of their sum."""
-    model = make(family)
+    model = make(family, **changes)
     losses = []
     for document in documents():
         logits = model(input_ids=document["input_ids"][None], use_cache=False).logits[0]
@@ -83,7 +83,7 @@ def test_losses_and_gradients_equal_one_by_one(family, padding, capsys):
 def test_gradient_checkpointing_sees_the_same_documents(family):
     _, gradients = one_by_one(family)
     model = make(family)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     assert choose_layout(model, "free", VOCABULARY, CPU) == "free"
     model.train()  # checkpointing works in training mode only
     for module in model.modules():
@@ -120,7 +120,7 @@ def test_a_broken_attention_is_caught(broken, monkeypatch, capsys):
         before = model.config._attn_implementation
         assert choose_layout(model, "free", VOCABULARY, CPU) == "longest"
     finally:
-        AttentionInterface.register("documents", document_attention)
+        AttentionInterface.register("documents", row_attention)
     assert "Padding: longest, not free" in capsys.readouterr().out
     assert model.config._attn_implementation == before
 

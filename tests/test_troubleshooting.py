@@ -48,6 +48,9 @@ def said(tiny_opt, json_data, tmp_path_factory) -> dict[str, list]:
         "earlier run": ["--output_dir", folder / "old"],
         "other arguments": ["--output_dir", folder / "old", "--resume_from_checkpoint"],
         "is damaged": ["--resume_from_checkpoint", folder / "empty"],
+        "ranks": ["--sequence_parallel_size", "2"],
+        "heads": ["--sequence_parallel_size", "8", "--dry_run", "8x80"],
+        "tiled": ["--tiled_mlp"],
         "processes were started": None,
     }
 
@@ -63,6 +66,7 @@ IN_PROCESS = {
     "training rows": "larger share", "fp16 can't be trained": "fp16", "lora_module_name": "--lora_module_name",
     "record": "record",
     "earlier run": "earlier run", "other arguments": "other arguments", "no complete checkpoint": "is damaged",
+    "number of ranks": "ranks", "attention heads": "heads", "tiled_mlp": "tiled",
 }  # fmt: skip
 
 

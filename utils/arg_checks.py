@@ -52,7 +52,7 @@ def check_values(args: argparse.Namespace) -> list[str]:
             check(value)
         except UserError as err:
             problems.append(str(err))
-    return problems + _check_checkpoint_values(args)
+    return problems + _check_checkpoint_values(args) + _check_long_context_values(args)
 
 
 def _check_checkpoint_values(args: argparse.Namespace) -> list[str]:
@@ -72,6 +72,27 @@ def _check_checkpoint_values(args: argparse.Namespace) -> list[str]:
     }  # fmt: skip
     if args.output_dir is None:
         problems += [f"{flag} needs --output_dir." for flag, wants in wanting.items() if wants]
+    return problems
+
+
+def _check_long_context_values(args: argparse.Namespace) -> list[str]:
+    problems = []
+    if args.sequence_parallel_size < 1:
+        problems.append(f"--sequence_parallel_size must be at least 1, not {args.sequence_parallel_size}.")
+    if args.sequence_parallel_size > 1 and args.padding != "free":
+        problems.append(
+            f"--sequence_parallel_size cuts rows of samples that lie end to end and needs --padding free, not "
+            f"{args.padding}."
+        )
+    if args.tiled_mlp and args.lora_dropout > 0:
+        problems.append(
+            "--tiled_mlp computes MLPs again in the backward, where --lora_dropout would draw anew: leave one of them "
+            "out."
+        )
+    if args.activation_offloading and not args.gradient_checkpointing:
+        problems.append(
+            "--activation_offloading moves what --gradient_checkpointing keeps to CPU memory: give that flag too."
+        )
     return problems
 
 

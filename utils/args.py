@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training_arguments(parser)
     _add_checkpoint_arguments(parser)
     _add_lora_arguments(parser)
+    _add_long_context_arguments(parser)
     _add_run_arguments(parser)
     deepspeed.add_config_arguments(parser)
     return parser
@@ -161,6 +162,18 @@ def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save_lora_adapter", action="store_true",
         help="also write the added weights alone, in PEFT's format, to OUTPUT_DIR/adapter; off, since the saved "
         "model has them merged in; needs --only_optimize_lora")
+
+
+def _add_long_context_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("long context").add_argument
+    add("--sequence_parallel_size", type=int, default=1, metavar="N",
+        help="ranks that share every row of tokens, each with a share of the attention heads (DeepSpeed Ulysses); a "
+        "micro batch is then one of N ranks; 1, since a row that fits one device is faster there")
+    add("--tiled_mlp", action="store_true",
+        help="compute the blocks' MLPs a piece of the row at a time, and again in the backward: less memory for long "
+        "rows; off, since it is slower and short rows gain nothing")
+    add("--activation_offloading", action="store_true",
+        help="keep what --gradient_checkpointing keeps in CPU memory until the backward; off, since copying takes time")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ layout stays until the next one is set, so that gradient checkpointing's second 
 
 import inspect
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,16 +28,22 @@ class Documents:
 
     lengths: list[int] | None = None
     cumulative: torch.Tensor | None = None
+    part: tuple[int, int] = (0, 1)  # this rank has part k of N of the row
+    # What brings the parts of a row together for attention (`utils.sequence_parallel`).
+    exchange: Callable[..., tuple[torch.Tensor, None]] | None = None
 
 
-def set_documents(lengths: list[int] | None, cumulative: torch.Tensor | None = None) -> None:
+def set_documents(
+    lengths: list[int] | None, cumulative: torch.Tensor | None = None, part: tuple[int, int] = (0, 1)
+) -> None:
     """Set the layout of the next forward.
 
     Args:
         lengths: tokens of each document in the row; None when rows are documents.
         cumulative: [documents + 1] int32 on the model's device, 0 and the running sums of `lengths`.
+        part: (k, N) when this rank's input is part k of N of the row and the other parts are on other ranks.
     """
-    Documents.lengths, Documents.cumulative = lengths, cumulative
+    Documents.lengths, Documents.cumulative, Documents.part = lengths, cumulative, part
 
 
 def document_attention(
@@ -157,7 +164,15 @@ def _varlen(
     return varlen_attn(query, key, value, cumulative, cumulative, longest, longest, **causal)[None]
 
 
-AttentionInterface.register(NAME, document_attention)
+def row_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """`document_attention` of a whole row, or of one whose parts are on several ranks."""
+    attend = document_attention if Documents.part[1] == 1 else Documents.exchange
+    return attend(module, query, key, value, *args, **kwargs)
+
+
+AttentionInterface.register(NAME, row_attention)
 
 
 def use_document_attention(model: PreTrainedModel) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from utils.arg_checks import check_values
@@ -26,6 +27,8 @@ from utils.module.lora import check_lora_module_name
 from utils.precision import resolve_dtype
 from utils.reporting import check_reports
 from utils.resume import check_same_run
+from utils.sequence_parallel import check_sequence_parallel
+from utils.tiled_mlp import check_tiled_mlp
 from utils.utils import load_hf_tokenizer
 
 Result = TypeVar("Result")
@@ -53,6 +56,8 @@ def check_run(args: Namespace) -> None:
     if attempt(parse_gpus, args.dry_run) is None:
         attempt(resolve_dtype, args.dtype)
     attempt(check_reports, args)
+    attempt(_check_groups, args)
+    attempt(_check_offloading, args)
     if args.deepspeed_config:
         attempt(read_deepspeed_config, args.deepspeed_config)
     if args.output_dir is not None:
@@ -64,6 +69,10 @@ def check_run(args: Namespace) -> None:
         attempt(_check_length, args.max_seq_len, config)
         if args.lora_dim > 0:
             attempt(_check_lora_names, config, args.lora_module_name)
+        if args.sequence_parallel_size > 1:
+            attempt(check_sequence_parallel, config, args.sequence_parallel_size)
+        if args.tiled_mlp:
+            attempt(check_tiled_mlp, config, args)
     tokenizer = attempt(_check_tokenizer, args)
     if args.save_lora_adapter and config is not None and tokenizer is not None:
         attempt(_check_adapter_base, config, len(tokenizer))
@@ -91,10 +100,27 @@ def _check_writable(folder: str, argument: str) -> bool:
         raise UserError(f"{argument} {folder} can't be written ({err}): give a folder you may write to.") from err
 
 
+def _check_groups(args: Namespace) -> None:
+    gpus = parse_gpus(args.dry_run)
+    ranks = launched_ranks() if gpus is None else gpus.count
+    if args.sequence_parallel_size > 1 and ranks % args.sequence_parallel_size:
+        raise UserError(
+            f"--sequence_parallel_size {args.sequence_parallel_size} must divide the number of ranks, which is {ranks}."
+        )
+
+
+def _check_offloading(args: Namespace) -> None:
+    if args.activation_offloading and parse_gpus(args.dry_run) is None and get_accelerator().device_name() == "cpu":
+        raise UserError(
+            "--activation_offloading: this run is on a CPU, where activations are in CPU memory anyway: it would "
+            "save nothing. Leave it out."
+        )
+
+
 def _check_resume(args: Namespace) -> None:
     checkpoint = find_checkpoint(args)
     if checkpoint is not None:
-        check_same_run(checkpoint, args, launched_ranks())
+        check_same_run(checkpoint, args, launched_ranks() // args.sequence_parallel_size)
 
 
 def has_weights(folder: str) -> bool:

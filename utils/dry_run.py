@@ -24,10 +24,11 @@ from utils.loss import summed_loss
 from utils.memory import Foreseen, describe, device_memory, foresee, free_memory
 from utils.model.simulate import Layout
 from utils.optimizer import create_optimizer, initialize_engine
-from utils.plan import planned_ranks, print_plan, units_of_epoch
+from utils.plan import data_ranks, planned_ranks, print_plan, units_of_epoch
 from utils.run_state import RunPlan, RunState
 from utils.self_check import choose_layout
-from utils.utils import global_rank, print_rank_0, to_device
+from utils.sequence_parallel import data_rank, sequence_part
+from utils.utils import print_rank_0, to_device
 
 BARS = 8
 BAR_WIDTH = 40
@@ -45,11 +46,13 @@ def dry_run(
     eval_data: PromptDataset,
     device: torch.device,
     create_model: Callable[..., torch.nn.Module],
+    groups: Namespace | None = None,
 ) -> None:
     """Print the plan of a run. Every rank must call it; nothing is written to `--output_dir`.
 
     Args:
         create_model: main.py's; called without weights, and only where the model fits this machine.
+        groups: of `start_sequence_parallel`.
     """
     print_rank_0(f"Arguments: {json.dumps(vars(args), default=str)}")
     print_rank_0(f"DeepSpeed configuration: {json.dumps(ds_config)}")
@@ -71,7 +74,7 @@ def dry_run(
         print_rank_0("Time: not measured, the model does not fit here")
     else:
         model = create_model(args, tokenizer, ds_config, untrained=True)
-        print_rank_0(measure_time(model, args, ds_config, tokenizer, train_data, device, plan))
+        print_rank_0(measure_time(model, args, ds_config, tokenizer, train_data, device, plan, groups))
     print_rank_0("Dry run: everything is checked and the data prepared; nothing was trained or saved")
 
 
@@ -121,7 +124,7 @@ def padded_cells(args: Namespace, data: PromptDataset) -> int:
     units = units_of_epoch(Namespace(**{**vars(args), "packing": False}), data, 1)
     lengths = data.lengths()
     plans = plan_micro_batches(
-        units, args.per_device_train_batch_size, args.gradient_accumulation_steps, planned_ranks(args), 0
+        units, args.per_device_train_batch_size, args.gradient_accumulation_steps, data_ranks(args), 0
     )
     # Of rank 0, whose share of real tokens stands for the others'.
     cells = real = 0
@@ -162,7 +165,7 @@ def largest_micro_batch(args: Namespace, data: PromptDataset, on_cpu: bool) -> L
     """The micro batch of the first epoch that takes most memory."""
     units = units_of_epoch(args, data, 1)
     lengths, labels = data.lengths(), data.label_counts()
-    ranks = planned_ranks(args)
+    ranks, parts = data_ranks(args), args.sequence_parallel_size
     most = Layout(1, 1, 1, 1, on_cpu)
     for batch in plan_micro_batches(
         units, args.per_device_train_batch_size, args.gradient_accumulation_steps, ranks, 0
@@ -170,7 +173,8 @@ def largest_micro_batch(args: Namespace, data: PromptDataset, on_cpu: bool) -> L
         chosen = lengths[batch.indices]
         learned = max(int(labels[batch.indices].sum()), 1)
         if args.padding == "free":
-            layout = Layout(1, int(chosen.sum()), learned, len(chosen), on_cpu)
+            length = -(-int(chosen.sum()) // parts)
+            layout = Layout(1, length, min(learned, length), len(chosen), on_cpu, parts)
         else:
             length = args.max_seq_len if args.padding == "max_length" else int(chosen.max())
             layout = Layout(len(chosen), length, learned, 1, on_cpu)
@@ -195,14 +199,15 @@ def measure_time(
     data: PromptDataset,
     device: torch.device,
     plan: RunPlan,
+    groups: Namespace | None,
 ) -> str:
     """Train a few micro batches and say what the run takes; an untrained model is as slow as a trained one."""
-    engine = initialize_engine(model, create_optimizer(model, args), ds_config)
-    padding = choose_layout(engine.module, args.padding, len(tokenizer), device)
+    engine = initialize_engine(model, create_optimizer(model, args), ds_config, groups)
+    padding = choose_layout(engine.module, args.padding, len(tokenizer), device, sequence_part(args))
     engine.train()
-    collate = collate_for(padding, tokenizer.pad_token_id, args.max_seq_len)
+    collate = collate_for(padding, tokenizer.pad_token_id, args.max_seq_len, sequence_part(args))
     units = units_of_epoch(args, data, 1)
-    on_cpu, ranks = device.type == "cpu", planned_ranks(args)
+    on_cpu, ranks = device.type == "cpu", (data_rank(args), data_ranks(args))
     accumulation = args.gradient_accumulation_steps
     # On a CPU one sample a rank tells how many can be measured in the time there is.
     micro = 1 if on_cpu else args.per_device_train_batch_size
@@ -222,10 +227,20 @@ def measure_time(
 
 
 def _timed(
-    engine: Any, data: PromptDataset, units: Any, collate: Any, micro: int, steps: int, ranks: int, device: torch.device
+    engine: Any,
+    data: PromptDataset,
+    units: Any,
+    collate: Any,
+    micro: int,
+    steps: int,
+    ranks: tuple[int, int],
+    device: torch.device,
 ) -> tuple[float, float]:
-    """(seconds, real tokens over all ranks) of some optimizer steps of one micro batch each."""
-    batches = train_batches(data, units, collate, micro, 1, ranks, global_rank(), on_cpu=True)
+    """(seconds, real tokens over all ranks) of some optimizer steps of one micro batch each.
+
+    `ranks`: (this one's place among the data parallel ranks, their number).
+    """
+    batches = train_batches(data, units, collate, micro, 1, ranks[1], ranks[0], on_cpu=True)
     seconds = tokens = 0.0
     for _, batch in zip(range(steps), batches, strict=False):
         start = time.perf_counter()

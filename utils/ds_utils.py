@@ -103,6 +103,7 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
         "scheduler": "--lr_scheduler_type, --num_warmup_steps",
         "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
         "gradient_accumulation_steps": "--gradient_accumulation_steps",
+        "sequence_parallel_size": "--sequence_parallel_size",
         "train_batch_size": "--per_device_train_batch_size and --gradient_accumulation_steps",
     }
     clash = [f"{key} (use {flag})" for key, flag in owned.items() if config.get(key, "auto") != "auto"]
@@ -217,7 +218,15 @@ def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
         args.zero_stage = config["zero_optimization"]["stage"]
         args.offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         _say(f"DeepSpeed configuration: {args.deepspeed_config} laid over the generated one: {', '.join(override)}")
-    config["train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+    groups = ranks // args.sequence_parallel_size
+    config["train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * groups
+    if args.sequence_parallel_size > 1:  # read where weights are partitioned while they load
+        config["sequence_parallel_size"] = args.sequence_parallel_size
+        if args.zero_stage == 3 and not config["zero_optimization"].get("reduce_scatter", True):
+            raise UserError(
+                f"--deepspeed_config {args.deepspeed_config}: reduce_scatter false at ZeRO 3 scales some gradients of "
+                "ranks that share rows and not others. Leave it true with --sequence_parallel_size."
+            )
     precision = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
     _say(f"Precision: {precision} ({reason if precision == dtype else 'as the DeepSpeed configuration says'})")
     _say(f"DeepSpeed: ZeRO stage {args.zero_stage}, offload {'on' if args.offload else 'off'}, {ranks} rank(s)")

@@ -19,12 +19,12 @@ HALF_SCALE = 1024.0  # fp16 probabilities of a large vocabulary are below its sm
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Sum of the negative log-likelihoods of all label tokens of `batch`: a float32 scalar.
+    """Sum of the negative log-likelihoods of all label tokens of `batch` (of this rank's part): a float32 scalar.
 
     `model` (or the model inside the engine) has been through `install_loss`. A batch without a label gives 0
     with a gradient, so that every rank runs the same backward.
     """
-    set_documents(batch.get("document_lengths"), batch.get("cumulative"))
+    set_documents(batch.get("document_lengths"), batch.get("cumulative"), batch.get("part", (0, 1)))
     inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
     return model(**inputs, use_cache=False, positions=batch["positions"], targets=batch["targets"])
 

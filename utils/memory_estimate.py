@@ -30,6 +30,7 @@ class Setting(NamedTuple):
     overlap: bool = True
     gathered: int = 60_000_000  # stage3_max_live_parameters and stage3_prefetch_bucket_size together, in elements
     accumulates: bool = False  # several micro batches a step
+    reduces_in_float32: bool = False  # gradients of 16 bits, as DeepSpeed does where ranks share rows
 
 
 class Sizes(NamedTuple):
@@ -42,6 +43,7 @@ class Sizes(NamedTuple):
     forward: int
     backward: int
     with_gradients: int
+    offloaded: int = 0
 
 
 class Estimate(NamedTuple):
@@ -54,7 +56,7 @@ class Estimate(NamedTuple):
     logits: int  # head, logits and loss, at the end of the forward
     buffers: int  # buckets and gathered weights
     moments: dict[str, int]  # most bytes while starting, in the forward and backward, and in the step
-    host: int  # bytes of CPU memory per rank, with offload
+    host: int  # bytes of CPU memory per rank, with offload of states or activations
 
     @property
     def peak(self) -> int:
@@ -69,14 +71,21 @@ def setting_from_config(config: dict[str, Any], ranks: int, dtype_bytes: int, on
         zero["stage"], ranks, zero.get("offload_optimizer", {}).get("device", "none") != "none", dtype_bytes, on_cpu,
         int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)), bool(zero.get("overlap_comm", False)), int(gathered),
         config.get("gradient_accumulation_steps", 1) > 1,
+        config.get("sequence_parallel_size", 1) > 1 and dtype_bytes < FULL,
     )  # fmt: skip
 
 
 def estimate(sizes: Sizes, setting: Setting) -> Estimate:
     """Bytes one device needs; every rank is taken to hold an equal part."""
     if setting.stage == 0:
-        return _without_zero(sizes, setting)
-    return _stage_1_or_2(sizes, setting) if setting.stage < 3 else _stage_3(sizes, setting)
+        guess = _without_zero(sizes, setting)
+    else:
+        guess = _stage_1_or_2(sizes, setting) if setting.stage < 3 else _stage_3(sizes, setting)
+    if setting.reduces_in_float32:
+        copy = FULL * min(sizes.trainable, setting.bucket)
+        moments = {**guess.moments, "backward": guess.moments["backward"] + copy}
+        guess = guess._replace(buffers=guess.buffers + copy, moments=moments)
+    return guess._replace(host=guess.host + sizes.offloaded)
 
 
 def _without_zero(sizes: Sizes, setting: Setting) -> Estimate:

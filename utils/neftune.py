@@ -21,7 +21,9 @@ def add_embedding_noise(model: nn.Module, alpha: float | None) -> None:
             return output
         lengths = Documents.lengths or [output.shape[1]]
         lengths = torch.tensor(lengths, dtype=torch.float32)
-        per_token = lengths.repeat_interleave(lengths.long()).to(output.device)[None, :, None]
+        start = Documents.part[0] * output.shape[1]  # a rank may have only a part of the row
+        per_token = lengths.repeat_interleave(lengths.long())[start : start + output.shape[1]]
+        per_token = per_token.to(output.device)[None, :, None]
         magnitude = alpha / (per_token * output.shape[-1]).sqrt()
         return output + (torch.rand_like(output, dtype=torch.float32) * 2 - 1).mul_(magnitude).to(output.dtype)
 

@@ -37,9 +37,9 @@ def create_optimizer(model: torch.nn.Module, args: Namespace) -> torch.optim.Opt
 
 @chatter_to_log()
 def initialize_engine(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], mpu: Namespace | None = None
 ) -> deepspeed.DeepSpeedEngine:
-    """`deepspeed.initialize` without the step it takes by itself.
+    """`deepspeed.initialize` without the step it takes by itself; `mpu` of `start_sequence_parallel`.
 
     In 16 bits at ZeRO 0 DeepSpeed (0.19) allocates Adam's moments by a step with zero gradients. It would
     count in the bias correction, so that the first real update is a quarter too small, and decay the weights.
@@ -48,7 +48,7 @@ def initialize_engine(
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     with phase("preparing DeepSpeed"):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
     engine.monitor.enabled = False  # its one event a step would come before ours of earlier steps: see reporting.py
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

@@ -16,6 +16,11 @@ def planned_ranks(args: Namespace) -> int:
     return world_size() if gpus is None else gpus.count
 
 
+def data_ranks(args: Namespace) -> int:
+    """Data parallel ranks of the run: those of one sequence parallel group count as one."""
+    return planned_ranks(args) // args.sequence_parallel_size
+
+
 def units_of_epoch(args: Namespace, train_data: PromptDataset, epoch: int) -> Units:
     """What batches are counted in, in the epoch's order: samples, or with packing rows of samples."""
     row_length = args.max_seq_len if args.packing else None
@@ -24,7 +29,7 @@ def units_of_epoch(args: Namespace, train_data: PromptDataset, epoch: int) -> Un
 
 def print_plan(args: Namespace, train_data: PromptDataset, state: RunState) -> RunPlan:
     """Say what will run."""
-    micro, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, planned_ranks(args)
+    micro, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, data_ranks(args)
     units = units_of_epoch(args, train_data, epoch=1)
     count = len(units.tokens)
     plan = plan_run(count, micro * accumulation * ranks, args.num_train_epochs, args.max_steps, state)
@@ -37,6 +42,7 @@ def print_plan(args: Namespace, train_data: PromptDataset, state: RunState) -> R
     print_rank_0(
         f"Plan: {plan.steps} optimizer steps = {plan.epochs} epoch(s) of {count} "
         f"{'rows' if args.packing else 'samples'} in steps of {micro} x {accumulation} accumulation x {ranks} "
-        "rank(s); an epoch's last step takes what is left"
+        f"{'rank(s)' if args.sequence_parallel_size == 1 else f'group(s) of {args.sequence_parallel_size} ranks'}; an "
+        "epoch's last step takes what is left"
     )
     return plan

@@ -3,6 +3,7 @@
 Two short documents go through it in one row and one by one. What fails is not used, and the run says so.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from torch import nn
 
 from utils.attention import restore_attention, set_documents, use_document_attention
 from utils.data.batches import collate_for
+from utils.errors import UserError
 from utils.loss import can_fuse, install_loss, summed_loss
 from utils.utils import print_rank_0, to_device
 
 FIRST, SECOND = 19, 11  # lengths: odd, so that no kernel's block edge hides a leak
 
 
-def choose_layout(model: nn.Module, padding: str, vocabulary: int, device: torch.device) -> str:
+def choose_layout(
+    model: nn.Module, padding: str, vocabulary: int, device: torch.device, part: tuple[int, int] = (0, 1)
+) -> str:
     """The layout to train with: `padding` as asked, or "longest" where document attention is not right.
 
     Leaves `model` with the attention that fits, and with the loss installed, fused where that is right. Every
@@ -26,6 +30,10 @@ def choose_layout(model: nn.Module, padding: str, vocabulary: int, device: torch
     Args:
         model: the bare model, on its device.
         vocabulary: token ids below this are used.
+        part: (k, N) where each rank gets part k of N of a row.
+
+    Raises:
+        UserError: the parts of a row don't give what the whole row gives.
     """
     generator = torch.Generator().manual_seed(0)
     first, other, second = (
@@ -38,14 +46,19 @@ def choose_layout(model: nn.Module, padding: str, vocabulary: int, device: torch
         if padding == "free":
             padding = _check_documents(model, first, other, second, alone, device)
         _check_loss(model, [first, second], alone, padding, device)
+        if part[1] > 1:
+            _check_parts(model, [first, second], alone, padding, device, part)
     set_documents(None)
     model.train(training)
     return padding
 
 
+def _samples(documents: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": ids, "labels": ids.clone()} for ids in documents]
+
+
 def _batch(documents: list[torch.Tensor], padding: str, device: torch.device) -> dict[str, Any]:
-    samples = [{"input_ids": ids, "labels": ids.clone()} for ids in documents]
-    return to_device(collate_for(padding, 0, FIRST)(samples), device)
+    return to_device(collate_for(padding, 0, FIRST)(_samples(documents)), device)
 
 
 def _logits(model: nn.Module, documents: list[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -114,6 +127,32 @@ def _check_loss(
         print_rank_0(f"Loss: plain cross-entropy; fused it would differ by {difference:.1e} in this model")
         return
     print_rank_0(f"Loss: fused with the vocabulary projection (checked on this model: differs by {difference:.1e})")
+
+
+def _check_parts(
+    model: nn.Module,
+    documents: list[torch.Tensor],
+    alone: list[torch.Tensor],
+    padding: str,
+    device: torch.device,
+    part: tuple[int, int],
+) -> None:
+    """Logits of every rank's part of a row against those of the documents one by one."""
+    difference, detail = math.inf, "its documents can't lie in one row"
+    if padding == "free":
+        row = to_device(collate_for("free", 0, FIRST, part)(_samples(documents)), device)
+        set_documents(row["document_lengths"], row["cumulative"], part)
+        logits = model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits[0]
+        start = part[0] * len(logits)
+        expected = torch.cat(alone)[start : start + len(logits)]
+        difference = _relative(logits[: len(expected)].float().cpu(), expected) if len(expected) else 0.0
+        detail = f"logits differ by {difference:.1e} of the largest"
+    if _any_rank(not difference < (1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2), device):
+        raise UserError(
+            f"--sequence_parallel_size {part[1]}: the parts of a row don't give what the whole row gives with model "
+            f"type {model.config.model_type!r} ({detail}): leave it out."
+        )
+    print_rank_0(f"Sequence parallelism: {part[1]} ranks share a row (checked on this model: {detail})")
 
 
 def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from utils.data.collate import collate_free, collate_padded
+from utils.data.collate import collate_free, collate_padded, collate_slice
 from utils.data.prompt_dataset import PromptDataset
 from utils.data.sampler import MicroBatch, StepSize, Units, plan_micro_batches, step_sizes
 
@@ -23,10 +23,13 @@ class TrainBatch(NamedTuple):
     step: StepSize
 
 
-def collate_for(padding: str, pad_token_id: int, max_seq_len: int) -> Collate:
-    """How samples become a batch: "free" (one row, no padding), "longest" or "max_length"."""
+def collate_for(padding: str, pad_token_id: int, max_seq_len: int, part: tuple[int, int] = (0, 1)) -> Collate:
+    """How samples become a batch: "free" (one row, no padding), "longest" or "max_length".
+
+    `part` (k, N): this rank gets part k of N of every row ("free" only).
+    """
     if padding == "free":
-        return collate_free
+        return collate_free if part[1] == 1 else partial(collate_slice, part=part)
     return partial(collate_padded, pad_token_id=pad_token_id, pad_to=max_seq_len if padding == "max_length" else None)
 
 
@@ -57,14 +60,20 @@ def train_batches(
     world_size: int,
     rank: int,
     on_cpu: bool = True,
+    averaged_over: int | None = None,
 ) -> Iterator[TrainBatch]:
-    """This rank's micro batches of one epoch over `units`."""
+    """This rank's micro batches of one epoch over `units`.
+
+    Args:
+        world_size: data parallel ranks, of which this is number `rank`; those that share rows count as one.
+        averaged_over: what DeepSpeed divides the ranks' summed gradients by, where that is another number.
+    """
     plans = list(plan_micro_batches(units, micro_batch, accumulation, world_size, rank))
     steps = step_sizes(units, micro_batch * accumulation * world_size)
     for plan, tensors in zip(plans, load_batches(dataset, plans, collate, on_cpu), strict=True):
         step = steps[plan.step]
         # DeepSpeed divides by the accumulation steps and averages over the ranks: undone here.
-        weight = accumulation * world_size / step.label_tokens if plan.counts else 0.0
+        weight = accumulation * (averaged_over or world_size) / step.label_tokens if plan.counts else 0.0
         yield TrainBatch(tensors, weight, plan.is_last, step)
 
 

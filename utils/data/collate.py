@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 IGNORE_INDEX = -100
 Sample = dict[str, torch.Tensor]
@@ -33,6 +34,32 @@ def collate_free(samples: Sequence[Sample]) -> dict[str, Any]:
         "cumulative": cumulative,
     }
     return {**batch, **label_positions(batch["labels"])}
+
+
+def collate_slice(samples: Sequence[Sample], part: tuple[int, int]) -> dict[str, Any]:
+    """Part k of N (`part` = (k, N)) of the row `collate_free` makes: what one rank of a sequence parallel group gets.
+
+    The row is filled up to a multiple of N with one more document, whose tokens count in nothing.
+
+    Returns:
+        input_ids, position_ids, labels: [1, tokens / N]; document_lengths and cumulative of the whole row, since
+            attention goes over all of it; positions, targets: of the labels predicted in this part. A label that is
+            the next part's first token is predicted here: labels were shifted before the row was cut.
+    """
+    batch = collate_free(samples)
+    index, parts = part
+    tokens = batch["input_ids"].shape[1]
+    width = -(-tokens // parts)
+    padding, start = width * parts - tokens, index * width
+    fill = {"input_ids": 0, "position_ids": 0, "labels": IGNORE_INDEX}
+    for name, value in fill.items():
+        batch[name] = F.pad(batch[name], (0, padding), value=value)[:, start : start + width]
+    if padding:
+        batch["document_lengths"] = [*batch["document_lengths"], padding]
+        batch["cumulative"] = F.pad(batch["cumulative"], (0, 1), value=width * parts)
+    mine = (batch["positions"] >= start) & (batch["positions"] < start + width)
+    labels = {"positions": batch["positions"][mine] - start, "targets": batch["targets"][mine]}
+    return {**batch, **labels, "part": part}
 
 
 def collate_padded(samples: Sequence[Sample], pad_token_id: int, pad_to: int | None = None) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from transformers.integrations import HfDeepSpeedConfig
 
 from utils.errors import UserError
+from utils.utils import print_rank_0
 
 # All spellings of dropout in the configurations of decoder-only families.
 DROPOUT_KEYS = (
@@ -101,6 +102,13 @@ def create_hf_model(
     # Until here transformers had to know of ZeRO 3; from here on it must not, or rank 0 alone could load no model.
     del keep_alive
     return model
+
+
+def enable_checkpointing(model: PreTrainedModel, offload: bool) -> None:
+    """Keep only the inputs of the blocks for the backward; `offload`: in pinned CPU memory, transformers' own way."""
+    model.activation_checkpointing_enable(offload=offload)
+    if offload:
+        print_rank_0("Activation offloading: the inputs of all blocks wait in CPU memory for the backward")
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from utils.loss import can_fuse, install_loss, summed_loss
@@ -22,6 +23,7 @@ from utils.module.lora import (
     make_model_gradient_checkpointing_compatible,
     only_optimize_lora_parameters,
 )
+from utils.tiled_mlp import tile_mlps
 
 NAME = "simulated"
 FEW, MANY = 3, 6  # blocks
@@ -36,6 +38,7 @@ class Layout(NamedTuple):
     labels: int  # label tokens in all rows
     documents: int = 1  # in a row, where samples lie end to end
     on_cpu: bool = False
+    parts: int = 1  # ranks that share a row, of which `length` is one's part
 
 
 class Counts(NamedTuple):
@@ -48,6 +51,7 @@ class Counts(NamedTuple):
     forward: int  # most bytes alive in the forward, the loss and what it keeps for the backward included
     backward: int  # most bytes alive in the backward, finished gradients of weights not counted
     with_gradients: int  # the same, counting them
+    offloaded: int  # bytes that wait in CPU memory for the backward
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -100,11 +104,19 @@ class _Cut:
     """Whether attention goes document by document, as it does where torch's varlen kernel can't run."""
 
     documents = 1
+    parts = 1  # ranks that share the row
 
 
 def _attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> tuple[torch.Tensor, None]:
+    if _Cut.parts > 1:
+        # A rank gives all heads of its part and gets its heads of the whole row: as many bytes, but for key heads that
+        # are fewer than the ranks, of which each gets one. Both ways a tensor is rearranged, and exchanged for another.
+        copies = -(-_Cut.parts // key.shape[1])
+        key, value = (tensor.repeat_interleave(copies, dim=1) for tensor in (key, value))
+        query, key, value = (tensor.clone().clone() for tensor in (query, key, value))
+        return _Attention.apply(query, key, value).clone().clone(), None
     output = _Attention.apply(query, key, value)
     # The documents' outputs are kept by their kernels, and joined in a tensor that the next layer keeps.
     return (output.clone() if _Cut.documents > 1 else output), None
@@ -113,12 +125,30 @@ def _attention(
 AttentionInterface.register(NAME, _attention)
 
 
+def _offloading_checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Checkpointing whose kept tensors are elsewhere until the backward; their bytes are added up."""
+
+    def put_away(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+        _Offloaded.total += tensor.nbytes
+        return tensor.shape, tensor.dtype
+
+    with torch.autograd.graph.saved_tensors_hooks(
+        put_away, lambda put: torch.empty(put[0], dtype=put[1], device="meta")
+    ):
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+class _Offloaded:
+    total = 0  # bytes
+
+
 def meta_model(config: PretrainedConfig, args: Namespace, dtype: str, entries: int | None = None) -> PreTrainedModel:
     """The model as main.py makes it, without weights.
 
     Args:
         args: read are dropout, disable_dropout, lora_dim, lora_module_name, lora_alpha, lora_dropout,
-            only_optimize_lora and gradient_checkpointing, as in main.py.
+            only_optimize_lora and gradient_checkpointing, as in main.py, and its activation_offloading and tiled_mlp
+            where there are such.
         entries: of the tokenizer, for which the embeddings may grow.
     """
     configure_dropout(config, 0.0 if args.disable_dropout else args.dropout)
@@ -127,6 +157,8 @@ def meta_model(config: PretrainedConfig, args: Namespace, dtype: str, entries: i
         model.set_attn_implementation(NAME)
         if entries is not None:
             grow_embeddings(model, entries)
+        if getattr(args, "tiled_mlp", False):
+            tile_mlps(model)
         if args.lora_dim > 0:
             model = convert_linear_layer_to_lora(
                 model, args.lora_module_name, args.lora_dim, args.lora_alpha, args.lora_dropout
@@ -135,7 +167,11 @@ def meta_model(config: PretrainedConfig, args: Namespace, dtype: str, entries: i
             if args.only_optimize_lora:
                 model = make_model_gradient_checkpointing_compatible(only_optimize_lora_parameters(model))
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
+        if getattr(args, "activation_offloading", False):
+            for module in model.modules():
+                if hasattr(module, "_gradient_checkpointing_func"):
+                    module._gradient_checkpointing_func = _offloading_checkpoint
     return model.train()
 
 
@@ -147,7 +183,7 @@ def count(model: PreTrainedModel, layout: Layout, fused: bool = True) -> Counts:
     Args:
         fused: the loss is `utils.loss`'s own where the head allows it; False for `--padding max_length`.
     """
-    _Cut.documents = layout.documents if layout.on_cpu else 1
+    _Cut.documents, _Cut.parts = (layout.documents if layout.on_cpu else 1), layout.parts
     install_loss(model, fused=fused and can_fuse(model))
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -164,20 +200,21 @@ def count(model: PreTrainedModel, layout: Layout, fused: bool = True) -> Counts:
         del blocks[FEW:]
         few = _sizes(model, layout)
         sizes = [high + (high - low) * (total - MANY) // (MANY - FEW) for high, low in zip(many, few, strict=True)]
-    return Counts(*totals, *sizes[:3], with_gradients=max(sizes[3], gradients))
+    return Counts(*totals, *sizes[:3], max(sizes[3], gradients), sizes[4])
 
 
 def _sizes(model: PreTrainedModel, layout: Layout) -> list[int]:
-    """[activations, forward, backward, with_gradients] of `Counts`."""
+    """[activations, forward, backward, with_gradients, offloaded] of `Counts`."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     activations, forward, with_gradients = _micro_batch(model, layout)
+    _Offloaded.total = 0
     hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained]
     _, _, backward = _micro_batch(model, layout)
     for hook in hooks:
         hook.remove()
     for parameter in trained:
         parameter.grad = None
-    return [activations, forward, backward, with_gradients]
+    return [activations, forward, backward, with_gradients, _Offloaded.total]
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:

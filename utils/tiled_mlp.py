@@ -1,0 +1,92 @@
+"""`--tiled_mlp`: the blocks' MLPs computed a piece of the row at a time, so their wide activations are never whole.
+
+DeepSpeed's `TiledMLP` (Bekman et al. 2025, https://arxiv.org/abs/2506.13996) computes each piece again in the backward
+and tells ZeRO that a weight's gradient is complete with the last piece.
+"""
+
+import inspect
+from argparse import Namespace
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
+from deepspeed.utils import set_z3_leaf_module
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from utils.errors import UserError
+from utils.model.model_utils import configure_dropout
+from utils.module.lora import find_blocks
+
+NAMES = ("mlp", "feed_forward")
+
+
+def tile_mlps(model: nn.Module) -> str:
+    """Make every block's MLP work on pieces of at most as many tokens as the model is wide; says so in words.
+
+    LoRA comes afterwards: blocks are found by the layers it could wrap.
+
+    Raises:
+        UserError: a block has no MLP that can be cut.
+    """
+    mlps = find_mlps(model)
+    width = model.config.get_text_config().hidden_size
+    for mlp in mlps:
+        mlp.forward = partial(_tiled, type(mlp).forward, mlp, width)
+        # ZeRO 3 then gathers the MLP's weights once for all pieces. Ranks may so have different numbers of pieces,
+        # where gathering piece by piece they would wait for each other for ever.
+        set_z3_leaf_module(mlp, True)
+    return f"{len(mlps)} {type(mlps[0]).__name__} in pieces of {width} tokens"
+
+
+def _tiled(forward: Any, mlp: nn.Module, width: int, hidden: torch.Tensor) -> torch.Tensor:
+    """`forward(mlp, hidden)` in pieces of the row; hidden [batch, tokens, width of the model]."""
+    tokens = hidden.shape[-2]
+    if tokens <= width:
+        return forward(mlp, hidden)
+    # As many pieces as `torch.chunk` will make of it: DeepSpeed counts to the last one.
+    pieces = -(-tokens // -(-tokens // -(-tokens // width)))
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()  # or the weights would get no gradient
+    weights = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
+    return TiledMLP.apply(forward, mlp, hidden, pieces, weights)
+
+
+def find_mlps(model: nn.Module) -> list[nn.Module]:
+    """The MLP of each block.
+
+    Raises:
+        UserError: a block has none as a module of its own, or one whose tokens can't be computed apart.
+    """
+    prefix = find_blocks(model)
+    blocks = [] if prefix is None else list(model.get_submodule(prefix.rstrip(".")))
+    found = [next((getattr(block, name) for name in NAMES if hasattr(block, name)), None) for block in blocks]
+    why = None
+    if not found or None in found:
+        why = "its blocks have no MLP as a module of their own"
+    elif any(_has_experts(mlp) for mlp in found):
+        why = "its MLPs are mixtures of experts, which already take tokens in groups"
+    elif any(len(_required_inputs(mlp)) != 1 for mlp in found):
+        why = f"its MLPs take {', '.join(_required_inputs(found[0]))}, not the hidden states alone"
+    elif any(isinstance(part, nn.Dropout) and part.p > 0 for mlp in found for part in mlp.modules()):
+        why = "there is dropout within its MLPs, and the second computation would draw another: --disable_dropout"
+    if why is not None:
+        raise UserError(f"--tiled_mlp can't be used with model type {model.config.model_type!r}: {why}.")
+    return found
+
+
+def _has_experts(mlp: nn.Module) -> bool:
+    return any(part.endswith(("experts", "router")) for name, _ in mlp.named_modules() for part in name.split("."))
+
+
+def _required_inputs(mlp: nn.Module) -> list[str]:
+    parameters = inspect.signature(type(mlp).forward).parameters.values()
+    return [one.name for one in parameters if one.default is one.empty and one.name != "self"]
+
+
+def check_tiled_mlp(config: PretrainedConfig, args: Namespace) -> None:
+    """UserError where `tile_mlps` would refuse the model, found without its weights."""
+    configure_dropout(config, 0.0 if args.disable_dropout else args.dropout)
+    with torch.device("meta"):
+        find_mlps(AutoModelForCausalLM.from_config(config))
