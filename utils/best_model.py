@@ -44,7 +44,7 @@ def keep_best_model(
     if global_rank() == 0:
         shutil.rmtree(work, ignore_errors=True)
     expected = live_logits(engine.module, sample.to(engine.device))
-    save_model_folder(unwrap(engine), tokenizer, work, describe_model(args, tokenizer))
+    save_model_folder(unwrap(engine), tokenizer, work, describe_model(args, tokenizer), args.max_shard_size)
     if args.save_lora_adapter:
         save_lora_adapter(unwrap(engine), args.model_name_or_path, os.path.join(work, ADAPTER_FOLDER))
     if global_rank() == 0:

@@ -152,7 +152,7 @@ def save_checkpoint(
             _check_space(engine, root, args)
         wait_for_all()
         if args.save_only_model:
-            save_model_folder(unwrap(engine), tokenizer, work, describe_model(args, tokenizer))
+            save_model_folder(unwrap(engine), tokenizer, work, describe_model(args, tokenizer), args.max_shard_size)
         else:
             # Frozen weights are those of the model the run started from: only what trains is written.
             engine.save_checkpoint(root, INCOMPLETE + name, save_latest=False, exclude_frozen_parameters=True)

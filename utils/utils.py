@@ -14,6 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
+from utils.big_models import DEFAULT_SHARD_SIZE
 from utils.console import say
 from utils.errors import UserError
 from utils.saving import save_model_folder, unwrap, write_weights
@@ -239,7 +240,8 @@ def save_hf_format(
     `describe` adds what else is to be there. Returns the folder, `args.output_dir` / `sub_folder`.
     """
     folder = os.path.join(args.output_dir, sub_folder) if sub_folder else args.output_dir
-    save_model_folder(unwrap(model), tokenizer, folder, describe)
+    shard_size = getattr(args, "max_shard_size", DEFAULT_SHARD_SIZE)  # callers of the original have no such argument
+    save_model_folder(unwrap(model), tokenizer, folder, describe, shard_size)
     return folder
 
 
