@@ -77,10 +77,10 @@ class Sampler(threading.Thread):
                     return
                 if "RssAnon" not in status:
                     return
-                size = {
-                    key: int(status.split(f"{key}:")[1].split()[0]) * 1024 for key in ("RssAnon", "RssShmem", "RssFile")
-                }
-                private = size["RssAnon"] + size["RssShmem"]
+                anonymous, mapped, shared = (
+                    int(status.split(f"{key}:")[1].split()[0]) * 1024 for key in ("RssAnon", "RssFile", "RssShmem")
+                )
+                private = anonymous + shared
                 if self.phase == "starting":
                     self.start_private[rank] = private
                 else:
@@ -98,8 +98,9 @@ def measure(model: Path, output: Path, ranks: int, arguments: list[str]) -> tupl
     command = [
         sys.executable, str(ROOT / "main.py"), "--model_name_or_path", str(model), "--data_path",
         str(make_data(model.parent)), "--data_output_path", str(output.parent / "cache"), "--data_split", "10,0,0",
-        "--max_seq_len", "64", "--max_steps", "2", "--dtype", "fp32", "--zero_stage", "3", "--per_device_train_batch_size", "2",
-        "--per_device_eval_batch_size", "8", "--output_dir", str(output), *arguments,
+        "--max_seq_len", "64", "--max_steps", "2", "--dtype", "fp32", "--zero_stage", "3",
+        "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "8", "--output_dir", str(output),
+        *arguments,
     ]  # fmt: skip
     common = {**os.environ, **SMALL_PAGES, "PYTHONUNBUFFERED": "1", "WORLD_SIZE": str(ranks), "HF_HUB_OFFLINE": "1"}
     common |= {"LOCAL_WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}

@@ -15,6 +15,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
 from filelock import FileLock, Timeout
 
 from utils.errors import UserError
@@ -57,11 +58,53 @@ def check_scale_values(args: Namespace) -> list[str]:
         )
     if args.nvme_path is not None and args.offload != "nvme":
         problems.append("--nvme_path is for --offload nvme.")
+    if args.zero_hpz_partition_size > 1 and args.offload == "nvme":
+        problems.append(
+            "--zero_hpz_partition_size keeps a second copy of the weights in memory, which DeepSpeed can't with "
+            "--offload nvme: give one of them."
+        )
     if args.zero_hpz_partition_size > 1 and args.zero_stage != 3:
         problems.append(f"--zero_hpz_partition_size needs --zero_stage 3, not {args.zero_stage}.")
     if args.enable_mixed_precision_lora and (args.zero_stage != 3 or args.lora_dim == 0):
         problems.append("--enable_mixed_precision_lora needs --zero_stage 3 and --lora_dim above 0.")
     return problems
+
+
+def check_scale(args: Namespace, ranks: int) -> list[str]:
+    """What this machine, or the one of a plan, can't do of the arguments of big models."""
+    problems, size = [], args.zero_hpz_partition_size
+    if size > 1 and ranks % size != 0:
+        problems.append(
+            f"--zero_hpz_partition_size {size} does not divide {ranks} rank(s): give the number of a node's devices."
+        )
+    if args.enable_mixed_precision_lora and args.dtype != "fp16":
+        problems.append(
+            f"--enable_mixed_precision_lora needs --dtype fp16, not {args.dtype}: DeepSpeed's 8-bit kernel reads fp16."
+        )
+    if parse_gpus(args.dry_run) is not None:
+        return problems
+    if args.enable_mixed_precision_lora and get_accelerator().device_name() != "cuda":
+        problems.append(
+            f"--enable_mixed_precision_lora can't be used on {get_accelerator().device_name()}: DeepSpeed's 8-bit "
+            "kernel exists for CUDA alone. Leave it out."
+        )
+    if args.offload == "nvme":
+        for check in (check_async_io, lambda: args.nvme_path is None or check_swap_folder(args.nvme_path)):
+            try:
+                check()
+            except UserError as err:
+                problems.append(str(err))
+    return problems
+
+
+def check_async_io() -> None:
+    """UserError when the operator that reads and writes swap files can't be compiled here."""
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        raise UserError(
+            "--offload nvme needs DeepSpeed's operator async_io, and that libaio with its headers: install libaio-dev "
+            "(apt) or libaio-devel (dnf, yum), or leave it at --offload cpu."
+        )
 
 
 def scale_settings(args: Namespace) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from utils.arg_checks import check_values
+from utils.big_models import check_scale
 from utils.checkpoint import find_checkpoint
 from utils.data.cache import cache_lock
 from utils.data.chat_format import ChatFormat, resolve_chat_format
@@ -50,8 +51,10 @@ def check_run(args: Namespace) -> None:
             return None
 
     attempt(check_local_rank, args.local_rank)
-    if attempt(parse_gpus, args.dry_run) is None:
+    gpus = attempt(parse_gpus, args.dry_run)
+    if gpus is None:
         attempt(resolve_dtype, args.dtype)
+    problems += check_scale(args, gpus.count if gpus else launched_ranks())
     attempt(check_reports, args)
     if args.deepspeed_config:
         attempt(read_deepspeed_config, args.deepspeed_config)

@@ -41,6 +41,17 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return getattr(model, "module", model)
 
 
+def settled(engine: torch.nn.Module) -> torch.nn.Module:
+    """The bare model, with nothing of it under way. Every rank must call it before tensors are gathered.
+
+    After a forward without a backward, as of an evaluation, ZeRO 3 is still fetching what the backward would need,
+    and DeepSpeed refuses to gather a weight it is fetching. Small models never show it: they are whole all the time.
+    """
+    if hasattr(engine, "empty_partition_cache"):
+        engine.empty_partition_cache()
+    return unwrap(engine)
+
+
 def _is_partitioned(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "ds_id")
 
