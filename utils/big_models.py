@@ -56,6 +56,13 @@ def check_scale_values(args: Namespace) -> list[str]:
             f"--offload nvme needs --zero_stage 3, not {args.zero_stage}: below it DeepSpeed has no files and would "
             "keep optimizer states in CPU memory, which is --offload cpu."
         )
+    if args.offload == "nvme" and args.save_strategy != "no" and not args.save_only_model:
+        problems.append(
+            "--offload nvme writes no checkpoints a run could go on from: DeepSpeed reads back only a part of what is in "
+            "its swap files. Give --save_only_model, which keeps models, or --offload cpu."
+        )
+    if args.offload == "nvme" and args.resume_from_checkpoint is not None:
+        problems.append("--resume_from_checkpoint can't be used with --offload nvme: go on with --offload cpu.")
     if args.nvme_path is not None and args.offload != "nvme":
         problems.append("--nvme_path is for --offload nvme.")
     if args.zero_hpz_partition_size > 1 and args.offload == "nvme":

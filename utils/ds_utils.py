@@ -223,6 +223,12 @@ def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
     config["train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
     precision = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
     _say(f"Precision: {precision} ({reason if precision == dtype else 'as the DeepSpeed configuration says'})")
+    if args.offload == "nvme":
+        # A stop on a signal saves too, and a checkpoint whose states are in swap files is no use to anyone.
+        args.save_only_model = True
+        _say(
+            f"Swap files: below {config['zero_optimization']['offload_optimizer']['nvme_path']}, removed when the run ends"
+        )
     _say(f"DeepSpeed: ZeRO stage {args.zero_stage}, offload {args.offload or 'off'}, {ranks} rank(s)")
     return config
 

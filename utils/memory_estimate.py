@@ -30,6 +30,9 @@ class Setting(NamedTuple):
     overlap: bool = True
     gathered: int = 60_000_000  # stage3_max_live_parameters and stage3_prefetch_bucket_size together, in elements
     accumulates: bool = False  # several micro batches a step
+    nvme: bool = False  # what is offloaded goes to files
+    sub_group: int = 1_000_000_000  # elements of a rank's part of the optimizer that are read and written at a time
+    swap_buffers: int = 5  # each of a rank's part of the largest weight
 
 
 class Sizes(NamedTuple):
@@ -65,10 +68,13 @@ def setting_from_config(config: dict[str, Any], ranks: int, dtype_bytes: int, on
     """What the estimate reads from a DeepSpeed configuration."""
     zero = config["zero_optimization"]
     gathered = zero.get("stage3_max_live_parameters", 1e9) + zero.get("stage3_prefetch_bucket_size", 5e7)
+    device = zero.get("offload_optimizer", {}).get("device", "none")
     return Setting(
-        zero["stage"], ranks, zero.get("offload_optimizer", {}).get("device", "none") != "none", dtype_bytes, on_cpu,
+        zero["stage"], ranks, device != "none", dtype_bytes, on_cpu,
         int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)), bool(zero.get("overlap_comm", False)), int(gathered),
-        config.get("gradient_accumulation_steps", 1) > 1,
+        config.get("gradient_accumulation_steps", 1) > 1, device == "nvme",
+        int(zero.get("sub_group_size", Setting._field_defaults["sub_group"])),
+        zero.get("offload_param", {}).get("buffer_count", Setting._field_defaults["swap_buffers"]),
     )  # fmt: skip
 
 
@@ -139,6 +145,9 @@ def _stage_3(sizes: Sizes, setting: Setting) -> Estimate:
     reduced = size * min(trained, setting.bucket)
     bucket = reduced if setting.on_cpu else size * setting.bucket
     host = weights + master + state + FULL * part + gradients if setting.offload else 0
+    if setting.nvme:
+        host = gradients + _swap_memory(sizes, setting)
+        weights = min(weights, host - gradients)
     if not setting.offload:
         optimizer = master + state
     else:
@@ -152,6 +161,13 @@ def _stage_3(sizes: Sizes, setting: Setting) -> Estimate:
         "step": held + (0 if setting.offload else FULL * part),
     }
     return _result(sizes, weights, gradients, optimizer, bucket + live, moments, host)
+
+
+def _swap_memory(sizes: Sizes, setting: Setting) -> float:
+    """Buffers of DeepSpeed's swapper: four for a part of the optimizer, one for its weights, and those of weights."""
+    group = min(sizes.trainable / setting.ranks, setting.sub_group + sizes.largest / setting.ranks)
+    of_optimizer = 4 * FULL * group + setting.dtype_bytes * group * setting.ranks
+    return of_optimizer + setting.swap_buffers * setting.dtype_bytes * sizes.largest / setting.ranks
 
 
 def _result(
