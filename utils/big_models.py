@@ -58,8 +58,8 @@ def check_scale_values(args: Namespace) -> list[str]:
         )
     if args.offload == "nvme" and args.save_strategy != "no" and not args.save_only_model:
         problems.append(
-            "--offload nvme writes no checkpoints a run could go on from: DeepSpeed reads back only a part of what is in "
-            "its swap files. Give --save_only_model, which keeps models, or --offload cpu."
+            "--offload nvme writes no checkpoints a run could go on from: DeepSpeed reads back only a part of what "
+            "is in its swap files. Give --save_only_model, which keeps models, or --offload cpu."
         )
     if args.offload == "nvme" and args.resume_from_checkpoint is not None:
         problems.append("--resume_from_checkpoint can't be used with --offload nvme: go on with --offload cpu.")

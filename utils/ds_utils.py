@@ -226,9 +226,8 @@ def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
     if args.offload == "nvme":
         # A stop on a signal saves too, and a checkpoint whose states are in swap files is no use to anyone.
         args.save_only_model = True
-        _say(
-            f"Swap files: below {config['zero_optimization']['offload_optimizer']['nvme_path']}, removed when the run ends"
-        )
+        folder = config["zero_optimization"]["offload_optimizer"]["nvme_path"]
+        _say(f"Swap files: below {folder}, removed when the run ends; what is saved on the way are models alone")
     _say(f"DeepSpeed: ZeRO stage {args.zero_stage}, offload {args.offload or 'off'}, {ranks} rank(s)")
     return config
 
