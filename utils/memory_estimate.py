@@ -5,6 +5,9 @@ by the number of ranks, stage 2 the gradients too, stage 3 the weights too. What
 read off DeepSpeed 0.19.8 and measured (`benchmarks/memory.py`); the paper's 16 bytes a weight are not all of it:
 
   * without ZeRO fp32 has no master copy; 16 bits have one, and the step holds the float32 gradients twice;
+  * stages 1 and 2 peak alike with one micro batch a step: stage 1 is the stage 2 optimizer, which clears every gradient
+    once its bucket is reduced and keeps this rank's part. With accumulation stage 1 keeps all of them until the last
+    micro batch, stage 2 never does. (Summed on two ranks: `tests/test_memory.py`);
   * under ZeRO there is a float32 master in fp32 too, a copy of the weights;
   * gradients pass through buckets of `reduce_bucket_size` elements: two with `overlap_comm` at stages 1 and 2, one at
     stage 3 and a copy while it is reduced. A GPU reserves them whole, a CPU only what is written to.
