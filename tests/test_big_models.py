@@ -188,7 +188,7 @@ def test_second_copy_of_the_weights_changes_nothing(wide, tmp_path):
 def test_swap_files_change_nothing(wide, undisturbed, tmp_path):
     swap, out = tmp_path / "swap", tmp_path / "out"
     printed = finished_run([*wide[0], "--output_dir", out, "--offload", "nvme", "--nvme_path", swap])
-    assert losses(out) == pytest.approx(undisturbed, rel=1e-6)
+    assert losses(out) == pytest.approx(undisturbed, rel=1e-6)  # 2% off with torch's own linear
     assert "Saved to" in printed and "offload nvme" in printed
     assert list(swap.iterdir()) == []
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(out).lm_head.weight).all()

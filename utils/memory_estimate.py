@@ -33,7 +33,7 @@ class Setting(NamedTuple):
     overlap: bool = True
     gathered: int = 60_000_000  # stage3_max_live_parameters and stage3_prefetch_bucket_size together, in elements
     accumulates: bool = False  # several micro batches a step
-    nvme: bool = False  # what is offloaded goes to files
+    nvme: bool = False  # what is offloaded goes to files (with offload alone)
     sub_group: int = 1_000_000_000  # elements of a rank's part of the optimizer that are read and written at a time
     swap_buffers: int = 5  # each of a rank's part of the largest weight
 
@@ -148,9 +148,9 @@ def _stage_3(sizes: Sizes, setting: Setting) -> Estimate:
     reduced = size * min(trained, setting.bucket)
     bucket = reduced if setting.on_cpu else size * setting.bucket
     host = weights + master + state + FULL * part + gradients if setting.offload else 0
-    if setting.nvme:
+    if setting.offload and setting.nvme:
         host = gradients + _swap_memory(sizes, setting)
-        weights = min(weights, host - gradients)
+        weights = 0
     if not setting.offload:
         optimizer = master + state
     else:
