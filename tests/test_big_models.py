@@ -51,7 +51,7 @@ def test_sizes(text, size):
 def test_sizes_that_are_none(text):
     with pytest.raises(UserError, match="as in 5GB or 200MB"):
         parse_size(text)
-    assert any("--max_shard_size" in problem for problem in check_values(arguments("--max_shard_size", text)))
+    assert any("--max_shard_size" in problem for problem in check_values(arguments(f"--max_shard_size={text}")))
 
 
 @pytest.mark.parametrize(
