@@ -31,6 +31,7 @@ from utils.args import parse_args
 from utils.attention import set_documents
 from utils.bad_steps import BadSteps
 from utils.best_model import forget_best_model, publish_best_model
+from utils.big_models import remove_swap_folders
 from utils.checkpoint import find_checkpoint
 from utils.checks import check_run, end_of_conversation_token
 from utils.console import close_run_bar, phase
@@ -276,6 +277,8 @@ def run(argv: list[str] | None = None) -> None:
         sys.exit(EXIT_BY_SIGINT)
     except Exception as err:  # the end of the line: each kind of failure has its words and status
         end_run(err, launched_rank())
+    finally:
+        remove_swap_folders()
 
 
 if __name__ == "__main__":

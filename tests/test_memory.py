@@ -34,7 +34,7 @@ def engine_after_backward(folder, stage: int, lora: bool):
     from transformers import AutoModelForCausalLM
 
     from utils.ds_utils import start_process_group
-    from utils.loss import install_loss, summed_loss
+    from utils.loss import install_loss
     from utils.module.lora import (
         convert_linear_layer_to_lora,
         make_model_gradient_checkpointing_compatible,
@@ -53,14 +53,21 @@ def engine_after_backward(folder, stage: int, lora: bool):
     optimizer_options = Namespace(learning_rate=1e-4, lora_learning_rate=1e-4, weight_decay=0.0, offload=False)
     engine = initialize_engine(model, create_optimizer(model, optimizer_options), config)
     install_loss(engine.module, fused=True)
+    for _ in range(2):
+        backward(engine, is_last=True)
+        engine.step()
+    backward(engine, is_last=True)
+    return engine
+
+
+def backward(engine, is_last: bool) -> None:
+    """One micro batch; `is_last` of its step."""
+    from utils.loss import summed_loss
+
     ids = torch.arange(4, 24)[None]
     batch = {"input_ids": ids, "positions": torch.arange(19), "targets": ids[0, 1:]}
-    for _ in range(2):
-        engine.set_gradient_accumulation_boundary(True)
-        engine.backward(summed_loss(engine, batch) / 19)
-        engine.step()
+    engine.set_gradient_accumulation_boundary(is_last)
     engine.backward(summed_loss(engine, batch) / 19)
-    return engine
 
 
 def optimizer_tensors(engine) -> list[torch.Tensor]:
@@ -97,6 +104,22 @@ def test_weights_and_optimizer_are_what_the_engine_holds(tiny_opt, monkeypatch, 
         assert storages(gradients) == guess.gradients
     if stage == 3:
         assert engine.optimizer.grad_partitions_flat_buffer.nbytes == pytest.approx(guess.gradients, rel=0.01)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_that_wait_for_the_last_micro_batch(tiny_opt, monkeypatch, stage):
+    """With one micro batch a step neither stage keeps them whole, which is why both have the same peak."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("RANK")
+    engine = engine_after_backward(tiny_opt, stage, lora=False)
+
+    def kept() -> int:
+        return storages([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+    assert kept() == 0
+    engine.step()
+    backward(engine, is_last=False)
+    assert kept() == (4 * sum(p.numel() for p in engine.module.parameters()) if stage == 1 else 0)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -2,6 +2,7 @@
 
 import argparse
 
+from utils.big_models import check_scale_values
 from utils.data.sources import parse_columns, parse_source
 from utils.data.splits import parse_data_split
 from utils.errors import UserError
@@ -15,7 +16,7 @@ def check_values(args: argparse.Namespace) -> list[str]:
         "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
         "num_train_epochs": 1, "num_warmup_steps": 0, "max_seq_len": 2, "lora_dim": 0, "ddp_timeout": 1, "seed": 0,
         "max_steps": 1, "eval_steps": 1, "save_steps": 1, "save_total_limit": 0, "early_stopping_patience": 1,
-        "max_bad_steps": 1, "logging_steps": 1, "preprocessing_num_workers": 1,
+        "max_bad_steps": 1, "logging_steps": 1, "preprocessing_num_workers": 1, "zero_hpz_partition_size": 1,
     }  # fmt: skip
     for name, least in at_least.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -52,7 +53,7 @@ def check_values(args: argparse.Namespace) -> list[str]:
             check(value)
         except UserError as err:
             problems.append(str(err))
-    return problems + _check_checkpoint_values(args) + _check_long_context_values(args)
+    return problems + _check_checkpoint_values(args) + _check_long_context_values(args) + check_scale_values(args)
 
 
 def _check_checkpoint_values(args: argparse.Namespace) -> list[str]:

@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_lora_arguments(parser)
     _add_long_context_arguments(parser)
     _add_run_arguments(parser)
+    _add_scale_arguments(parser)
     deepspeed.add_config_arguments(parser)
     return parser
 
@@ -182,8 +183,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the model, metrics and loss curve go; none: nothing is saved")
     add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=0,
         help="ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too; 0 is fastest where it fits")
-    add("--offload", action="store_true",
-        help="keep optimizer states (and weights, with ZeRO 3) in CPU memory; off, since it is slower")
+    add("--offload", nargs="?", const="cpu", default=None, choices=["cpu", "nvme"],
+        help="keep optimizer states (and weights, with ZeRO 3) in CPU memory, or with nvme in files below --nvme_path; "
+        "off, since both are slower")
     add("--local_rank", type=int, default=-1, metavar="N",
         help="set by the launcher; -1 for a plain start")
     add("--ddp_timeout", type=int, default=1800, metavar="SECONDS",
@@ -199,6 +201,20 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="the original's name of --report_to tensorboard; off, since few look at them")
     add("--tensorboard_path", default="step1_tensorboard", metavar="DIR",
         help="where the curves go; the default is the original's")
+
+
+def _add_scale_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("big models").add_argument
+    add("--max_shard_size", default="5GB", metavar="SIZE",
+        help="largest file of weights in a saved model, as 5GB or 200MB: what rank 0 holds while it saves; 5GB is few "
+        "files for a large model, and one for a small")
+    add("--nvme_path", default=None, metavar="DIR",
+        help="a folder on a local disk for the swap files of --offload nvme; None: there is no such disk by itself")
+    add("--zero_hpz_partition_size", type=int, default=1, metavar="N",
+        help="ZeRO 3 keeps a second copy of the weights split over N ranks, those of a node, so that the backward "
+        "gathers from them alone; 1 keeps none, since it takes memory")
+    add("--enable_mixed_precision_lora", action="store_true",
+        help="hold LoRA's frozen weights in 8 bits (ZeRO 3 and fp16 on CUDA GPUs); off, since it rounds them")
 # fmt: on
 
 

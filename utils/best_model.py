@@ -15,7 +15,7 @@ from utils.metrics import PICTURE
 from utils.model_card import describe_model
 from utils.module.adapter import ADAPTER_FOLDER, save_lora_adapter
 from utils.run_state import RunState
-from utils.saving import live_logits, publish_model, save_model_folder, unwrap, verify_saved_model
+from utils.saving import live_logits, publish_model, save_model_folder, settled, unwrap, verify_saved_model
 from utils.utils import answer_of_rank_0, global_rank, print_rank_0
 
 NAME = "best_model"
@@ -44,7 +44,7 @@ def keep_best_model(
     if global_rank() == 0:
         shutil.rmtree(work, ignore_errors=True)
     expected = live_logits(engine.module, sample.to(engine.device))
-    save_model_folder(unwrap(engine), tokenizer, work, describe_model(args, tokenizer))
+    save_model_folder(settled(engine), tokenizer, work, describe_model(args, tokenizer), args.max_shard_size)
     if args.save_lora_adapter:
         save_lora_adapter(unwrap(engine), args.model_name_or_path, os.path.join(work, ADAPTER_FOLDER))
     if global_rank() == 0:

@@ -26,7 +26,7 @@ from utils.ds_utils import world_size
 from utils.errors import UserError
 from utils.model_card import describe_model
 from utils.run_state import RunState
-from utils.saving import save_model_folder, sync, unwrap
+from utils.saving import save_model_folder, settled, sync
 from utils.utils import global_rank, set_random_seed, wait_for_all
 
 FOLDER = "checkpoints"
@@ -152,7 +152,7 @@ def save_checkpoint(
             _check_space(engine, root, args)
         wait_for_all()
         if args.save_only_model:
-            save_model_folder(unwrap(engine), tokenizer, work, describe_model(args, tokenizer))
+            save_model_folder(settled(engine), tokenizer, work, describe_model(args, tokenizer), args.max_shard_size)
         else:
             # Frozen weights are those of the model the run started from: only what trains is written.
             engine.save_checkpoint(root, INCOMPLETE + name, save_latest=False, exclude_frozen_parameters=True)

@@ -11,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from utils.arg_checks import check_values
+from utils.big_models import check_scale
 from utils.checkpoint import find_checkpoint
 from utils.data.cache import cache_lock
 from utils.data.chat_format import ChatFormat, resolve_chat_format
@@ -53,8 +54,10 @@ def check_run(args: Namespace) -> None:
             return None
 
     attempt(check_local_rank, args.local_rank)
-    if attempt(parse_gpus, args.dry_run) is None:
+    gpus = attempt(parse_gpus, args.dry_run)
+    if gpus is None:
         attempt(resolve_dtype, args.dtype)
+    problems += check_scale(args, gpus.count if gpus else launched_ranks())
     attempt(check_reports, args)
     attempt(_check_groups, args)
     attempt(_check_offloading, args)

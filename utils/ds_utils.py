@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from utils.big_models import scale_settings
 from utils.console import chatter_to_log, say
 from utils.errors import UserError
 from utils.hardware import parse_gpus
@@ -24,7 +25,7 @@ STEPS_PER_PRINT = 10
 
 
 def get_train_ds_config(
-    offload: bool,
+    offload: bool | str | None,
     stage: int = 2,
     dtype: str = "fp16",
     enable_hybrid_engine: bool = False,
@@ -40,14 +41,14 @@ def get_train_ds_config(
     """The DeepSpeed configuration of a training run (batch sizes are added by the caller).
 
     Args:
-        offload: keep parameters (ZeRO 3) and optimizer states (ZeRO 1 and up) in CPU memory.
+        offload: keep parameters (ZeRO 3) and optimizer states (ZeRO 1 and up) in CPU memory; "nvme" means files.
         stage: ZeRO stage, 0 to 3.
         dtype: "bf16", "fp16" or "fp32".
         enable_tensorboard: DeepSpeed's own monitor writes below `{tb_path}/ds_tensorboard_logs/`.
 
     Reference: https://www.deepspeed.ai/docs/config-json/
     """
-    device = "cpu" if offload else "none"
+    device = "cpu" if offload is True else offload or "none"
     config: dict[str, Any] = {
         "steps_per_print": STEPS_PER_PRINT,
         "zero_optimization": {
@@ -207,6 +208,7 @@ def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
         tb_path=args.tensorboard_path, tb_name="step1_model",
     )  # fmt: skip
     config = merge_config(config, monitor_blocks(args))
+    config["zero_optimization"] |= scale_settings(args)
     config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
     config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
     if args.deepspeed_config:
@@ -216,7 +218,8 @@ def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
             config.pop("bf16", None)
         config = merge_config(config, override)
         args.zero_stage = config["zero_optimization"]["stage"]
-        args.offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+        device = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+        args.offload = None if device == "none" else device
         _say(f"DeepSpeed configuration: {args.deepspeed_config} laid over the generated one: {', '.join(override)}")
     groups = ranks // args.sequence_parallel_size
     config["train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * groups
@@ -229,7 +232,12 @@ def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
             )
     precision = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
     _say(f"Precision: {precision} ({reason if precision == dtype else 'as the DeepSpeed configuration says'})")
-    _say(f"DeepSpeed: ZeRO stage {args.zero_stage}, offload {'on' if args.offload else 'off'}, {ranks} rank(s)")
+    if args.offload == "nvme":
+        # A stop on a signal saves too, and a checkpoint whose states are in swap files is no use to anyone.
+        args.save_only_model = True
+        folder = config["zero_optimization"]["offload_optimizer"]["nvme_path"]
+        _say(f"Swap files: below {folder}, removed when the run ends; what is saved on the way are models alone")
+    _say(f"DeepSpeed: ZeRO stage {args.zero_stage}, offload {args.offload or 'off'}, {ranks} rank(s)")
     return config
 
 

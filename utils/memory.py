@@ -95,7 +95,7 @@ def describe(foreseen: Foreseen, room: Room) -> str:
     parts = zip(PARTS, (size_words(size) for size in guess[: len(PARTS)]), strict=True)
     others = []
     for stage, offload in CHOICES:
-        peak = estimate(Sizes(*counts), setting._replace(stage=stage, offload=offload)).peak
+        peak = estimate(Sizes(*counts), setting._replace(stage=stage, offload=offload, nvme=False)).peak
         others.append(f"{_name(stage, offload)}: {size_words(peak)}{'' if peak <= room.bytes_each else ' (too much)'}")
     return (
         f"Memory per device: {counts.parameters:,} parameters, {counts.trainable:,} of them train; the largest micro "

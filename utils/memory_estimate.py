@@ -5,6 +5,9 @@ by the number of ranks, stage 2 the gradients too, stage 3 the weights too. What
 read off DeepSpeed 0.19.8 and measured (`benchmarks/memory.py`); the paper's 16 bytes a weight are not all of it:
 
   * without ZeRO fp32 has no master copy; 16 bits have one, and the step holds the float32 gradients twice;
+  * stages 1 and 2 peak alike with one micro batch a step: stage 1 is the stage 2 optimizer, which clears every gradient
+    once its bucket is reduced and keeps this rank's part. With accumulation stage 1 keeps all of them until the last
+    micro batch, stage 2 never does. (Summed on two ranks: `tests/test_memory.py`);
   * under ZeRO there is a float32 master in fp32 too, a copy of the weights;
   * gradients pass through buckets of `reduce_bucket_size` elements: two with `overlap_comm` at stages 1 and 2, one at
     stage 3 and a copy while it is reduced. A GPU reserves them whole, a CPU only what is written to.
@@ -31,6 +34,9 @@ class Setting(NamedTuple):
     gathered: int = 60_000_000  # stage3_max_live_parameters and stage3_prefetch_bucket_size together, in elements
     accumulates: bool = False  # several micro batches a step
     reduces_in_float32: bool = False  # gradients of 16 bits, as DeepSpeed does where ranks share rows
+    nvme: bool = False  # what is offloaded goes to files (with offload alone)
+    sub_group: int = 1_000_000_000  # elements of a rank's part of the optimizer that are read and written at a time
+    swap_buffers: int = 5  # each of a rank's part of the largest weight
 
 
 class Sizes(NamedTuple):
@@ -67,11 +73,15 @@ def setting_from_config(config: dict[str, Any], ranks: int, dtype_bytes: int, on
     """What the estimate reads from a DeepSpeed configuration."""
     zero = config["zero_optimization"]
     gathered = zero.get("stage3_max_live_parameters", 1e9) + zero.get("stage3_prefetch_bucket_size", 5e7)
+    device = zero.get("offload_optimizer", {}).get("device", "none")
     return Setting(
-        zero["stage"], ranks, zero.get("offload_optimizer", {}).get("device", "none") != "none", dtype_bytes, on_cpu,
+        zero["stage"], ranks, device != "none", dtype_bytes, on_cpu,
         int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)), bool(zero.get("overlap_comm", False)), int(gathered),
         config.get("gradient_accumulation_steps", 1) > 1,
         config.get("sequence_parallel_size", 1) > 1 and dtype_bytes < FULL,
+        device == "nvme",
+        int(zero.get("sub_group_size", Setting._field_defaults["sub_group"])),
+        zero.get("offload_param", {}).get("buffer_count", Setting._field_defaults["swap_buffers"]),
     )  # fmt: skip
 
 
@@ -148,6 +158,9 @@ def _stage_3(sizes: Sizes, setting: Setting) -> Estimate:
     reduced = size * min(trained, setting.bucket)
     bucket = reduced if setting.on_cpu else size * setting.bucket
     host = weights + master + state + FULL * part + gradients if setting.offload else 0
+    if setting.offload and setting.nvme:
+        host = gradients + _swap_memory(sizes, setting)
+        weights = 0
     if not setting.offload:
         optimizer = master + state
     else:
@@ -161,6 +174,13 @@ def _stage_3(sizes: Sizes, setting: Setting) -> Estimate:
         "step": held + (0 if setting.offload else FULL * part),
     }
     return _result(sizes, weights, gradients, optimizer, bucket + live, moments, host)
+
+
+def _swap_memory(sizes: Sizes, setting: Setting) -> float:
+    """Buffers of DeepSpeed's swapper: four for a part of the optimizer, one for its weights, and those of weights."""
+    group = min(sizes.trainable / setting.ranks, setting.sub_group + sizes.largest / setting.ranks)
+    of_optimizer = 4 * FULL * group + setting.dtype_bytes * group * setting.ranks
+    return of_optimizer + setting.swap_buffers * setting.dtype_bytes * sizes.largest / setting.ranks
 
 
 def _result(

@@ -59,6 +59,8 @@ def initialize_engine(
             state["step"].zero_()
         elif "step" in state:
             state["step"] = 0
+    if engine.zero_quantized_nontrainable_weights():
+        engine.optimizer.quantize_nontrainable_params()  # LoRA froze them after they were loaded
     skip_steps_that_are_not_finite(engine)
     return engine
 

@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from utils.big_models import DEFAULT_SHARD_SIZE, parse_size
 from utils.errors import UserError
 from utils.module.lora import LinearLayer_LoRA
 
-MAX_SHARD_BYTES = 5 * 10**9
 INCOMPLETE = ".incomplete-model"
 
 
@@ -39,6 +39,17 @@ class SavedTensor(NamedTuple):
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The bare model inside a DeepSpeed engine (or anything with `.module`)."""
     return getattr(model, "module", model)
+
+
+def settled(engine: torch.nn.Module) -> torch.nn.Module:
+    """The bare model, with nothing of it under way. Every rank must call it before tensors are gathered.
+
+    After a forward without a backward, as of an evaluation, ZeRO 3 is still fetching what the backward would need,
+    and DeepSpeed refuses to gather a weight it is fetching. Small models never show it: they are whole all the time.
+    """
+    if hasattr(engine, "empty_partition_cache"):
+        engine.empty_partition_cache()
+    return unwrap(engine)
 
 
 def _is_partitioned(tensor: torch.Tensor) -> bool:
@@ -101,9 +112,14 @@ def write_tensors(content: dict[str, torch.Tensor], path: str) -> None:
     os.chmod(path, 0o666 & ~umask)
 
 
-def write_weights(model: torch.nn.Module, folder: str, is_writer: bool, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write `model.safetensors`, or numbered shards with an index, into `folder`. Every rank must call it."""
-    shards = plan_shards(saved_tensors(model), max_shard_bytes)
+def write_weights(
+    model: torch.nn.Module, folder: str, is_writer: bool, max_shard_size: str = DEFAULT_SHARD_SIZE
+) -> None:
+    """Write `model.safetensors`, or numbered shards with an index, into `folder`. Every rank must call it.
+
+    Rank 0 holds one shard and the tensor it gathers; the others, under ZeRO 3, that tensor alone.
+    """
+    shards = plan_shards(saved_tensors(model), parse_size(max_shard_size))
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -111,6 +127,7 @@ def write_weights(model: torch.nn.Module, folder: str, is_writer: bool, max_shar
         index.update(dict.fromkeys(content, name))
         if is_writer:
             write_tensors(content, os.path.join(folder, name))
+        del content  # or it would be there until the next shard is gathered
     if is_writer and len(shards) > 1:
         total = sum(entry.size for shard in shards for entry in shard)
         with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
@@ -122,6 +139,7 @@ def save_model_folder(
     tokenizer: PreTrainedTokenizerBase,
     folder: str,
     describe: Callable[[str], None] | None = None,
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
 ) -> None:
     """Save everything `from_pretrained(folder)` needs; complete or absent. Every rank must call it.
 
@@ -134,7 +152,7 @@ def save_model_folder(
             _save_configs(model, work)
             if describe is not None:
                 describe(work)
-        write_weights(model, work, is_writer)
+        write_weights(model, work, is_writer, max_shard_size)
 
     write_folder(folder, "the model", "config.json", write)
 

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
+from utils.big_models import DEFAULT_SHARD_SIZE
 from utils.console import say
 from utils.errors import UserError
-from utils.saving import save_model_folder, unwrap, write_weights
+from utils.saving import save_model_folder, settled, write_weights
 
 # Spellings of "this parameter is a bias or belongs to a normalisation layer" in the families in use:
 # OPT/GPT-2 `..._layer_norm`, `ln_1`, BLOOM/NeoX `..._layernorm`, Llama/Qwen/Gemma `...norm.weight`, MPT `norm_1`.
@@ -239,7 +240,8 @@ def save_hf_format(
     `describe` adds what else is to be there. Returns the folder, `args.output_dir` / `sub_folder`.
     """
     folder = os.path.join(args.output_dir, sub_folder) if sub_folder else args.output_dir
-    save_model_folder(unwrap(model), tokenizer, folder, describe)
+    shard_size = getattr(args, "max_shard_size", DEFAULT_SHARD_SIZE)  # callers of the original have no such argument
+    save_model_folder(settled(model), tokenizer, folder, describe, shard_size)
     return folder
 
 
@@ -250,4 +252,4 @@ def save_zero_three_model(model_ema: torch.nn.Module, global_rank: int, save_dir
     """
     if global_rank == 0:
         os.makedirs(save_dir, exist_ok=True)
-    write_weights(unwrap(model_ema), save_dir, is_writer=global_rank == 0)
+    write_weights(settled(model_ema), save_dir, is_writer=global_rank == 0)

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
+from utils.big_models import size_swap_buffers
+from utils.ds_utils import world_size
 from utils.errors import UserError
 from utils.utils import print_rank_0
 
@@ -78,10 +80,11 @@ def create_hf_model(
     """
     config = load_model_config(model_name_or_path)
     configure_dropout(config, 0.0 if disable_dropout else dropout)
-    # transformers keeps a weak reference: the object has to live as long as the model is being built.
-    keep_alive = (
-        HfDeepSpeedConfig(ds_config) if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3 else None
-    )
+    keep_alive = None
+    if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3:
+        size_swap_buffers(ds_config, largest_weight(config, len(tokenizer)), world_size())
+        # transformers keeps a weak reference: the object has to live as long as the model is being built.
+        keep_alive = HfDeepSpeedConfig(ds_config)
     dtype = _training_dtype(ds_config)
     try:
         if rlhf_training:
@@ -117,6 +120,19 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return getattr(weight, "ds_shape", weight.shape)[0]
 
 
+def rounded_rows(entries: int) -> int:
+    """Rows an embedding gets that grows to hold so many entries."""
+    return EMBEDDING_MULTIPLE * math.ceil(entries / EMBEDDING_MULTIPLE)
+
+
+def largest_weight(config: PretrainedConfig, entries: int) -> int:
+    """Elements of the model's largest tensor, its embedding grown for a tokenizer of so many entries."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    grown = rounded_rows(entries) * model.get_input_embeddings().weight.shape[1]
+    return max(grown, *(parameter.numel() for parameter in model.parameters()))
+
+
 def grow_embeddings(model: PreTrainedModel, entries: int) -> bool:
     """Give the model at least `entries` embedding rows, rounded up to a multiple of 8; True if it grew."""
     if embedding_rows(model) >= entries:
@@ -125,8 +141,7 @@ def grow_embeddings(model: PreTrainedModel, entries: int) -> bool:
     rng_state = torch.get_rng_state()
     get_accelerator().manual_seed_all(entries)
     torch.manual_seed(entries)
-    rows = EMBEDDING_MULTIPLE * math.ceil(entries / EMBEDDING_MULTIPLE)
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.resize_token_embeddings(rounded_rows(entries), mean_resizing=False)
     torch.set_rng_state(rng_state)
     return True
 
