@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from fork_runs import _context, copy_at_step, finished_run, losses
 from safetensors.torch import load_file
-from test_padding_free import CPU, FAMILIES, LLAMA, VOCABULARY, documents, make, one_by_one
+from test_padding_free import CPU, FAMILIES, LENGTHS, LLAMA, VOCABULARY, documents, make, one_by_one
 from test_training import assert_like_reference
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +24,9 @@ from utils.self_check import choose_layout
 from utils.tiled_mlp import tile_mlps
 
 SHARED = {name: {} for name in FAMILIES if name != "bloom"} | {"multi-query llama": {"num_key_value_heads": 1}}
+
+ENGINES = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (3, "fp32")]
+LABELS = sum(LENGTHS) - len(LENGTHS)
 
 
 def make_tiny_llama(folder: Path) -> Path:
@@ -85,8 +88,26 @@ def without_exchange(module, query, key, value, *args, **kwargs):
     return output[:, : query.shape[2]], weights
 
 
+def engine_norm(rank: int, stage: int, dtype: str, groups: Namespace) -> float:
+    """The gradient norm DeepSpeed clips by, of the mean loss of the four documents."""
+    from utils.ds_utils import get_train_ds_config
+    from utils.optimizer import create_optimizer, initialize_engine
+    from utils.sequence_parallel import averaged_over
+
+    config = {**get_train_ds_config(False, stage, dtype), "train_micro_batch_size_per_gpu": 1}
+    model = make("llama").to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    rates = Namespace(learning_rate=1e-3, lora_learning_rate=1e-3, weight_decay=0.0, offload=False)
+    engine = initialize_engine(model, create_optimizer(model, rates), config, groups)
+    choose_layout(engine.module, "free", VOCABULARY, CPU, (rank, 2))
+    weight = averaged_over(Namespace(sequence_parallel_size=2, zero_stage=stage, dry_run=None)) / LABELS
+    engine.set_gradient_accumulation_boundary(True)
+    engine.backward(summed_loss(engine, collate_slice(documents(), (rank, 2))) * weight)
+    engine.step()
+    return float(engine.get_global_grad_norm())
+
+
 def on_rank(rank: int, port: int, log: str) -> None:
-    """Every family on one of two ranks: logits by the check of the program, gradients here."""
+    """One of two ranks: every family's logits by the check of the program, its gradients here; DeepSpeed's norms."""
     import torch.distributed as dist
 
     from utils.attention import Documents
@@ -98,7 +119,7 @@ def on_rank(rank: int, port: int, log: str) -> None:
 
     os.environ["MASTER_PORT"] = str(port)
     deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60), verbose=False)
-    start_sequence_parallel(Namespace(sequence_parallel_size=2, dry_run=None))
+    groups = start_sequence_parallel(Namespace(sequence_parallel_size=2, dry_run=None))
     done = []
     for name, changes in SHARED.items():
         family = name.split()[-1]
@@ -113,6 +134,7 @@ def on_rank(rank: int, port: int, log: str) -> None:
                 total, gradients[key], rtol=1e-3, atol=1e-4 * gradients[key].abs().max().item() + 1e-7, msg=key
             )
         done.append(name)
+    done.append([engine_norm(rank, stage, dtype, groups) for stage, dtype in ENGINES])
     Documents.exchange = without_exchange
     try:
         choose_layout(make("llama"), "free", VOCABULARY, CPU, (rank, 2))
@@ -135,9 +157,14 @@ def test_two_ranks_give_every_familys_gradients(tmp_path):
     for process in processes:
         process.join(200)
     assert [process.exitcode for process in processes] == [0, 0]
+    _, gradients = one_by_one("llama")
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item() / LABELS
     for log in logs:
-        *families, refusal = json.loads(log.read_text())
+        *families, norms, refusal = json.loads(log.read_text())
         assert families == list(SHARED)
+        # ZeRO 3 averages over all ranks, the others over groups; ranks of a group are no model parallel ones.
+        for got, (_, dtype) in zip(norms, ENGINES, strict=True):
+            assert got == pytest.approx(norm, rel=1e-4 if dtype == "fp32" else 3e-2)
         assert "the parts of a row don't give what the whole row gives" in refusal
 
 
@@ -182,13 +209,6 @@ def test_llama_packed_tiled_zero3_on_two_ranks(llama_setting, plain_llama, tmp_p
     output = finished_run([*llama_setting, *more, "--gradient_checkpointing", "--output_dir", tmp_path], ranks=2)
     assert_same_run(tmp_path, plain_llama)
     assert "Tiled MLP: 2 LlamaMLP in pieces of 64 tokens" in output
-
-
-def test_without_zero_on_two_ranks(llama_setting, plain_llama, tmp_path):
-    """DeepSpeed's own state would count the ranks of a group as model parallel, and gradient norms twice."""
-    more = ["--sequence_parallel_size", "2", "--per_device_train_batch_size", "8", "--output_dir", tmp_path]
-    finished_run([*llama_setting, *more], ranks=2)
-    assert_same_run(tmp_path, plain_llama)
 
 
 # ---------------------------------------------------------------------------------------------- tiled MLPs
