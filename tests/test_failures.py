@@ -38,11 +38,25 @@ def fp16_engine():
 
 def test_overflows_of_fp16_are_counted_and_no_error(fp16_engine, capsys):
     steps = BadSteps(fp16_engine, limit=1)
-    for step in range(1, 18):
+    for step in range(1, 13):
         steps.check(step, 3.5, [1, 2], None)
+        fp16_engine.optimizer.loss_scale /= 2
     printed = capsys.readouterr().out
-    assert steps.overflows == 17
-    assert "Step 17 skipped: gradients overflowed fp16, the loss scale is now 32768 (17 such steps so far)" in printed
+    assert steps.overflows == 12
+    assert "Step 12 skipped: gradients overflowed fp16, the loss scale is now 16 (12 such steps so far)" in printed
+
+
+def test_overflows_at_the_lowest_loss_scale_end_the_run(fp16_engine):
+    """Without ZeRO DeepSpeed keeps the scale at its minimum and would skip every step to the end."""
+    steps = BadSteps(fp16_engine, limit=2)
+    for step in (1, 3):
+        steps.check(step, 3.5, [1, 2], None)
+        steps.good()  # the scale may be the same after a good step
+    assert steps.overflows == 2
+    steps.check(5, 3.5, [1, 2], None)
+    steps.check(6, 3.5, [1, 2], None)
+    with pytest.raises(UserError, match=r"2 steps in a row, the last step 7, .*its gradients are not finite.*use bf16"):
+        steps.check(7, 3.5, [1, 2], None)
 
 
 def test_a_loss_that_is_not_finite_is_one_in_fp16_too(fp16_engine, capsys):
