@@ -30,14 +30,15 @@ from gpu_runs import WRONG, Outcome, environment  # noqa: E402
 
 NO_GPU = 2  # exit status
 MACHINE = """
-import json, os, torch, deepspeed, transformers
+import json, os, torch
+from importlib.metadata import version
 gpu = torch.cuda.is_available()
 print("MACHINE " + json.dumps({
     "device": torch.cuda.get_device_name(0) if gpu else "cpu",
     "memory GB": torch.cuda.get_device_properties(0).total_memory / 1e9 if gpu else None,
     "capability": torch.cuda.get_device_capability(0) if gpu else None, "cores": os.cpu_count(),
-    "torch": torch.__version__, "cuda": torch.version.cuda, "deepspeed": deepspeed.__version__,
-    "transformers": transformers.__version__,
+    "torch": torch.__version__, "cuda": torch.version.cuda, "deepspeed": version("deepspeed"),
+    "transformers": version("transformers"),
 }))
 """
 

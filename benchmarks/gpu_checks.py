@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from gpu_runs import RIGHT, WRONG, Finished, Outcome, memory_figures, run_proces
 
 REFERENCE = "reference: float32 on the CPU"
 # Largest difference of a step's loss from the reference, relative to it, over twenty steps of a small model.
-TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 2e-2}
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 5e-3}
 RESUMED_TOLERANCE = 5e-3  # where a resumed run is not the same bit for bit: flash attention adds in any order
 ESTIMATE_TOLERANCE = 0.15
 LORA = ["--lora_dim", 16, "--lora_module_name", "auto", "--only_optimize_lora", "--gradient_checkpointing"]
@@ -99,10 +100,7 @@ def curve(context: Context, dtype: str, flags: Sequence[Any] = (), optimizer: st
     figures = {
         "largest difference": f"{max(differences):.2e} (at most {TOLERANCE[dtype]:.0e})",
         "loss": falls(done.losses()), "optimizer": done.found("Optimizer: (.*)"), "losses": done.losses(),
-        **memory_figures(done.watched()),
     }  # fmt: skip
-    # A small model is none the estimate is for: the bucket of 500 million elements is nearly all of it.
-    figures.pop("estimate off by", None)
     kernel_missing = not str(figures["optimizer"]).startswith(optimizer)
     words = f"{optimizer} is not what ran" if kernel_missing else ""
     return Outcome(RIGHT if max(differences) < TOLERANCE[dtype] else WRONG, words, figures)
@@ -181,9 +179,10 @@ def resume(context: Context, flags: Sequence[Any] = ()) -> Outcome:
     whole = context.train_small("--dtype", "bf16", *keep, *flags)
     if whole.failure():
         return whole.failure()
-    again = context.train_small(
-        "--dtype", "bf16", *keep, *flags, "--resume_from_checkpoint", folder / "checkpoints" / "step-000007"
-    )
+    for later in (folder / "checkpoints").glob("step-*"):
+        if later.name != "step-000007":
+            shutil.rmtree(later)
+    again = context.train_small("--dtype", "bf16", *keep, *flags, "--resume_from_checkpoint", "latest")
     if again.failure():
         return again.failure()
     expected = whole.losses()[7:]

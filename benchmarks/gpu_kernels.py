@@ -49,7 +49,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 LENGTHS = (13, 130, 1, 64, 77)
 # Largest difference of the logits relative to the largest, of the loss relative to itself, of the gradients' norm.
-LIMITS = {"fp32": (1e-4, 1e-4, 1e-3), "fp16": (1e-2, 2e-3, 2e-2), "bf16": (6e-2, 1e-2, 1e-1)}
+# On a CPU at most 6e-7, 2.5e-3 and 1.5e-2 of the logits; ReLU's kinks make OPT's gradients the furthest off.
+LIMITS = {"fp32": (1e-4, 1e-4, 1e-3), "fp16": (1e-2, 1e-3, 6e-2), "bf16": (6e-2, 5e-3, 1.5e-1)}
 
 
 def make(family: str) -> torch.nn.Module:

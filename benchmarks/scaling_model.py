@@ -64,7 +64,7 @@ class Step(NamedTuple):
 
 def traffic(
     stage: int, parameters: float, trainable: float, element: int = BYTES_16, accumulation: int = 1,
-    as_published: bool = False, hpz: bool = False,
+    as_published: bool = False, hpz: bool = False, live: float = 0.0,
 ) -> Traffic:  # fmt: skip
     """Payloads of one optimizer step.
 
@@ -76,6 +76,8 @@ def traffic(
         accumulation: micro batches a step; stages 2 and 3 reduce in each, and stage 3 gathers in each.
         as_published: the paper's reduce-scatter at stages 1 and 2, not DeepSpeed's all-reduce.
         hpz: stage 3 keeps the backward's gather within a node.
+        live: weights stage 3 leaves gathered after the forward (stage3_max_live_parameters; 3e7 here), so that the
+            backward need not gather them. Nothing beside a model of billions, all of a small one.
     """
     weights, gradients = element * parameters, element * trainable
     if stage == 0:
@@ -85,10 +87,11 @@ def traffic(
         if as_published:
             return Traffic(reduce_scatter=reduced, all_gather=gradients)
         return Traffic(all_reduce=reduced, all_gather=gradients)
-    gathered = weights * accumulation
+    forward, backward = weights * accumulation, element * max(parameters - live, 0) * accumulation
+    reduced = gradients * accumulation
     if hpz:
-        return Traffic(reduce_scatter=gradients * accumulation, all_gather=gathered, gather_in_node=gathered)
-    return Traffic(reduce_scatter=gradients * accumulation, all_gather=2 * gathered)
+        return Traffic(reduce_scatter=reduced, all_gather=forward, gather_in_node=backward)
+    return Traffic(reduce_scatter=reduced, all_gather=forward + backward)
 
 
 def communication_seconds(moved: Traffic, ranks: int, cluster: Cluster) -> float:
