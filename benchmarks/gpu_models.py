@@ -85,7 +85,7 @@ def make_dialogues(folder: Path, count: int, longest: int = LONGEST) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     records = json.loads((ROOT / "data" / "train.json").read_text(encoding="utf-8"))
     text = " ".join(f"{record['prompt']} {record['chosen']}" for record in records)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     random = np.random.default_rng(0)
     mean = np.log(MEAN_TOKENS * longest / LONGEST) - SPREAD**2 / 2
     lengths = np.clip(random.lognormal(mean, SPREAD, count).astype(int), 8, longest - 4)
