@@ -21,7 +21,8 @@ def add_embedding_noise(model: nn.Module, alpha: float | None) -> None:
             return output
         lengths = Documents.lengths or [output.shape[1]]
         lengths = torch.tensor(lengths, dtype=torch.float32)
-        per_token = lengths.repeat_interleave(lengths.long()).to(output.device)[None, :, None]
+        # Not waited for: a plain copy would make the host wait for all of the GPU's work so far.
+        per_token = lengths.repeat_interleave(lengths.long()).to(output.device, non_blocking=True)[None, :, None]
         magnitude = alpha / (per_token * output.shape[-1]).sqrt()
         return output + (torch.rand_like(output, dtype=torch.float32) * 2 - 1).mul_(magnitude).to(output.dtype)
 
