@@ -218,9 +218,7 @@ def speed(context: Context, shape: str, micro: int, flags: Sequence[Any] = (), s
 def memory(context: Context, shape: str, micro: int, flags: Sequence[Any] = ()) -> Outcome:
     """Peak allocated memory of three steps against the estimate: right within 15%."""
     if context.device == "cpu":
-        return Outcome(
-            REFUSED, "a GPU's memory is what the estimate is held against here; benchmarks/memory.py: a CPU's"
-        )
+        return Outcome(REFUSED, "for a GPU's memory; benchmarks/memory.py measures a CPU's")
     outcome = speed(context, shape, micro, flags, steps=3)
     if outcome.verdict != RIGHT:
         return outcome

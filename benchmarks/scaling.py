@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -196,44 +196,66 @@ def measured(setting: dict[str, Any], ranks: int) -> dict[str, Any]:
     return {**results[0], **largest, "communication_seconds": fastest}
 
 
-def agreement(result: dict[str, Any], stage: int, ranks: int, as_published: bool = False) -> float:
+def agreement(result: dict[str, Any], way: "Way", ranks: int) -> float:
     """Measured bytes a rank sends, relative to the formula."""
-    formula = scaling_model.traffic(stage, result["parameters"], result["parameters"], FULL, as_published=as_published)
+    weights = result["parameters"]
+    formula = scaling_model.traffic(way.stage, weights, weights, FULL, **way.formula)
     return sent_bytes(result["bytes"], ranks) / formula.sent(ranks, ranks)
 
 
+class Way(NamedTuple):
+    """A ZeRO setting, what it changes in DeepSpeed's configuration, and in the formula's arguments."""
+
+    name: str
+    stage: int
+    zero: dict[str, Any]
+    formula: dict[str, Any]
+    psi: str  # bytes a rank sends in multiples of the weights', times (N - 1) / N
+
+
+RELEASED = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+
+
+def ways(hidden: int) -> list[Way]:
+    """ZeRO 0 to 3; stage 3 with weights released after use, as in a large model, and all kept, as in a small one."""
+    return [
+        Way("0", 0, {}, {}, "2"),
+        Way("1", 1, {}, {}, "3"),
+        Way("2", 2, {}, {}, "3"),
+        Way("2, reduce", 2, {"use_multi_rank_bucket_allreduce": False}, {"as_published": True}, "2"),
+        Way("3, kept", 3, {}, {"live": 3e7}, "2"),
+        Way("3, released", 3, RELEASED, {"tied": VOCABULARY * hidden}, "3 + 2 x tied"),
+    ]
+
+
 def measure_zero(rounds: int) -> list[dict[str, Any]]:
-    """ZeRO 0 to 3 on one and two ranks, in turns; the fastest round of each counts."""
-    settings = [(ranks, stage, {}) for ranks in (1, 2) for stage in range(4)]
-    settings.append((2, 2, {"use_multi_rank_bucket_allreduce": False}))
-    rows = [measured({**ZERO_MODEL, "stage": s, "zero": z}, r) for _ in range(rounds) for r, s, z in settings]
+    """Every way on one and two ranks, in turns; the fastest round of each counts."""
+    settings = [(ranks, way) for way in ways(ZERO_MODEL["hidden"]) for ranks in (1, 2)]
+    rows = [measured({**ZERO_MODEL, "stage": w.stage, "zero": w.zero}, r) for _ in range(rounds) for r, w in settings]
     found = []
-    print("| ZeRO | ranks | tokens/s | of twice one rank | MB a rank | MB sent a step | of formula | of the paper's |")
+    print("| ZeRO | ranks | tokens/s | of twice one rank | MB a rank | MB sent a step | Psi | measured / formula |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for place, (ranks, stage, zero) in enumerate(settings):
+    for place, (ranks, way) in enumerate(settings):
         best = min(rows[place :: len(settings)], key=lambda row: row["seconds"])
         speed = ranks * best["tokens"] / best["seconds"]
-        found.append({**best, "ranks": ranks, "stage": stage, "zero": zero, "tokens_per_second": speed})
-        alone = next(row for row in found if row["stage"] == stage)
-        scaled = f"{speed / (ranks * alone['tokens_per_second']):.0%}" if ranks > 1 else ""
-        sent = sent_bytes(best["bytes"], ranks) / 1e6
-        share = f"{agreement(best, stage, ranks, bool(zero)):.3f}" if ranks > 1 else ""
-        paper = f"{agreement(best, stage, ranks, True):.3f}" if ranks > 1 else ""
+        found.append({**best, "ranks": ranks, "way": way.name, "tokens_per_second": speed})
+        start = f"| {way.name} | {ranks} | {speed:.0f} |"
+        if ranks == 1:
+            print(f"{start} | {best['memory'] / 1e6:.0f} | | | |", flush=True)
+            continue
+        scaled = speed / (2 * found[-2]["tokens_per_second"])
         print(
-            f"| {stage}{', reduce' if zero else ''} | {ranks} | {speed:.0f} | {scaled} | {best['memory'] / 1e6:.0f} | "
-            f"{sent:.1f} | {share} | {paper} |",
+            f"{start} {scaled:.0%} | {best['memory'] / 1e6:.0f} | {sent_bytes(best['bytes'], 2) / 1e6:.1f} | "
+            f"{way.psi} | {agreement(best, way, 2):.4f} |",
             flush=True,
         )
-    print(
-        "\n| ZeRO, 2 ranks | seconds a step | waited for one by one | of it communication | collectives, MB payload |"
-    )
+    print("\n| ZeRO, 2 ranks | s a step | waited for one by one | of it communication | collectives, MB payload |")
     print("| --- | --- | --- | --- | --- |")
     for row in found:
         if row["ranks"] > 1:
             share = row["communication_seconds"] / row["counted_seconds"]
             parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in row["bytes"].items())
-            name = f"{row['stage']}{', reduce' if row['zero'] else ''}"
-            print(f"| {name} | {row['seconds']:.2f} | {row['counted_seconds']:.2f} | {share:.0%} | {parts} |")
+            print(f"| {row['way']} | {row['seconds']:.2f} | {row['counted_seconds']:.2f} | {share:.0%} | {parts} |")
     return found
 
 

@@ -6,8 +6,9 @@ all-gather Psi each, which for N ranks are times (N - 1) / N. So plain data para
 stage 3 moves 3 Psi. ZeRO++ (Wang et al. 2023, https://arxiv.org/abs/2306.10209) with hpZ keeps a second copy of the
 weights in each node, so that the gather of the backward stays within it.
 
-DeepSpeed 0.19.8 differs from the paper in one point, which `benchmarks/scaling.py` measures: with its default
-use_multi_rank_bucket_allreduce stages 1 and 2 all-reduce gradients (2 Psi) where the paper reduce-scatters (Psi).
+DeepSpeed 0.19.8 differs from the paper in two points, which `benchmarks/scaling.py` measures: with its default
+use_multi_rank_bucket_allreduce stages 1 and 2 all-reduce gradients (2 Psi) where the paper reduce-scatters (Psi); and
+stage 3 gathers an embedding that is the head too for each of its uses.
 """
 
 from typing import NamedTuple
@@ -49,6 +50,7 @@ class Work(NamedTuple):
     tokens: float  # of one rank in one micro batch
     flops_per_token: float
     accumulation: int = 1
+    tied: float = 0.0  # weights of an embedding that is the head too
 
 
 class Step(NamedTuple):
@@ -64,7 +66,7 @@ class Step(NamedTuple):
 
 def traffic(
     stage: int, parameters: float, trainable: float, element: int = BYTES_16, accumulation: int = 1,
-    as_published: bool = False, hpz: bool = False, live: float = 0.0,
+    as_published: bool = False, hpz: bool = False, live: float = 0.0, tied: float = 0.0,
 ) -> Traffic:  # fmt: skip
     """Payloads of one optimizer step.
 
@@ -78,6 +80,8 @@ def traffic(
         hpz: stage 3 keeps the backward's gather within a node.
         live: weights stage 3 leaves gathered after the forward (stage3_max_live_parameters; 3e7 here), so that the
             backward need not gather them. Nothing beside a model of billions, all of a small one.
+        tied: weights of an embedding that is the head too: released after the first use, stage 3 gathers it for the
+            second again, in the forward and in the backward.
     """
     weights, gradients = element * parameters, element * trainable
     if stage == 0:
@@ -87,7 +91,9 @@ def traffic(
         if as_published:
             return Traffic(reduce_scatter=reduced, all_gather=gradients)
         return Traffic(all_reduce=reduced, all_gather=gradients)
-    forward, backward = weights * accumulation, element * max(parameters - live, 0) * accumulation
+    released = 0 if live >= parameters else 1
+    forward = (weights + released * element * tied) * accumulation
+    backward = released * element * (parameters - live + tied) * accumulation
     reduced = gradients * accumulation
     if hpz:
         return Traffic(reduce_scatter=reduced, all_gather=forward, gather_in_node=backward)

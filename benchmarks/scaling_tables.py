@@ -50,10 +50,11 @@ def shape_of(size: str) -> tuple[ModelShape, int]:
 def work_of(size: str, lora: bool, args: Namespace) -> Work:
     """Checkpointing computes the forward twice; LoRA leaves out the gradients of frozen weights (`utils.perf`)."""
     shape, parameters = shape_of(size)
+    tied = shape.vocabulary * shape.hidden
     added = 18 * shape.layers * shape.hidden * args.lora_dim  # four squares, and two matrices of h x 4h
     passes = 3.0 + added / (parameters + added) if lora else 4.0
     total, trainable = (parameters + added, added) if lora else (parameters, parameters)
-    return Work(total, trainable, args.tokens, flops_per_token(shape, args.length, passes), args.accumulation)
+    return Work(total, trainable, args.tokens, flops_per_token(shape, args.length, passes), args.accumulation, tied)
 
 
 def assumptions(args: Namespace) -> str:
@@ -64,7 +65,7 @@ def assumptions(args: Namespace) -> str:
         f"{args.share_of_peak:.0%}; {args.overlap:.0%} of the communication hides behind computing, as far as there is "
         f"any; 16 bits on the wire; {args.tokens} tokens a GPU and micro batch in samples of {args.length}, "
         f"{args.accumulation} micro batch(es) a step; checkpointing; LoRA {args.lora_dim} alone. Bytes are DeepSpeed's "
-        "(gradients all-reduced at stages 1 and 2). States: 16 bytes a trained weight and 2 a frozen one, divided as "
+        "(gradients all-reduced at stages 1 and 2, the tied embedding gathered for each use at stage 3). States: 16 bytes a trained weight and 2 a frozen one, divided as "
         "ZeRO divides them; activations and buffers come on top."
     )
 
@@ -93,7 +94,7 @@ def row(work: Work, ranks: int, way: str, cluster: Cluster) -> str:
     """One setting; efficiency is the share of the step in which the GPU computes."""
     stage, hpz = WAYS[way]
     states = state_bytes(stage, work.parameters, work.trainable, ranks, cluster.node if hpz else 0) / 1e9
-    moved = traffic(stage, work.parameters, work.trainable, BYTES_16, work.accumulation, hpz=hpz)
+    moved = traffic(stage, work.parameters, work.trainable, BYTES_16, work.accumulation, hpz=hpz, tied=work.tied)
     found = step(work, moved, ranks, cluster)
     return (
         f"| {ranks} | {way} | {states:.1f}{' (too much)' if states > MAX_GB else ''} | {found.sent / 1e9:.2f} | "
