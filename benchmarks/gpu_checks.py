@@ -123,7 +123,7 @@ def overflow(context: Context) -> Outcome:
     conditions = {
         "none was skipped": bool(skipped),
         "they are not counted": [count for _, _, count in skipped] == list(range(1, len(skipped) + 1)),
-        "the scale does not halve": bool(in_a_row) and all(ratio == 2 for ratio in in_a_row),
+        "the scale does not halve": bool(in_a_row) and all(abs(ratio - 2) < 1e-3 for ratio in in_a_row),
         "the scale never rose again": any(later >= one for one, later in itertools.pairwise(scales)),
         "the loss did not fall": len(losses) > 40 and losses[-1] < losses[0],
     }  # fmt: skip

@@ -65,8 +65,8 @@ def assumptions(args: Namespace) -> str:
         f"{args.share_of_peak:.0%}; {args.overlap:.0%} of the communication hides behind computing, as far as there is "
         f"any; 16 bits on the wire; {args.tokens} tokens a GPU and micro batch in samples of {args.length}, "
         f"{args.accumulation} micro batch(es) a step; checkpointing; LoRA {args.lora_dim} alone. Bytes are DeepSpeed's "
-        "(gradients all-reduced at stages 1 and 2, the tied embedding gathered for each use at stage 3). States: 16 bytes a trained weight and 2 a frozen one, divided as "
-        "ZeRO divides them; activations and buffers come on top."
+        "(gradients all-reduced at stages 1 and 2, the tied embedding gathered for each use at stage 3). States: 16 "
+        "bytes a trained weight and 2 a frozen one, divided as ZeRO divides them; activations and buffers come on top."
     )
 
 
