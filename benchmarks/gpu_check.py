@@ -43,7 +43,7 @@ print("MACHINE " + json.dumps({
 """
 
 
-def parse_arguments(argv: list[str] | None = None) -> Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny shapes")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="results, written after every check")
@@ -56,7 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
         help="parquet file, or folder of train*.parquet, with prompt and chosen: texts for the speeds; none: made up",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the names of the checks and stop")
-    return parser.parse_args(argv)
+    return parser
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def run_checks(args: Namespace, results: dict[str, Any], folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, 1 when a result is wrong, 2 without a GPU."""
-    args = parse_arguments(argv)
+    args = build_parser().parse_args(argv)
     if args.list:
         print("\n".join(all_checks(args.device)))
         return 0

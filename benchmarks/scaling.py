@@ -276,7 +276,7 @@ def measure_lengths() -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["measure", "model", "work"])
     parser.add_argument("--only", choices=["zero", "length"], help="measure this part alone")
@@ -284,7 +284,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write what was measured as JSON")
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     scaling_tables.add_arguments(parser)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     if args.what == "work":
         work(json.loads(args.setting))
     elif args.what == "model":
