@@ -47,6 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**LLAMA, "sliding_window": 24, "query_pre_attn_scalar": 64},
     "mistral": {**LLAMA, "sliding_window": 24},
 }  # fmt: skip
+NO_ROWS, SOFT_CAPPED = ("bloom",), ("gemma2",)  # falls back to padding; has no varlen kernel
 LENGTHS = (13, 130, 1, 64, 77)
 # Largest difference of the logits relative to the largest, of the loss relative to itself, of the gradients' norm.
 # On a CPU at most 6e-7, 2.5e-3 and 1.5e-2 of the logits; ReLU's kinks make OPT's gradients the furthest off.
@@ -93,6 +94,15 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
+def has_flash(dtype: str, device: torch.device) -> bool:
+    """Whether the varlen kernel is there for this precision on this device, and so has to be used."""
+    return (
+        device.type == "cuda"
+        and dtype != "fp32"
+        and torch.cuda.get_device_capability(device) >= utils.attention.FLASH_CAPABILITY
+    )
+
+
 def count_varlen() -> list[int]:
     """Counts the calls of the varlen kernel from now on; a list of one number."""
     calls, plain = [0], utils.attention._varlen
@@ -118,7 +128,7 @@ def train_once(model: torch.nn.Module, batch: dict[str, Any], device: torch.devi
         loss = summed_loss(model, batch)
         loss.backward()
         torch.cuda.set_sync_debug_mode("default")
-    return loss.item(), sum("synchronizing" in str(warning.message) for warning in noted)
+    return loss.item(), sum("called a synchronizing" in str(warning.message) for warning in noted)
 
 
 def attention(dtype: str, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -149,6 +159,8 @@ def attention(dtype: str, device: torch.device) -> Iterator[dict[str, Any]]:
             "gradients": distance(gradients(model), gradients(reference)),
         }
         right = all(value < limit for value, limit in zip(found.values(), LIMITS[dtype], strict=True))
+        right &= layout == ("longest" if family in NO_ROWS else "free")
+        right &= (calls[0] > 0) == (has_flash(dtype, device) and family not in (*NO_ROWS, *SOFT_CAPPED))
         yield {"case": family, "right": right, **found, "layout": layout, "varlen": calls[0] > 0, "waits": waits}
 
 

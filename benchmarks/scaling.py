@@ -96,9 +96,6 @@ def sent_bytes(moved: dict[str, int], ranks: int) -> float:
     return (ranks - 1) / ranks * sum(passes.get(name, 1) * size for name, size in moved.items())
 
 
-# --------------------------------------------------------------------------------------------- one rank
-
-
 def make_model(setting: dict[str, Any]) -> Any:
     import torch
     from transformers import OPTConfig, OPTForCausalLM
@@ -185,9 +182,6 @@ def work(setting: dict[str, Any]) -> None:
     print("RESULT " + json.dumps({**result, "memory": _status("VmHWM") - start}), flush=True)
 
 
-# --------------------------------------------------------------------------------------------- all of them
-
-
 def measured(setting: dict[str, Any], ranks: int) -> dict[str, Any]:
     """The slowest rank's seconds, the largest memory, rank 0's bytes."""
     results = results_of_ranks([__file__, "work", "--setting", json.dumps(setting)], ranks, SMALL_PAGES)
@@ -251,11 +245,10 @@ def measure_zero(rounds: int) -> list[dict[str, Any]]:
         )
     print("\n| ZeRO, 2 ranks | s a step | waited for one by one | of it communication | collectives, MB payload |")
     print("| --- | --- | --- | --- | --- |")
-    for row in found:
-        if row["ranks"] > 1:
-            share = row["communication_seconds"] / row["counted_seconds"]
-            parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in row["bytes"].items())
-            print(f"| {row['way']} | {row['seconds']:.2f} | {row['counted_seconds']:.2f} | {share:.0%} | {parts} |")
+    for row in (row for row in found if row["ranks"] > 1):
+        share = row["communication_seconds"] / row["counted_seconds"]
+        parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in row["bytes"].items())
+        print(f"| {row['way']} | {row['seconds']:.2f} | {row['counted_seconds']:.2f} | {share:.0%} | {parts} |")
     return found
 
 
