@@ -5,9 +5,11 @@ Each stand-in computes its answer apart from the code under test and refuses wha
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 import utils.attention
 from utils.attention import document_attention, set_documents
+from utils.self_check import choose_layout
 
 LENGTHS = [13, 5, 21, 2]
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
@@ -98,3 +100,31 @@ def test_gpus_without_flash_kernels_go_document_by_document(capability, dtype, u
 
     OnGpu.dtype = dtype
     assert utils.attention._can_use_varlen(OnGpu, OnGpu, 0.0, None) is used
+
+
+@pytest.mark.parametrize(
+    ("error", "falls_back"),
+    [
+        (RuntimeError("FlashAttention is not in this build"), True),
+        (torch.OutOfMemoryError("out of memory"), False),
+    ],
+)
+def test_a_kernel_that_is_not_there_means_padding_and_a_full_gpu_does_not(error, falls_back, monkeypatch, capsys):
+    def fails(*args):
+        raise error
+
+    config = OPTConfig(
+        hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64,
+        max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    model = OPTForCausalLM(config)
+    monkeypatch.setattr(utils.attention, "_can_use_varlen", lambda *_: True)
+    monkeypatch.setattr(utils.attention, "_varlen", fails)
+    if falls_back:
+        assert choose_layout(model, "free", 64, torch.device("cpu")) == "longest"
+        assert "Padding: longest" in (printed := capsys.readouterr().out) and str(error) in printed
+        assert model.config._attn_implementation == "sdpa"
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            choose_layout(model, "free", 64, torch.device("cpu"))
+        set_documents(None)
