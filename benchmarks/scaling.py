@@ -32,12 +32,12 @@ from ranks import results_of_ranks  # noqa: E402
 
 FULL = 4  # bytes of a float32
 COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
-ZERO_MODEL = {"hidden": 512, "layers": 4, "lengths": [64, 128, 192, 256]}
+ZERO_MODEL = {"hidden": 384, "layers": 4, "lengths": [64, 128, 192, 256]}
 LONG_MODEL = {"hidden": 256, "layers": 2}
 LONG_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 TOKENS = 16384  # a step of every length
 VOCABULARY = 8192
-STEPS = 3  # with the collectives counted, and as many timed without
+STEPS = 2  # with the collectives counted, and as many timed without
 
 
 class Collectives:
@@ -163,8 +163,8 @@ def run_steps(setting: dict[str, Any], collectives: Collectives, device: Any) ->
     }  # fmt: skip
 
 
-def work(setting: dict[str, Any]) -> None:
-    """One rank of one setting, in a process of its own: its figures, and its peak memory above the start."""
+def work(settings: list[dict[str, Any]]) -> None:
+    """One rank, in a process of its own: figures of every setting in turn, and the peak memory of the first."""
     import torch
 
     from utils.ds_utils import start_process_group
@@ -178,16 +178,21 @@ def work(setting: dict[str, Any]) -> None:
     create_optimizer(tiny, Namespace(learning_rate=1e-5, lora_learning_rate=1e-5, weight_decay=0.0, offload=False))
     start = _status("VmRSS")
     _reset_peak()
-    result = run_steps(setting, collectives, device)
-    print("RESULT " + json.dumps({**result, "memory": _status("VmHWM") - start}), flush=True)
+    results = [run_steps(settings[0], collectives, device)]
+    results[0]["memory"] = _status("VmHWM") - start
+    results += [run_steps(setting, collectives, device) for setting in settings[1:]]
+    print("RESULT " + json.dumps(results), flush=True)
 
 
-def measured(setting: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """The slowest rank's seconds, the largest memory, rank 0's bytes."""
-    results = results_of_ranks([__file__, "work", "--setting", json.dumps(setting)], ranks, SMALL_PAGES)
-    largest = {key: max(result[key] for result in results) for key in ("seconds", "counted_seconds", "memory")}
-    fastest = min(result["communication_seconds"] for result in results)  # the other one waited for this one
-    return {**results[0], **largest, "communication_seconds": fastest}
+def measured(settings: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
+    """Of every setting the slowest rank's seconds, and rank 0's bytes."""
+    of_ranks = results_of_ranks([__file__, "work", "--setting", json.dumps(settings)], ranks, SMALL_PAGES)
+    merged = []
+    for results in zip(*of_ranks, strict=True):
+        slowest = {key: max(result[key] for result in results) for key in ("seconds", "counted_seconds")}
+        fastest = min(result["communication_seconds"] for result in results)  # the other one waited for this one
+        merged.append({**results[0], **slowest, "communication_seconds": fastest})
+    return merged
 
 
 def agreement(result: dict[str, Any], way: "Way", ranks: int) -> float:
@@ -223,24 +228,21 @@ def ways(hidden: int) -> list[Way]:
 
 
 def measure_zero(rounds: int) -> list[dict[str, Any]]:
-    """Every way on one and two ranks, in turns; the fastest round of each counts."""
-    settings = [(ranks, way) for way in ways(ZERO_MODEL["hidden"]) for ranks in (1, 2)]
-    rows = [measured({**ZERO_MODEL, "stage": w.stage, "zero": w.zero}, r) for _ in range(rounds) for r, w in settings]
+    """Every way in turn, on one rank and on two; the fastest round of each counts. Memory: `memory.py` has it."""
+    tried = ways(ZERO_MODEL["hidden"])
+    settings = [{**ZERO_MODEL, "stage": way.stage, "zero": way.zero} for way in tried] * rounds
+    rows = {ranks: measured(settings, ranks) for ranks in (1, 2)}
     found = []
-    print("| ZeRO | ranks | tokens/s | of twice one rank | MB a rank | MB sent a step | Psi | measured / formula |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for place, (ranks, way) in enumerate(settings):
-        best = min(rows[place :: len(settings)], key=lambda row: row["seconds"])
-        speed = ranks * best["tokens"] / best["seconds"]
-        found.append({**best, "ranks": ranks, "way": way.name, "tokens_per_second": speed})
-        start = f"| {way.name} | {ranks} | {speed:.0f} |"
-        if ranks == 1:
-            print(f"{start} | {best['memory'] / 1e6:.0f} | | | |", flush=True)
-            continue
-        scaled = speed / (2 * found[-2]["tokens_per_second"])
+    print("| ZeRO | tokens/s, 1 rank | 2 ranks | of twice one | MB sent a step | Psi | measured / formula |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for place, way in enumerate(tried):
+        best = {r: min(rows[r][place :: len(tried)], key=lambda row: row["seconds"]) for r in rows}
+        speeds = {ranks: ranks * row["tokens"] / row["seconds"] for ranks, row in best.items()}
+        for ranks, row in best.items():
+            found.append({**row, "ranks": ranks, "way": way.name, "tokens_per_second": speeds[ranks]})
         print(
-            f"{start} {scaled:.0%} | {best['memory'] / 1e6:.0f} | {sent_bytes(best['bytes'], 2) / 1e6:.1f} | "
-            f"{way.psi} | {agreement(best, way, 2):.4f} |",
+            f"| {way.name} | {speeds[1]:.0f} | {speeds[2]:.0f} | {speeds[2] / (2 * speeds[1]):.0%} | "
+            f"{sent_bytes(best[2]['bytes'], 2) / 1e6:.1f} | {way.psi} | {agreement(best[2], way, 2):.4f} |",
             flush=True,
         )
     print("\n| ZeRO, 2 ranks | s a step | waited for one by one | of it communication | collectives, MB payload |")
@@ -258,7 +260,7 @@ def measure_lengths() -> list[dict[str, Any]]:
     print("\n| tokens a sample | tokens/s | x 512 | MB | seconds a step |\n| --- | --- | --- | --- | --- |")
     for length in LONG_LENGTHS:
         setting = {**LONG_MODEL, "lengths": [length] * (TOKENS // length), "stage": 0, "steps": 1}
-        row = measured(setting, 1)
+        [row] = measured([setting], 1)
         found.append({**row, "length": length, "tokens_per_second": row["tokens"] / row["seconds"]})
         ratio = found[-1]["tokens_per_second"] / found[0]["tokens_per_second"]
         print(
