@@ -11,8 +11,6 @@ its peak resident memory grows by from there is compared with the estimate. Free
 import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -20,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from ranks import results_of_ranks  # noqa: E402
 
 STEPS = 3  # the last is measured
 VOCABULARY = 50272
@@ -161,25 +161,7 @@ def train(name: str) -> None:
 
 def measured(name: str) -> dict[str, int]:
     """Peaks of the rank that takes most."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = run_arguments(name).ranks
-    common = {**os.environ, **SMALL_PAGES, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    common |= {"LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--child", name], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    results = []
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        if "RESULT " not in out:
-            raise RuntimeError(f"{name}: {out[-2000:]}{err[-2000:]}")
-        results.append(json.loads(out.split("RESULT ")[1].splitlines()[0]))
+    results = results_of_ranks([__file__, "--child", name], run_arguments(name).ranks, SMALL_PAGES)
     return {key: max(result[key] for result in results) for key in results[0]}
 
 

@@ -89,6 +89,9 @@ def check(command: str) -> None:
         from utils.memory import build_parser as memory_parser
 
         memory_parser().parse_args(words[3:])
+    elif words[1].startswith("benchmarks/"):
+        sys.path.append(str(ROOT / "benchmarks"))
+        load(words[1]).build_parser().parse_args(words[2:])
     elif words[1] == "prompt_eval.py":
         from utils.eval_args import parse_args
 

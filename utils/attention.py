@@ -5,6 +5,7 @@
 layout stays until the next one is set, so that gradient checkpointing's second forward sees the same.
 """
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable
@@ -21,6 +22,7 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a torch built without it
     varlen_attn = None
+FLASH_CAPABILITY = (8, 0)  # Ampere: the flash kernels behind it raise an error on older GPUs
 
 
 class Documents:
@@ -133,10 +135,11 @@ def _one_document_softcapped(
 
 
 def _can_use_varlen(query: torch.Tensor, value: torch.Tensor, dropout: float, softcap: float | None) -> bool:
-    """torch's own flash kernel: CUDA, 16 bits, no dropout or soft-cap, head sizes it has kernels for."""
+    """torch's own flash kernel: CUDA from Ampere on, 16 bits, no dropout or soft-cap, head sizes it has kernels for."""
     return (
         varlen_attn is not None
         and query.device.type == "cuda"
+        and torch.cuda.get_device_capability(query.device) >= FLASH_CAPABILITY
         and query.dtype in (torch.float16, torch.bfloat16)
         and dropout == 0
         and softcap is None
@@ -150,18 +153,29 @@ def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None, longest: int
 ) -> torch.Tensor:
     """[1, length, heads, head size] through torch's varlen kernel."""
-    # torch 2.11 takes neither scale nor fewer key heads: both are settled beforehand.
-    query = query * (scaling * query.shape[-1] ** 0.5)
+    takes = _varlen_arguments()
+    options: dict[str, Any] = {"window_size": ((window or 0) - 1, 0)} if "window_size" in takes else {"is_causal": True}
+    if window is not None and "window_size" not in takes and longest > window:
+        raise NotImplementedError("this torch's varlen attention has no sliding window")
+    # What the kernel doesn't take is settled beforehand, which costs a rounding or memory.
+    if "scale" in takes:
+        options["scale"] = scaling
+    else:
+        query = query * (scaling * query.shape[-1] ** 0.5)
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    if groups > 1 and "enable_gqa" in takes:
+        options["enable_gqa"] = True
+    elif groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    parameters = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": ((window or 0) - 1, 0)} if "window_size" in parameters else {"is_causal": True}
-    if window is not None and "window_size" not in parameters and longest > window:
-        raise NotImplementedError("this torch's varlen attention has no sliding window")
     cumulative = Documents.cumulative
-    return varlen_attn(query, key, value, cumulative, cumulative, longest, longest, **causal)[None]
+    return varlen_attn(query, key, value, cumulative, cumulative, longest, longest, **options)[None]
+
+
+@functools.cache
+def _varlen_arguments() -> frozenset[str]:
+    """Names this torch's varlen_attn takes: scale and window_size came with 2.11, enable_gqa with 2.12."""
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def row_attention(

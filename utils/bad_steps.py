@@ -33,12 +33,16 @@ def skip_steps_that_are_not_finite(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 class BadSteps:
-    """Counts skipped steps; fp16's overflows, where the loss itself is finite, are the loss scale finding its place."""
+    """Counts skipped steps.
+
+    fp16's overflows, where the loss itself is finite, are the loss scale finding its place as long as it falls.
+    """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, limit: int) -> None:
         self.engine, self.limit = engine, limit
         self.in_a_row = 0
         self.overflows = 0
+        self.overflowed_at: float | None = None  # the loss scale after the skipped step just before
 
     def check(self, step: int, loss: float, samples: list[int], last_checkpoint: str | None) -> None:
         """Say what is wrong with a step that was skipped. Every rank must call it for the same step.
@@ -50,7 +54,7 @@ class BadSteps:
         Raises:
             UserError: it is one of `limit` in a row.
         """
-        if self.engine.fp16_enabled() and math.isfinite(loss):
+        if self.engine.fp16_enabled() and math.isfinite(loss) and self._scale_falls():
             self.overflows += 1
             print_rank_0(
                 f"Step {step} skipped: gradients overflowed fp16, the loss scale is now "
@@ -72,6 +76,15 @@ class BadSteps:
                 "at the samples named above; --max_bad_steps allows more."
             )
 
+    def _scale_falls(self) -> bool:
+        """Whether the loss scale is lower than after the skipped step just before; True where there was none.
+
+        At its minimum ZeRO ends the run, but without ZeRO DeepSpeed goes on skipping every step.
+        """
+        before, self.overflowed_at = self.overflowed_at, self.engine.optimizer.loss_scale
+        return before is None or self.overflowed_at < before
+
     def good(self) -> None:
         """A step was taken."""
         self.in_a_row = 0
+        self.overflowed_at = None

@@ -24,6 +24,7 @@ class StopRequest:
     def __init__(self, timeout_seconds: int) -> None:
         self.received: str | None = None  # the signal this rank got
         self._interrupts = 0
+        self._process = os.getpid()
         self._over = False
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         # The flag travels over the hosts: on the device, reading it would make every step wait for the GPU.
@@ -33,6 +34,8 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # Ctrl-C reaches the reader of data too, which was forked from the run and ends with it
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -23,7 +23,8 @@ def add_embedding_noise(model: nn.Module, alpha: float | None) -> None:
         lengths = torch.tensor(lengths, dtype=torch.float32)
         start = Documents.part[0] * output.shape[1]  # a rank may have only a part of the row
         per_token = lengths.repeat_interleave(lengths.long())[start : start + output.shape[1]]
-        per_token = per_token.to(output.device)[None, :, None]
+        # Not waited for: a plain copy would make the host wait for all of the GPU's work so far.
+        per_token = per_token.to(output.device, non_blocking=True)[None, :, None]
         magnitude = alpha / (per_token * output.shape[-1]).sqrt()
         return output + (torch.rand_like(output, dtype=torch.float32) * 2 - 1).mul_(magnitude).to(output.dtype)
 
