@@ -125,7 +125,7 @@ def measure(model: Path, output: Path, ranks: int, arguments: list[str]) -> tupl
     return sampler, time.time() - began
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--layers", type=int, default=18)
@@ -134,9 +134,13 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where the model and what is saved go, and stay; a temporary folder"
     )
+    return parser
+
+
+def main() -> None:
     argv = sys.argv[1:]
     cut = argv.index("--") if "--" in argv else len(argv)
-    args, more = parser.parse_args(argv[:cut]), argv[cut + 1 :]
+    args, more = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
     more = more or ["--lora_dim", "8", "--lora_module_name", "auto", "--only_optimize_lora"]
     folder = args.folder or Path(tempfile.mkdtemp(prefix="big_model_"))
     model = folder / f"llama-{args.layers}-{args.hidden}-{args.shard}"

@@ -54,7 +54,7 @@ def end_run(err: Exception, rank: int) -> None:
     _publish(f"rank {rank} failed first: {words}")
     if known is not None:
         if rank > 0:
-            time.sleep(5)  # most mistakes are everyone's: rank 0 speaks first, and one message is enough
+            time.sleep(10)  # most mistakes are everyone's: rank 0 speaks first, and one message is enough
         print(f"{prefix}error: {known}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
     traceback.print_exception(err)
