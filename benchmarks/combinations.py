@@ -137,6 +137,7 @@ def make_place(folder: Path) -> dict[str, Path]:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     place = {"folder": folder, "opt": folder / "opt", "llama": folder / "llama"}
+    place["data"] = folder / "data" / "local" / "jsonfile"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "nvme").mkdir(exist_ok=True)
     (folder / "no_overlap.json").write_text('{"zero_optimization": {"overlap_comm": false}}')
@@ -146,7 +147,7 @@ def make_place(folder: Path) -> dict[str, Path]:
         shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
         LlamaForCausalLM(LlamaConfig(vocab_size=2048, num_key_value_heads=2, **shape)).save_pretrained(place["llama"])
         tokenizer.save_pretrained(place["llama"])
-    place["data"] = make_json_data(folder / "data")
+        make_json_data(folder / "data")
     return place
 
 
