@@ -243,7 +243,7 @@ def test_multi_node_needs_its_host_file(run):
 
 
 def test_slurm_job_is_run_66b_that_goes_on(run):
-    """The same arguments as the script for a host file, checkpoints beside them; ZeRO stage and folder last."""
+    """The same arguments as with a host file, and checkpoints."""
     assert run(SLURM.with_name("run_66b.sh"), "out").returncode == 0
     [plain] = run.calls()
     assert run(SLURM, "out").returncode == 0
@@ -252,14 +252,18 @@ def test_slurm_job_is_run_66b_that_goes_on(run):
     assert job.arguments == plain.arguments + own
 
 
-@pytest.mark.parametrize("status", [75, 3])
-def test_slurm_job_goes_back_into_the_queue_when_it_was_interrupted(run, status):
+@pytest.mark.parametrize(("status", "state"), [(75, "RUNNING"), (75, "CANCELLED"), (3, "RUNNING")])
+def test_slurm_job_goes_back_into_the_queue_when_it_was_interrupted(run, status, state):
+    squeue = run.folder / "bin" / "squeue"
+    squeue.write_text(f'#!/bin/sh\n[ "$*" = "--noheader --jobs 17 --format %T" ] && echo {state}\n')
+    squeue.chmod(0o755)
+    expected = status == 75 and state == "RUNNING"
     done = run(SLURM, "out", "--print_loss", STATUS=str(status), FAIL_WITH="--print_loss", SLURM_JOB_ID="17")
     assert done.returncode == status
     notes = [json.loads(line) for line in run.notes.read_text().splitlines()]
     requeued = [note["argv"] for note in notes if note["program"] == "scontrol"]
-    assert requeued == ([["requeue", "17"]] if status == 75 else [])
-    assert ("back into the queue" in (run.folder / "out" / "training.log").read_text()) == (status == 75)
+    assert requeued == ([["requeue", "17"]] if expected else [])
+    assert ("back into the queue" in (run.folder / "out" / "training.log").read_text()) == expected
 
 
 def test_slurm_copies_the_script(run):

@@ -6,6 +6,7 @@
 # With --dry_run 64x80 the plan for 64 GPUs of 80 GB is made on this machine alone, without a host file; a folder with
 # config.json and tokenizer is model enough for it.
 # --lora_learning_rate is for the LoRA weights, --learning_rate for embeddings, norms and biases.
+# run_66b_slurm.sh runs it within a Slurm job, with LAUNCHER=srun in place of the host file.
 #
 # usage: [HOSTFILE=/job/hostfile] bash training_scripts/multi_node/run_66b.sh \
 #        [OUTPUT] [ZERO_STAGE] [further main.py arguments]
@@ -17,6 +18,10 @@ HOSTFILE=${HOSTFILE:-/job/hostfile}
 START=(deepspeed --hostfile "$HOSTFILE")
 if [[ " $* " == *" --dry_run"* ]]; then
     START=(python)
+elif [[ ${LAUNCHER:-} == srun ]]; then
+    # When one rank has ended the others have a minute to end by themselves, and none hangs for ever. (Killed at once
+    # they could not end with their own status.)
+    START=(srun --kill-on-bad-exit=0 --wait=60 python)
 elif [[ ! -f $HOSTFILE ]]; then
     echo "no host file at $HOSTFILE: set HOSTFILE to a file with a line \"name slots=GPUs\" per machine" >&2
     exit 2
