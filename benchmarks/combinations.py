@@ -12,6 +12,7 @@ status 2 and a message; everything else is wrong. What was run is kept in FOLDER
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -185,8 +186,9 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
 
 
 def reason(said: str) -> str:
-    """The words a run was refused with, on one line."""
-    return " ".join(said.split("error: ", 1)[-1].split("\n[rank", 1)[0].split())
+    """The words a run was refused with, on one line; the stage it had is in the table."""
+    words = " ".join(said.split("error: ", 1)[-1].split("\n[rank", 1)[0].split())
+    return re.sub(r"(--zero_stage \d), not \d", r"\1", words)
 
 
 def main() -> None:
