@@ -127,9 +127,6 @@ def scale_settings(args: Namespace) -> dict[str, Any]:
         settings["offload_param"] = {**folder, "buffer_count": SWAP_BUFFERS, "max_in_cpu": 0}
         settings["offload_optimizer"] = {**folder, "buffer_count": 4}
         settings["sub_group_size"] = SUB_GROUP
-        # torch's own linear keeps a view of the weight for the backward: on one CPU rank that is a view of a buffer,
-        # which by then holds another weight. DeepSpeed's keeps the weight, which is fetched anew.
-        settings["memory_efficient_linear"] = True
     return settings
 
 

@@ -59,7 +59,9 @@ def get_train_ds_config(
             "stage3_param_persistence_threshold": 1e4,
             "stage3_max_live_parameters": 3e7,
             "stage3_prefetch_bucket_size": 3e7,
-            "memory_efficient_linear": False,
+            # torch's own linear keeps a view of the weight for the backward, and with it every weight that ZeRO 3
+            # gathers; DeepSpeed's keeps the weight itself, which is fetched anew.
+            "memory_efficient_linear": True,
         },
         "gradient_clipping": 1.0,
         "prescale_gradients": False,
