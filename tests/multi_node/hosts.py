@@ -3,10 +3,14 @@
 import os
 import shutil
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 NAMES = ("sfthost1", "sfthost2")
 ADDRESSES = ("10.177.0.1", "10.177.0.2")
@@ -81,7 +85,12 @@ class Hosts:
 
 @contextmanager
 def two_hosts(folder: Path):
-    """Bring both up, with everything they need in `folder`, and take them down."""
+    """Bring both up, with everything they need in `folder`, and take them down; one pair at a time on a machine."""
+    with FileLock(Path(tempfile.gettempdir()) / "sft_two_hosts.lock"):
+        yield from _two_hosts(folder)
+
+
+def _two_hosts(folder: Path) -> Iterator[Hosts]:
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"], check=True)
     (folder / "ssh_config").write_text(SSH.format(folder=folder))
