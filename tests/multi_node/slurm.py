@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,8 +48,12 @@ def missing() -> str | None:
 @contextmanager
 def slurm(hosts: Hosts) -> Iterator[Path]:
     """Both nodes idle; yields the configuration, for SLURM_CONF."""
-    folder = hosts.folder / "slurm"
-    folder.mkdir()
+    # Not below pytest's folder: names of Slurm's sockets have room for 108 characters.
+    with tempfile.TemporaryDirectory(prefix="slurm") as folder:
+        yield from _slurm(hosts, Path(folder))
+
+
+def _slurm(hosts: Hosts, folder: Path) -> Iterator[Path]:
     for name in NAMES:
         (folder / f"spool-{name}").mkdir()
     conf = folder / "slurm.conf"
