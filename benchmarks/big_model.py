@@ -10,9 +10,7 @@ memory is given back at once (MALLOC_MMAP_THRESHOLD_), so that peaks are of live
 
 import argparse
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +19,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from ranks import environments_of_ranks  # noqa: E402
+
 VOCABULARY = 8192
 SMALL_PAGES = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1"}
 # What rank 0 prints when a phase begins.
@@ -33,7 +35,6 @@ SHOWN = ("loading", "preparing", "training", "saving", "verifying")
 
 def make_model(folder: Path, layers: int, hidden: int, shard: str) -> int:
     """Write a random Llama with the demo's tokenizer; returns its bytes."""
-    sys.path.insert(0, str(ROOT))
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -92,9 +93,6 @@ class Sampler(threading.Thread):
 
 def measure(model: Path, output: Path, ranks: int, arguments: list[str]) -> tuple[Sampler, float]:
     """Run main.py on so many ranks; the sampler with its peaks and the seconds taken."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
         sys.executable, str(ROOT / "main.py"), "--model_name_or_path", str(model), "--data_path",
         str(make_data(model.parent)), "--data_output_path", str(output.parent / "cache"), "--data_split", "10,0,0",
@@ -102,18 +100,12 @@ def measure(model: Path, output: Path, ranks: int, arguments: list[str]) -> tupl
         "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "8", "--output_dir", str(output),
         *arguments,
     ]  # fmt: skip
-    common = {**os.environ, **SMALL_PAGES, "PYTHONUNBUFFERED": "1", "WORLD_SIZE": str(ranks), "HF_HUB_OFFLINE": "1"}
-    common |= {"LOCAL_WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(port)}
+    environment = {**SMALL_PAGES, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     began, processes = time.time(), []
     log = (output.parent / "other_ranks.log").open("w")
-    for rank in range(ranks):
-        processes.append(
-            subprocess.Popen(
-                command, text=True, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE if rank == 0 else log, stderr=subprocess.STDOUT,
-            )
-        )  # fmt: skip
+    for rank, own in enumerate(environments_of_ranks(ranks, environment)):
+        output_of_rank = subprocess.PIPE if rank == 0 else log
+        processes.append(subprocess.Popen(command, text=True, env=own, stdout=output_of_rank, stderr=subprocess.STDOUT))
     sampler = Sampler([process.pid for process in processes], output)
     sampler.start()
     said = []

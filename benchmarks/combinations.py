@@ -27,7 +27,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 STAGES, KINDS, RANKS = (0, 1, 2, 3), ("full", "LoRA"), (1, 2)
 GLOBAL_BATCH = 8
-EXIT_INTERRUPTED = 75
 LORA = ["--lora_dim", "4", "--lora_module_name", "auto", "--only_optimize_lora", "--lora_learning_rate", "1e-3"]
 # Flags that change no mathematics are held against the plain run, the others against themselves.
 SAME: dict[str, list[str]] = {
@@ -92,6 +91,8 @@ def figures(output: Path) -> tuple[dict[int, float], list[float]]:
 def run_cell(flag: str, stage: int, kind: str, ranks: int, place: dict[str, Path]) -> dict[str, Any]:
     """Run one cell; what came of it."""
     from fork_runs import start_run
+
+    from utils.interrupt import EXIT_INTERRUPTED
 
     output = place["folder"] / "output"
     shutil.rmtree(output, ignore_errors=True)

@@ -5,7 +5,6 @@ parts of weights, float32 masters, moments and gradients in files, one folder a 
 into buffers of a fixed size. What is below a megabyte a rank stays in memory.
 """
 
-import atexit
 import os
 import re
 import shutil
@@ -130,11 +129,15 @@ def scale_settings(args: Namespace) -> dict[str, Any]:
     return settings
 
 
+def needs_swap_buffers(ds_config: dict[str, Any]) -> bool:
+    """Whether weights go to files through buffers whose size is still to be said."""
+    block = ds_config["zero_optimization"].get("offload_param", {})
+    return block.get("device") == "nvme" and "buffer_size" not in block
+
+
 def size_swap_buffers(ds_config: dict[str, Any], largest: int, ranks: int) -> None:
     """Have buffers in `ds_config` that hold a rank's part of the model's largest weight (`largest` elements)."""
-    block = ds_config["zero_optimization"].get("offload_param", {})
-    if block.get("device") == "nvme" and "buffer_size" not in block:
-        block["buffer_size"] = -(-largest // ranks) + ranks
+    ds_config["zero_optimization"]["offload_param"]["buffer_size"] = -(-largest // ranks) + ranks
 
 
 # ------------------------------------------------------------------------------------------ swap files
@@ -145,8 +148,11 @@ def _swap_folder(args: Namespace) -> str:
     return open_swap_folder(args.nvme_path) if parse_gpus(args.dry_run) is None else args.nvme_path
 
 
+_held: dict[str, FileLock] = {}  # this process's folders, each with its lock
+
+
 def open_swap_folder(root: str) -> str:
-    """A folder for this process's swap files below `root`; it goes when the process ends.
+    """A folder for this process's swap files below `root`; `remove_swap_folders` ends it.
 
     Left-overs of processes that were killed are removed: a folder is in use as long as its lock is held.
     """
@@ -166,10 +172,6 @@ def open_swap_folder(root: str) -> str:
     return folder
 
 
-_held: dict[str, FileLock] = {}
-
-
-@atexit.register
 def remove_swap_folders() -> None:
     """Remove this process's swap files."""
     for folder, lock in _held.items():

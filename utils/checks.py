@@ -20,9 +20,10 @@ from utils.data.own_formats import OwnOptions
 from utils.data.raw_datasets import known_name
 from utils.data.sources import parse_columns, parse_source
 from utils.data.splits import parse_data_split, split_boundaries
-from utils.ds_utils import check_local_rank, launched_ranks, read_deepspeed_config
+from utils.ds_utils import check_local_rank, read_deepspeed_config
 from utils.errors import UserError, join_problems
 from utils.hardware import parse_gpus
+from utils.launchers import launched_ranks
 from utils.model.model_utils import load_model_config, max_positions
 from utils.module.lora import check_lora_module_name
 from utils.precision import resolve_dtype

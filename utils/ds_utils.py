@@ -186,11 +186,6 @@ def _unlink_shared_buffer() -> None:
         os.unlink(f"/dev/shm/deepspeed_allreduce_buffer_{place}")
 
 
-def launched_ranks() -> int:
-    """Number of ranks over all nodes as the launcher says it, before the process group stands."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-
-
 def world_size() -> int:
     """Number of ranks over all nodes."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -46,6 +46,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def launched_ranks() -> int:
+    """Number of ranks over all nodes as the launcher says it, before the process group stands."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
 def _adopt_slurm(environment: MutableMapping[str, str]) -> None:
     per_node = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     environment["RANK"] = environment["SLURM_PROCID"]

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
-from utils.big_models import size_swap_buffers
+from utils.big_models import needs_swap_buffers, size_swap_buffers
 from utils.ds_utils import world_size
 from utils.errors import UserError
 from utils.utils import print_rank_0
@@ -82,7 +82,8 @@ def create_hf_model(
     configure_dropout(config, 0.0 if disable_dropout else dropout)
     keep_alive = None
     if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3:
-        size_swap_buffers(ds_config, largest_weight(config, len(tokenizer)), world_size())
+        if needs_swap_buffers(ds_config):
+            size_swap_buffers(ds_config, largest_weight(config, len(tokenizer)), world_size())
         # transformers keeps a weak reference: the object has to live as long as the model is being built.
         keep_alive = HfDeepSpeedConfig(ds_config)
     dtype = _training_dtype(ds_config)
