@@ -39,6 +39,7 @@ from utils.data.batches import collate_for, eval_batches, train_batches
 from utils.data.data_utils import PromptDataset, create_prompt_dataset
 from utils.data.sampler import micro_batches_per_epoch, remaining_units, step_members
 from utils.data.sources import parse_columns
+from utils.data.stream import create_prompt_stream
 from utils.dry_run import dry_run
 from utils.ds_utils import build_ds_config, local_rank_of, start_process_group
 from utils.evaluation import evaluate
@@ -59,7 +60,7 @@ from utils.module.lora import (
 )
 from utils.neftune import add_embedding_noise
 from utils.optimizer import create_optimizer, initialize_engine
-from utils.plan import data_ranks, planned_ranks, print_plan, units_of_epoch
+from utils.plan import data_ranks, micro_batches_of_epoch, planned_ranks, print_plan, units_in_use, window_size
 from utils.progress import Progress
 from utils.resume import arguments_record, describe_position, follow_schedule, restore, run_record
 from utils.run_file import recorded_run
@@ -86,12 +87,7 @@ def main(args: Namespace) -> None:
 
     tokenizer = create_tokenizer(args)
     model = None if args.dry_run else create_model(args, tokenizer, ds_config)
-    train_data, eval_data = create_prompt_dataset(
-        args.local_rank, args.data_path, args.data_split, args.data_output_path, SFT_PHASE, args.seed, tokenizer,
-        args.max_seq_len, end_of_conversation_token(args, tokenizer), args.sft_only_data_path,
-        num_proc=args.preprocessing_num_workers, completion_only=args.completion_only_loss,
-        columns=parse_columns(args.columns), chat_template=args.chat_template,
-    )  # fmt: skip
+    train_data, eval_data = create_data(args, tokenizer, ahead=device.type != "cpu")
     if args.dry_run:
         dry_run(args, ds_config, tokenizer, train_data, eval_data, device, create_model, groups)
         return
@@ -129,6 +125,24 @@ def create_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
         f"{end_of_conversation_token(args, tokenizer)!r}; padding is {tokenizer.pad_token!r}"
     )
     return tokenizer
+
+
+def create_data(
+    args: Namespace, tokenizer: PreTrainedTokenizerBase, ahead: bool
+) -> tuple[PromptDataset, PromptDataset]:
+    """Training and evaluation data: prepared whole and cached, or with `--streaming` read window by window."""
+    end_token, columns = end_of_conversation_token(args, tokenizer), parse_columns(args.columns)
+    if args.streaming:
+        return create_prompt_stream(
+            args.local_rank, [*args.data_path, *args.sft_only_data_path], args.data_output_path, args.seed, tokenizer,
+            args.max_seq_len, end_token, window_size(args), args.completion_only_loss, columns, args.chat_template,
+            ahead,
+        )  # fmt: skip
+    return create_prompt_dataset(
+        args.local_rank, args.data_path, args.data_split, args.data_output_path, SFT_PHASE, args.seed, tokenizer,
+        args.max_seq_len, end_token, args.sft_only_data_path, num_proc=args.preprocessing_num_workers,
+        completion_only=args.completion_only_loss, columns=columns, chat_template=args.chat_template,
+    )  # fmt: skip
 
 
 def create_model(
@@ -188,15 +202,15 @@ def train(
         print_rank_0("ppl: {}, loss: {}".format(*result) if len(eval_data) else "no evaluation data: no perplexity")
         progress.record(epoch=state.epochs_begun, step=state.step, eval_loss=result[1], perplexity=result[0])
         keeper.evaluated(result[1], len(eval_data))
+        progress.restart_clock()
 
     print_rank_0("***** Running training *****")
     if state.evaluation_due:
         perplexity()
     while not plan.is_done(state) and not keeper.has_lost_patience():
-        epoch = state.epoch
-        units = units_of_epoch(args, train_data, epoch)
+        units = units_in_use(args, train_data, state)
         rest = remaining_units(units, state.units_done)
-        progress.start_epoch(epoch, micro_batches_per_epoch(len(units.tokens), micro, accumulation, ranks))
+        progress.start_epoch(state.epoch, micro_batches_of_epoch(args, plan, units))
         engine.train()
         batches = train_batches(
             train_data, rest, collate, micro, accumulation, ranks, rank, on_cpu, averaged_over(args)
@@ -214,7 +228,7 @@ def train(
             else:
                 samples = step_members(units, state.units_done, batch.step.units)
                 bad_steps.check(progress.step, progress.losses.of_last_step(), samples, keeper.last_checkpoint)
-            state.advance(batch.step.units, plan.units)
+            state.advance(batch.step.units, len(units.tokens), train_data.after)
             state.evaluation_due = is_evaluation_due(state, plan, args.eval_steps)
             if stop.agreed():
                 keeper.interrupt(stop.received)

@@ -1,4 +1,4 @@
-"""Data preparation: samples/s and peak memory of the cache builder against one-by-one tokenising with padding.
+"""Data preparation: samples/s and peak memory of the cache builder and of a stream against tokenising one by one.
 
     python benchmarks/data_prep.py --tokenizer FOLDER --source .../Dahoas/rm-static/.../train.parquet
 
@@ -72,13 +72,30 @@ def cached(tokenizer_folder: str, folder: Path) -> int:
     return len(train)
 
 
+def streamed(tokenizer_folder: str, folder: Path) -> int:
+    """One pass in windows of the default size, as a rank of `--streaming` reads them; nothing is written."""
+    from utils.data.stream import create_prompt_stream
+    from utils.utils import load_hf_tokenizer
+
+    tokenizer = load_hf_tokenizer(tokenizer_folder)
+    stream, _ = create_prompt_stream(
+        1, [str(folder / "local" / "jsonfile")], str(folder / "unused"), 1234, tokenizer, 512, tokenizer.eos_token,
+        10_000,
+    )  # fmt: skip
+    count = len(stream)
+    while stream.after["sources"][0]["number"] == 0 and len(stream) == 10_000:
+        stream.follow(stream.after)
+        count += len(stream) if stream.position["sources"][0]["number"] == 0 else 0
+    return count
+
+
 def work(args: Namespace) -> None:
     """One measurement: imports do not count, worker processes' memory does."""
     import utils.data.data_utils  # noqa: F401
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    way = {"one_by_one": one_by_one, "cached": cached}[args.worker[0]]
+    way = {"one_by_one": one_by_one, "cached": cached, "streamed": streamed}[args.worker[0]]
     count = way(args.tokenizer, Path(args.worker[1]))
     seconds = time.perf_counter() - start
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -100,7 +117,7 @@ def main() -> None:
     for size in map(int, args.sizes.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             write_records(args.source, size, Path(folder))
-            for way in ("one_by_one", "cached"):
+            for way in ("one_by_one", "cached", "streamed"):
                 if way == "one_by_one" and size > args.one_by_one_up_to:
                     continue
                 command = [sys.executable, __file__, "--tokenizer", args.tokenizer, "--source", args.source]

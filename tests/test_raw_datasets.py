@@ -781,7 +781,7 @@ def stub_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "unreachable_reason", lambda name: None)
     calls, answers = [], {}
 
-    def load_dataset(name, config=None, data_dir=None, revision=None):
+    def load_dataset(name, config=None, data_dir=None, revision=None, streaming=False):
         calls.append((name, config, data_dir, revision))
         answer = answers[revision]
         if isinstance(answer, Exception):

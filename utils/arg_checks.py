@@ -1,6 +1,7 @@
 """What is wrong with the values of the command line, seen by themselves: no file, model or device is looked at."""
 
 import argparse
+import re
 
 from utils.big_models import check_scale_values
 from utils.data.sources import parse_columns, parse_source
@@ -17,6 +18,7 @@ def check_values(args: argparse.Namespace) -> list[str]:
         "num_train_epochs": 1, "num_warmup_steps": 0, "max_seq_len": 2, "lora_dim": 0, "ddp_timeout": 1, "seed": 0,
         "max_steps": 1, "eval_steps": 1, "save_steps": 1, "save_total_limit": 0, "early_stopping_patience": 1,
         "max_bad_steps": 1, "logging_steps": 1, "preprocessing_num_workers": 1, "zero_hpz_partition_size": 1,
+        "streaming": 1,
     }  # fmt: skip
     for name, least in at_least.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -53,7 +55,30 @@ def check_values(args: argparse.Namespace) -> list[str]:
             check(value)
         except UserError as err:
             problems.append(str(err))
+    problems += _check_streaming_values(args)
     return problems + _check_checkpoint_values(args) + _check_long_context_values(args) + check_scale_values(args)
+
+
+def _check_streaming_values(args: argparse.Namespace) -> list[str]:
+    """What a stream can't do: it has no length, no parts, and is tokenised while it is read."""
+    if args.streaming is None:
+        return []
+    problems = []
+    if args.max_steps is None:
+        problems.append("--streaming needs --max_steps N: how long a stream is, nobody knows before its end.")
+    if args.data_path and not re.fullmatch(r"\s*[^,]+(,\s*0+(\.0*)?\s*)*", args.data_split):
+        problems.append(
+            f"--streaming gives all rows to this phase, since a stream can't be cut as --data_split {args.data_split} "
+            "says: give --data_split 10,0,0."
+        )
+    if args.preprocessing_num_workers is not None:
+        problems.append(
+            "--preprocessing_num_workers is for data that is prepared before the run: with --streaming each rank "
+            "tokenises in one process. Leave it out."
+        )
+    if args.save_strategy == "epoch":
+        problems.append("--save_strategy epoch: with --streaming there are no epochs; give --save_steps N.")
+    return problems
 
 
 def _check_checkpoint_values(args: argparse.Namespace) -> list[str]:

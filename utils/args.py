@@ -56,6 +56,9 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "in Assistant: as they stand; human_assistant; none, prompts and answers as they stand; or a jinja file")
     add("--data_output_path", default=default_cache_folder(), metavar="DIR",
         help="cache of split indexes and tokenised data; best on a node's own disk")
+    add("--streaming", type=int, nargs="?", const=10_000, default=None, metavar="N",
+        help="for data larger than the disk: read rows as they are needed and shuffle N samples at a time (10000 "
+        "without N); needs --max_steps and --data_split 10,0,0; None: data is prepared whole, and shuffled whole")
     add("--max_seq_len", type=int, default=512, metavar="TOKENS",
         help="longer samples are cut (and counted); 512 holds most dialogues")
     add("--preprocessing_num_workers", type=int, default=None, metavar="N",

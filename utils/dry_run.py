@@ -90,8 +90,9 @@ def describe_data(
     end = tokenizer.convert_tokens_to_ids(end_of_conversation_token(args, tokenizer))
     cut = int((last_tokens(train_data) != end).sum())
     longest = padded_cells(args, train_data)
+    title = "Training data, the first window of the stream" if args.streaming else "Training data"
     lines = [
-        f"Training data: {len(lengths)} samples, {lengths.sum()} tokens, {labels.sum()} of them labels "
+        f"{title}: {len(lengths)} samples, {lengths.sum()} tokens, {labels.sum()} of them labels "
         f"({labels.sum() / lengths.sum():.1%}); evaluation data: {len(eval_data)} samples, "
         f"{eval_data.lengths().sum()} tokens",
         f"Lengths: mean {lengths.mean():.1f}, median {median:.0f}, 90% up to {most:.0f}, longest {lengths.max()}; "
@@ -217,8 +218,9 @@ def measure_time(
         micro = max(1, min(args.per_device_train_batch_size, affordable))
     seconds, tokens = _timed(engine, data, units, collate, micro, MEASURED_BATCHES, ranks, device)
     speed = tokens / seconds
-    total = plan.steps * float(units.tokens.mean()) * min(plan.global_batch, plan.units)
-    total = min(total, plan.epochs * float(units.tokens.sum()))
+    total = plan.steps * float(units.tokens.mean()) * min(plan.global_batch, plan.units or plan.global_batch)
+    if plan.units is not None:
+        total = min(total, plan.epochs * float(units.tokens.sum()))
     note = "" if micro == args.per_device_train_batch_size else f", of {micro} sample(s) for want of time"
     return (
         f"Time: about {_words(total / speed)} for {total:.0f} tokens at {speed:.0f} tokens/s, from {MEASURED_BATCHES} "

@@ -42,14 +42,15 @@ class Progress:
         self.rates: list[float] = []
         self.norms: list[torch.Tensor | float | None] = []
         self.last: dict[str, float | None] = {}  # the record of the step collected last
-        self._restart_clock()
+        self.restart_clock()
         open_run_bar(plan.steps, first_step)
 
     def start_epoch(self, epoch: int, micro_batches: int) -> None:
-        """Announce an epoch, counted from 1."""
+        """Announce an epoch, counted from 1; the windows of a stream are one."""
+        if epoch != self.epoch:
+            print_rank_0(f"Beginning of Epoch {epoch}/{self.plan.epochs}, Total Micro Batches {micro_batches}")
+            self.restart_clock()
         self.epoch = epoch
-        print_rank_0(f"Beginning of Epoch {epoch}/{self.plan.epochs}, Total Micro Batches {micro_batches}")
-        self._restart_clock()
 
     def add(self, loss: torch.Tensor, micro: TrainBatch) -> None:
         """One micro batch is through; `loss` is its summed loss."""
@@ -90,7 +91,7 @@ class Progress:
             )  # fmt: skip
             if global_rank() == 0:
                 self._show(rates, padding, memory, seconds)
-        self._restart_clock()
+        self.restart_clock()
 
     def _show(self, rates: Throughput, padding: float, memory: float, seconds: float) -> None:
         loss, rate, norm = (self.last[name] for name in ("loss", "learning_rate", "grad_norm"))
@@ -133,7 +134,8 @@ class Progress:
         self.metrics.write(**record)
         send_record(self.engine, record)
 
-    def _restart_clock(self) -> None:
+    def restart_clock(self) -> None:
+        """What comes now is measured anew: what was done since the last report (evaluating) is no training."""
         self.tokens, self.samples, self.steps, self.slots = 0, 0, 0, 0
         self.start = time.perf_counter()
 

@@ -24,7 +24,7 @@ SAME_RUN = (
     "completion_only_loss", "add_eot_token", "eot_token", "learning_rate", "lora_learning_rate", "weight_decay",
     "num_train_epochs", "max_steps", "lr_scheduler_type", "num_warmup_steps", "dropout", "disable_dropout",
     "neftune_noise_alpha", "lora_dim", "lora_module_name", "lora_alpha", "lora_dropout", "only_optimize_lora",
-    "columns", "chat_template",
+    "columns", "chat_template", "streaming",
 )  # fmt: skip
 PATHS = ("model_name_or_path", "data_path", "sft_only_data_path")
 
@@ -146,9 +146,12 @@ def describe_position(checkpoint: Checkpoint, state: RunState, plan: RunPlan) ->
     """One line on where the run goes on."""
     if plan.is_done(state):
         return f"Resuming from {checkpoint.folder}: all {plan.steps} steps are done"
+    where = f"of {plan.units} of epoch {state.epoch}"
+    if state.stream is not None:
+        where = f"of window {state.stream['window'] + 1} of the stream"
     return (
-        f"Resuming from {checkpoint.folder}: step {state.step} of {plan.steps} is done, {state.units_done} of "
-        f"{plan.units} of epoch {state.epoch} are used"
+        f"Resuming from {checkpoint.folder}: step {state.step} of {plan.steps} is done, {state.units_done} {where} "
+        "are used"
     )
 
 

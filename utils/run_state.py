@@ -24,18 +24,26 @@ class RunState:
     best_step: int = 0
     evaluations_without_gain: int = 0
     metrics_bytes: int = 0  # length of metrics.jsonl at this position
+    stream: dict[str, Any] | None = None  # where the window in use begins, whose units `units_done` counts then
 
     @property
     def epochs_begun(self) -> int:
         """What the position is called in "Epoch e/n": the epoch in progress or, between two, the one just done."""
-        return self.epoch - (self.units_done == 0)
+        return self.epoch - (self.is_between_epochs or self.step == 0)
 
-    def advance(self, units: int, units_per_epoch: int) -> None:
-        """An optimizer step over so many units is done."""
+    @property
+    def is_between_epochs(self) -> bool:
+        """An epoch is to begin; a stream has none, it ends with the run."""
+        return self.units_done == 0 and self.stream is None
+
+    def advance(self, units: int, units_in_all: int, next_window: dict[str, Any] | None = None) -> None:
+        """An optimizer step is done over so many of the epoch's units, or of the window's with a `next_window`."""
         self.step += 1
         self.units_done += units
-        if self.units_done >= units_per_epoch:
-            self.epoch, self.units_done = self.epoch + 1, 0
+        if self.units_done >= units_in_all:
+            self.units_done = 0
+            self.epoch += next_window is None
+            self.stream = next_window
 
     def record_evaluation(self, loss: float) -> bool:
         """Note the loss of the evaluation that was due; True when it is the best of the trained model so far."""
@@ -61,7 +69,7 @@ class RunState:
 class RunPlan(NamedTuple):
     """How long a run is."""
 
-    units: int  # per epoch
+    units: int | None  # per epoch; None where they are not known, of a stream
     global_batch: int  # units per optimizer step, over all ranks and accumulation steps
     epochs: int
     steps: int  # all of them, those already done included
@@ -71,8 +79,13 @@ class RunPlan(NamedTuple):
         return state.step >= self.steps
 
 
-def plan_run(units: int, global_batch: int, epochs: int, max_steps: int | None, state: RunState) -> RunPlan:
-    """The plan of a run that stands at `state`; `max_steps` replaces the number of epochs, as in transformers."""
+def plan_run(units: int | None, global_batch: int, epochs: int, max_steps: int | None, state: RunState) -> RunPlan:
+    """The plan of a run that stands at `state`; `max_steps` replaces the number of epochs, as in transformers.
+
+    A stream (`units` None) is one epoch of `max_steps`.
+    """
+    if units is None:
+        return RunPlan(None, global_batch, 1, max_steps)
     per_epoch = steps_per_epoch(units, global_batch)
     rest_of_epoch = steps_per_epoch(units - state.units_done, global_batch)
     if max_steps is not None:
@@ -85,11 +98,11 @@ def plan_run(units: int, global_batch: int, epochs: int, max_steps: int | None, 
 def is_evaluation_due(state: RunState, plan: RunPlan, eval_steps: int | None) -> bool:
     """After this step: at the end of an epoch and of the run, and every `eval_steps`."""
     every = eval_steps is not None and state.step % eval_steps == 0
-    return state.units_done == 0 or plan.is_done(state) or every
+    return state.is_between_epochs or plan.is_done(state) or every
 
 
 def is_checkpoint_due(state: RunState, strategy: str, save_steps: int | None) -> bool:
     """After this step: every `save_steps` ("steps"), at the end of an epoch ("epoch"), or never ("no")."""
     if strategy == "epoch":
-        return state.units_done == 0
+        return state.is_between_epochs
     return strategy == "steps" and state.step % save_steps == 0

@@ -23,7 +23,7 @@ from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
 from utils.data.raw_datasets import PromptRawDataset, find_raw_dataset_class, known_name
 from utils.data.sources import parse_source, weighted
 from utils.data.splits import get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
-from utils.data.tokenise import DEFAULT_END_TOKEN, end_token_id, tokenise, tokenise_completions
+from utils.data.tokenise import DEFAULT_END_TOKEN, end_token_id, sample_features, tokenise, tokenise_completions
 from utils.errors import UserError
 
 SFT_ONLY_SPLIT = "10,0,0"
@@ -32,19 +32,25 @@ ROWS_PER_PROCESS = 25_000
 
 
 def get_raw_dataset(
-    dataset_name: str, output_path: str, seed: int, local_rank: int, own: OwnOptions | None = None
+    dataset_name: str,
+    output_path: str,
+    seed: int,
+    local_rank: int,
+    own: OwnOptions | None = None,
+    streaming: bool = False,
 ) -> PromptRawDataset:
     """The data set whose known name is contained in `dataset_name` (so a mirror's path works too), else the user's own.
 
     Args:
         own: how data sets of the user's own are read; the Human/Assistant form and the columns' usual names if None.
+        streaming: rows are read as they are needed, see `PromptRawDataset`.
 
     Raises:
         UserError: there is no such name or path, or its data can't be read or is malformed.
     """
     if known_name(dataset_name) is None and os.path.exists(dataset_name):
-        return OwnFormatDataset(output_path, seed, local_rank, dataset_name, own)
-    return find_raw_dataset_class(dataset_name)(output_path, seed, local_rank, dataset_name)
+        return OwnFormatDataset(output_path, seed, local_rank, dataset_name, own, streaming)
+    return find_raw_dataset_class(dataset_name)(output_path, seed, local_rank, dataset_name, streaming)
 
 
 def create_dataset_split(
@@ -67,10 +73,7 @@ def create_dataset_split(
     """
     source = copy.copy(raw_dataset)
     source.raw_datasets = None  # workers need its texts' description, not its data
-    ids = {name: datasets.List(datasets.Value("int32")) for name in ID_COLUMNS[train_phase]}
-    features = datasets.Features({**ids, "cut": datasets.Value("bool")})
-    if completion_only:
-        features["label_spans"] = datasets.List(datasets.Value("int32"))
+    features = sample_features(train_phase, completion_only)
     if len(current_dataset) == 0:  # map would not make the columns
         empty = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
         return PromptDataset(empty, train_phase, tokenizer.pad_token_id, max_seq_len)

@@ -40,10 +40,7 @@ def load_from_hub(
     Raises:
         UserError: the hub cannot be reached or refuses, a split or column is missing, or a type is wrong.
     """
-    try:
-        found = _ask_hub(name, config)
-    except _HUB_ERRORS as err:
-        raise UserError(_advice(name, argument, err)) from err
+    found = open_on_hub(name, argument, config)
     loaded = {}
     for split in splits:
         dataset = found[pick_split(found, split, f"{name} on the Hugging Face hub")]
@@ -52,16 +49,30 @@ def load_from_hub(
     return loaded
 
 
-def _ask_hub(name: str, config: str | None) -> datasets.DatasetDict:
+def open_on_hub(
+    name: str, argument: str, config: str | None = None, streaming: bool = False
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """The splits of a data set on the hub, downloaded or (`streaming`) to be read as they are needed.
+
+    Raises:
+        UserError: the hub cannot be reached or refuses.
+    """
+    try:
+        return _ask_hub(name, config, streaming)
+    except _HUB_ERRORS as err:
+        raise UserError(_advice(name, argument, err)) from err
+
+
+def _ask_hub(name: str, config: str | None, streaming: bool) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     with _no_waiting(unreachable_reason(name)):
         try:
-            return load_dataset(name, config)
+            return load_dataset(name, config, streaming=streaming)
         except RuntimeError as err:
             if _SCRIPT_MESSAGE not in str(err):
                 raise
         try:
             # The hub keeps a parquet copy of most data sets that were scripts, one folder per configuration.
-            return load_dataset(name, data_dir=config, revision=PARQUET_REVISION)
+            return load_dataset(name, data_dir=config, revision=PARQUET_REVISION, streaming=streaming)
         except _HUB_ERRORS as err:
             raise RuntimeError(f"{_SCRIPT_MESSAGE}, and no parquet copy can be read ({err})") from err
 

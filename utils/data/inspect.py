@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     """Print the report."""
     args = parse_args(argv, "Look at the data of a run before it starts; takes main.py's arguments.")
     problems = check_values(args)
+    if args.streaming:
+        problems.append("--streaming: all rows are read here; leave it out, and give a part of very large data.")
     if problems:
         raise UserError(join_problems(problems))
     tokenizer = load_hf_tokenizer(args.model_name_or_path, True, args.eot_token if args.add_eot_token else None)

@@ -112,11 +112,14 @@ def _is_whole(path: str) -> bool:
         return False
 
 
+def read_batches(files: list[str], schema: Schema) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """The records of parquet, JSON or CSV files in batches, each record checked; raises UserError at the first bad."""
+    is_parquet = files[0].lower().endswith(PARQUET_SUFFIXES)
+    return _parquet_batches(files, schema) if is_parquet else _record_batches(files, schema)
+
+
 def _write_arrow(target: str, files: list[str], schema: Schema) -> None:
-    if files[0].lower().endswith(PARQUET_SUFFIXES):
-        arrow_schema, batches = _parquet_batches(files, schema)
-    else:
-        arrow_schema, batches = _record_batches(files, schema)
+    arrow_schema, batches = read_batches(files, schema)
     with write_aside(target) as sink, pa.ipc.new_stream(sink, arrow_schema) as writer:
         for batch in batches:
             writer.write(batch)

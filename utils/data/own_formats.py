@@ -16,7 +16,8 @@ from utils.data.chat_format import AS_IS, TEMPLATE, ChatFormat, Message
 from utils.data.columns import CONVERSATION, Schema
 from utils.data.data_files import other_files, own_files
 from utils.data.loading import SplitData, column_names, is_saved, load_files, load_saved, open_saved, place_of_row
-from utils.data.raw_base import PromptRawDataset, Sample
+from utils.data.raw_base import STREAM_EVAL_ROWS, PromptRawDataset, Sample
+from utils.data.row_streams import stream_files, stream_saved
 from utils.errors import UserError
 
 # In this order; the first whose columns are there is taken: needed roles, roles that may be missing.
@@ -71,7 +72,13 @@ class OwnFormatDataset(PromptRawDataset):
     """
 
     def __init__(
-        self, output_path: str, seed: int, local_rank: int, dataset_name: str, options: OwnOptions | None = None
+        self,
+        output_path: str,
+        seed: int,
+        local_rank: int,
+        dataset_name: str,
+        options: OwnOptions | None = None,
+        streaming: bool = False,
     ) -> None:
         self.options = options or OwnOptions()
         path = os.path.abspath(dataset_name)
@@ -79,7 +86,7 @@ class OwnFormatDataset(PromptRawDataset):
         self.dataset_name_clean = re.sub(r"[^\w.]", "_", self.dataset_name)
         self.chat = self.options.chat
         self.files_of: dict[str, list[str]] = {}
-        super().__init__(output_path, seed, local_rank, dataset_name)
+        super().__init__(output_path, seed, local_rank, dataset_name, streaming)
         self._settle_format()
 
     def _find_source(self, given: str) -> str:
@@ -98,8 +105,11 @@ class OwnFormatDataset(PromptRawDataset):
         self.eval_origin = ", ".join(os.path.basename(file) for file in files_of.get("eval", []))
         schema = self._schema()
         if is_saved(self.source):
-            loaded = load_saved(self.source, [files[0] for files in files_of.values()], schema)
+            load = stream_saved if self.streaming else load_saved
+            loaded = load(self.source, [files[0] for files in files_of.values()], schema)
             return {split: loaded[files[0]] for split, files in files_of.items()}
+        if self.streaming:
+            return {split: stream_files(files, schema) for split, files in files_of.items()}
         return {split: load_files(files, schema, self.output_path, self.source) for split, files in files_of.items()}
 
     def _schema(self) -> Schema:
@@ -122,12 +132,13 @@ class OwnFormatDataset(PromptRawDataset):
 
     def describe(self) -> str:
         """The decisions made about this data set, in words."""
+        rows = self._source_split("train").dataset
+        there = rows.column_names or list(next(iter(rows)))
         columns = ", ".join(
-            role if role == column else f"{role} = {column}"
-            for role, column in self.roles.items()
-            if column in self._source_split("train").dataset.column_names
+            role if role == column else f"{role} = {column}" for role, column in self.roles.items() if column in there
         )
-        evaluation = self.eval_origin or "a tenth of the rows"
+        kept = f"the first {STREAM_EVAL_ROWS} rows" if self.streaming else "a tenth of the rows"
+        evaluation = self.eval_origin or kept
         line = f"Data {self.source}: {columns}; texts: {self.chat.origin}; evaluation: {evaluation}"
         if ignored := other_files(self.source, self.files_of) if self.files_of else []:
             line += f"; not read: {', '.join(ignored[:3])}{f' and {len(ignored) - 3} more' * (len(ignored) > 3)}"

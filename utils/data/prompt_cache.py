@@ -67,7 +67,7 @@ def _code_fingerprint() -> str:
 
 def finish(work: str, parts: dict[str, list[Any]], id_columns: list[str]) -> None:
     """Remove the per-set working files and write the report that makes the folder count as complete."""
-    report: dict[str, Any] = {split: _statistics(parts[split], id_columns) for split in SPLITS}
+    report: dict[str, Any] = {split: statistics(parts[split], id_columns) for split in SPLITS}
     for file in Path(work).glob("part*/*"):
         file.unlink()
     for folder in Path(work).glob("part*"):
@@ -80,7 +80,7 @@ def finish(work: str, parts: dict[str, list[Any]], id_columns: list[str]) -> Non
         os.fsync(out.fileno())
 
 
-def _statistics(parts: list[Any], id_columns: list[str]) -> dict[str, int]:
+def statistics(parts: list[Any], id_columns: list[str]) -> dict[str, int]:
     """Counts over the data sets of one split."""
     tables = [part.table.with_format("arrow")[:] for part in parts if len(part)]
     lengths = [pc.list_value_length(table[name]).to_numpy() for table in tables for name in id_columns]
@@ -120,19 +120,20 @@ def read_report(folder: str) -> dict[str, Any]:
 
 def describe(report: dict[str, Any], max_seq_len: int, train_phase: int) -> list[str]:
     """One line per split: samples, tokens, how many were cut or left out."""
-    lines = []
-    for split in SPLITS:
-        part = report[split]
-        samples = part["samples"]
-        line = f"Data {split}: {samples} samples, {part['tokens']} tokens"
-        if samples:
-            line += f" (mean {part['tokens'] / samples:.1f}, longest {part['longest']}"
-            line += f"; {part['cut']} cut at max_seq_len {max_seq_len}"
-            if train_phase < 3:
-                line += f", so {part['cut'] / samples:.1%} lost their end token"
-            line += ")"
-        if part["left_out"]:
-            why = "no text, or nothing to label" if train_phase < 3 else "no text, or longer than max_seq_len"
-            line += f", {part['left_out']} left out ({why})"
-        lines.append(line)
-    return lines
+    return [describe_part(f"Data {split}", report[split], max_seq_len, train_phase) for split in SPLITS]
+
+
+def describe_part(title: str, part: dict[str, int], max_seq_len: int, train_phase: int) -> str:
+    """One line on what `statistics` counted."""
+    samples = part["samples"]
+    line = f"{title}: {samples} samples, {part['tokens']} tokens"
+    if samples:
+        line += f" (mean {part['tokens'] / samples:.1f}, longest {part['longest']}"
+        line += f"; {part['cut']} cut at max_seq_len {max_seq_len}"
+        if train_phase < 3:
+            line += f", so {part['cut'] / samples:.1%} lost their end token"
+        line += ")"
+    if part["left_out"]:
+        why = "no text, or nothing to label" if train_phase < 3 else "no text, or longer than max_seq_len"
+        line += f", {part['left_out']} left out ({why})"
+    return line

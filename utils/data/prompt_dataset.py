@@ -23,6 +23,8 @@ class PromptDataset(torch.utils.data.Dataset):
         phase 3: (reversed prompt ids, reversed mask, pad id), [length]; the RLHF phase pads and turns them back.
     """
 
+    after: dict[str, Any] | None = None  # of a window of a stream: where the next one begins
+
     def __init__(
         self, table: datasets.Dataset, train_phase: int, pad_token_id: int | None = None, max_seq_len: int = 0
     ) -> None:
@@ -35,6 +37,10 @@ class PromptDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def follow(self, position: dict[str, Any] | None) -> dict[str, Any] | None:
+        """A stream makes the window that begins there the one in use and returns where it begins; here None."""
+        return None
 
     def lengths(self) -> np.ndarray:
         """Tokens of every sample of phase 1, [samples] int64, read from the Arrow offsets."""

@@ -13,11 +13,14 @@ import datasets
 from utils.data.columns import Columns, Kind, Schema
 from utils.data.hub import load_from_hub
 from utils.data.loading import SplitData, load_from_path
+from utils.data.row_streams import stream_from_hub, stream_from_path
 from utils.data.splits import get_raw_dataset_split_index
 from utils.errors import UserError
 
 Sample = dict[str, Any]
 TRAIN_EVAL_SPLIT = "9,1"
+# Of a stream: enough for a steady perplexity, and few enough to be kept in memory.
+STREAM_EVAL_ROWS = 1000
 
 # By the text that --data_path must contain; filled as classes are defined.
 RAW_DATASETS: dict[str, type["PromptRawDataset"]] = {}
@@ -87,6 +90,8 @@ class PromptRawDataset:
         seed: decides how a single split is divided.
         local_rank: rank on this machine, -1 without ranks.
         dataset_name: what the user gave: a path that exists, or a name on the hub.
+        streaming: rows are read as they are needed, as `datasets.IterableDataset`, and never all of them: there is no
+            fingerprint then, and the first rows stand in for an evaluation split where there is none.
 
     Raises:
         UserError: the data cannot be had, or is not what the description says.
@@ -114,7 +119,8 @@ class PromptRawDataset:
         cls.argument = cls.__dict__.get("argument", cls.dataset_name)
         RAW_DATASETS[cls.argument] = cls
 
-    def __init__(self, output_path: str, seed: int, local_rank: int, dataset_name: str):
+    def __init__(self, output_path: str, seed: int, local_rank: int, dataset_name: str, streaming: bool = False):
+        self.streaming = streaming
         self.output_path = output_path
         self.seed = seed
         self.local_rank = local_rank
@@ -137,8 +143,12 @@ class PromptRawDataset:
 
     def _load(self) -> dict[str, SplitData]:
         splits = [split for split in (self.train_split, self.eval_split) if split is not None]
+        if os.path.exists(self.source) and self.streaming:
+            return stream_from_path(self.source, splits, self.schema(), self.hub_config)
         if os.path.exists(self.source):
             return load_from_path(self.source, splits, self.schema(), self.output_path, self.hub_config)
+        if self.streaming:
+            return stream_from_hub(self.source, splits, self.schema(), self.argument, self.hub_config)
         return load_from_hub(self.source, splits, self.schema(), self.argument, self.hub_config)
 
     @classmethod
@@ -149,16 +159,21 @@ class PromptRawDataset:
             columns |= text.column() if isinstance(text, Text) else {}
         return Schema(columns | cls.columns, cls.optional, cls.not_null)
 
-    def get_train_data(self) -> datasets.Dataset:
-        """The training rows, memory-mapped."""
+    def get_train_data(self) -> datasets.Dataset | datasets.IterableDataset:
+        """The training rows, memory-mapped or as a stream."""
         return self._data("train")
 
-    def get_eval_data(self) -> datasets.Dataset:
-        """The evaluation rows, memory-mapped."""
+    def get_eval_data(self) -> datasets.Dataset | datasets.IterableDataset:
+        """The evaluation rows, memory-mapped; of a stream, its first ones."""
         return self._data("eval")
 
-    def _data(self, split: str) -> datasets.Dataset:
+    def _data(self, split: str) -> datasets.Dataset | datasets.IterableDataset:
         dataset = self._source_split(split).dataset
+        if self.streaming:
+            rows = STREAM_EVAL_ROWS
+            if split == "eval":
+                return dataset.take(rows)
+            return dataset if self.eval_split is not None else dataset.skip(rows)
         if self.eval_split is not None:
             return dataset
         part = ("train", "eval").index(split)

@@ -28,6 +28,7 @@ from utils.data.raw_base import (
     joined,
     reply,
 )
+from utils.data.row_streams import stream_files
 from utils.errors import UserError
 
 __all__ = ["RAW_DATASETS", "PromptRawDataset", "find_raw_dataset_class", "known_name"]
@@ -163,10 +164,10 @@ class LocalJsonFileDataset(PromptRawDataset):
 
     def _load(self) -> dict[str, SplitData]:
         folder = os.path.normpath(self.source if os.path.isdir(self.source) else self.data_folder)
-        return {
-            split: load_files([self._file(folder, split)], self.schema(), self.output_path, root=folder)
-            for split in (self.train_split, self.eval_split)
-        }
+        files = {split: [self._file(folder, split)] for split in (self.train_split, self.eval_split)}
+        if self.streaming:
+            return {split: stream_files(found, self.schema()) for split, found in files.items()}
+        return {split: load_files(found, self.schema(), self.output_path, folder) for split, found in files.items()}
 
     @staticmethod
     def _file(folder: str, split: str) -> str:

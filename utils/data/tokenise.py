@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import datasets
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.prompt_dataset import ID_COLUMNS
@@ -22,6 +23,15 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, end_of_conversation_token: 
             f"(its own end token is {tokenizer.eos_token!r}): use that, or add it with --add_eot_token."
         )
     return token_id
+
+
+def sample_features(phase: int, completion_only: bool) -> datasets.Features:
+    """The columns of tokenised samples."""
+    ids = {name: datasets.List(datasets.Value("int32")) for name in ID_COLUMNS[phase]}
+    features = datasets.Features({**ids, "cut": datasets.Value("bool")})
+    if completion_only:
+        features["label_spans"] = datasets.List(datasets.Value("int32"))
+    return features
 
 
 def _with_end(ids: list[int], end_id: int) -> list[int]:
