@@ -52,6 +52,7 @@ SAME: dict[str, list[str]] = {
 OWN: dict[str, list[str]] = {
     "--packing": ["--packing"],
     "--completion_only_loss": ["--completion_only_loss"],
+    "--streaming 24": ["--streaming", "24", "--max_steps", "20"],
     "--lora_dim without --only_optimize_lora": ["--lora_dim", "4", "--lora_module_name", "auto"],
     "--enable_mixed_precision_lora": ["--enable_mixed_precision_lora"],
     "--dtype bf16": ["--dtype", "bf16"],
