@@ -236,6 +236,11 @@ def test_a_stream_that_breaks_off_says_how_to_go_on(shards, tokenizer, monkeypat
         windows(data, tokenizer, 6)
 
 
+def test_a_weight_that_gives_no_sample_is_refused(shards, tokenizer):
+    with pytest.raises(UserError, match=r"set:0.01 is less than one sample of a window of 40"):
+        open_stream([shards, f"{shards}:0.01"], tokenizer)
+
+
 def test_too_few_rows_are_refused(tokenizer, tmp_path):
     write_jsonl(tmp_path / "set", "train", range(50))
     with pytest.raises(UserError, match=r"gives no training sample.*the first 1000"):

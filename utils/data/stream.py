@@ -232,6 +232,11 @@ def create_prompt_stream(
     for name, weight in parsed:
         raw = get_raw_dataset(name, output_path, seed, local_rank, own, streaming=True)
         share = weight / sum(other.weight for other in parsed)
+        if share * size < 1:
+            raise UserError(
+                f"--data_path {name}:{weight:g} is less than one sample of a window of {size}: give it a larger "
+                "weight, or --streaming a larger number."
+            )
         samples = _tokenised(raw, tokenizer, end_id, max_seq_len, completion_only)
         sources.append(Source(name, share, samples))
         rows = datasets.Dataset.from_list(list(raw.get_eval_data()))
