@@ -7,10 +7,11 @@ from typing import Any
 STEP, OPTIMIZER = "benchmark: step", "benchmark: optimizer"
 MATRIX = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 LOSS = ("_FusedLoss", "cross_entropy", "log_softmax", "LogSoftmax", "index_select", "IndexSelect")  # rows are picked
+ATTENTION = ("scaled_dot_product", "flash_attention", "aten::cat", "SliceBackward")  # a row is cut into its documents
 KINDS = ("matrix products", "attention", "layer norm", "elementwise", "loss", "optimizer", "other")
 ELEMENTWISE = (
-    "add", "add_", "mul", "mul_", "div", "div_", "sub", "relu", "threshold_backward", "dropout", "native_dropout",
-    "native_dropout_backward", "bernoulli_", "gelu", "gelu_backward", "copy_", "sum", "fill_", "zero_", "empty_like",
+    "add", "add_", "mul", "mul_", "div", "div_", "sub", "relu", "clamp_min", "threshold_backward", "dropout",
+    "native_dropout", "native_dropout_backward", "bernoulli_", "copy_", "sum", "fill_", "zero_", "empty_like",
 )  # fmt: skip
 
 
@@ -23,7 +24,7 @@ def kind_of(names: list[str]) -> str:
         return "matrix products"
     if any(part in each for part in LOSS for each in names) and not any("embedding" in each for each in names):
         return "loss"
-    if any("scaled_dot_product" in each or "flash_attention" in each for each in names):
+    if any(part in each for part in ATTENTION for each in names):
         return "attention"
     if any("layer_norm" in each for each in names):
         return "layer norm"
