@@ -4,27 +4,33 @@
 
 A randomly initialised OPT of the 125m shape (`--hidden`, `--layers` for others) trains under DeepSpeed exactly
 as main.py trains it: same batches, same loss, same optimizer. Each round takes one optimizer step of every
-layout, so noise of the machine falls on all alike. `--peer trl` runs TRL's SFTTrainer on the same model and
-texts afterwards, padded and packed, where trl is installed.
+layout, so noise of the machine falls on all alike. `--peer trl` (`throughput_trl.py`) adds TRL's SFTTrainer on the
+same model and token ids to every round, where trl is installed. `--profile` says afterwards what the time goes to.
 """
 
 import argparse
+import contextlib
 import ctypes
 import subprocess
 import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import deepspeed  # noqa: E402
+import throughput_profile  # noqa: E402
+import throughput_trl  # noqa: E402
 import torch  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase  # noqa: E402
+from torch.profiler import record_function  # noqa: E402
+from transformers import OPTConfig, OPTForCausalLM  # noqa: E402
 
 from utils.attention import NAME as DOCUMENTS  # noqa: E402
 from utils.data.batches import collate_for, train_batches  # noqa: E402
@@ -33,12 +39,22 @@ from utils.data.sampler import epoch_units  # noqa: E402
 from utils.ds_utils import get_train_ds_config, start_process_group  # noqa: E402
 from utils.loss import install_loss, summed_loss  # noqa: E402
 from utils.optimizer import create_optimizer  # noqa: E402
-from utils.perf import flops_per_token, model_shape  # noqa: E402
+from utils.perf import ModelShape, flops_per_token, model_shape  # noqa: E402
 from utils.precision import resolve_dtype  # noqa: E402
 from utils.utils import load_hf_tokenizer, to_device  # noqa: E402
 
 LAYOUTS = ("max_length", "longest", "free", "packed")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Measured(NamedTuple):
+    """One optimizer step, or the sum of several."""
+
+    seconds: float
+    tokens: int  # real ones
+    samples: int
+    cells: int  # with padding
+    peak: float  # GB
 
 
 def parse_arguments() -> Namespace:
@@ -53,6 +69,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--layers", type=int, default=12, help="12 is OPT-125m")
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="which to run")
     parser.add_argument("--peer", choices=["trl"], default=None, help="also run TRL's SFTTrainer")
+    parser.add_argument("--profile", action="store_true", help="then as many steps of each layout under torch.profiler")
     return parser.parse_args()
 
 
@@ -107,96 +124,82 @@ def endless_batches(data: PromptDataset, layout: str, args: Namespace, pad: int,
         yield from train_batches(data, units, collate, args.micro_batch, 1, 1, 0, on_cpu)
 
 
-def step(engine: Any, batch: Any, layout: str, device: torch.device) -> None:
+def ours(engine: Any, batches: Any, layout: str, device: torch.device) -> Measured:
     """One optimizer step in the given layout, on the one engine all layouts share."""
+    batch = next(batches)
     model = engine.module
     model.set_attn_implementation(DOCUMENTS if layout in ("free", "packed") else "sdpa")
     install_loss(model, fused=layout != "max_length")
-    loss = summed_loss(engine, to_device(batch.tensors, device))
-    engine.backward(loss * batch.weight)
-    engine.step()
-    get_accelerator().synchronize()
+    reset_peak_memory()
+    start = time.perf_counter()
+    with record_function(throughput_profile.STEP):
+        loss = summed_loss(engine, to_device(batch.tensors, device))
+        engine.backward(loss * batch.weight)
+        with record_function(throughput_profile.OPTIMIZER):
+            engine.step()
+        get_accelerator().synchronize()
+    seconds = time.perf_counter() - start
+    cells = batch.tensors["input_ids"].numel()
+    return Measured(seconds, batch.step.tokens, batch.step.samples, cells, peak_memory_gb())
 
 
-def measure(args: Namespace, data: PromptDataset, pad: int, dtype: str, device: torch.device) -> None:
-    engine_config = get_train_ds_config(False, 0, dtype)
-    engine_config["train_micro_batch_size_per_gpu"] = engine_config["train_batch_size"] = args.micro_batch
+def make_engine(args: Namespace, dtype: str) -> Any:
+    config = get_train_ds_config(False, 0, dtype)
+    config["train_micro_batch_size_per_gpu"] = config["train_batch_size"] = args.micro_batch
     model = make_model(args)
     options = Namespace(learning_rate=1e-5, lora_learning_rate=1e-5, weight_decay=0.0, offload=False)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=create_optimizer(model, options), config=engine_config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=create_optimizer(model, options), config=config)
     engine.train()
-    shape = model_shape(model)
-    rate = matrix_rate(DTYPES[dtype], device, args.hidden)
-    layouts = args.layouts.split(",")
-    batches = {layout: endless_batches(data, layout, args, pad, device.type == "cpu") for layout in layouts}
-    seconds, tokens, cells, peaks, samples = (dict.fromkeys(layouts, 0.0) for _ in range(5))
-    for number in range(args.rounds + 1):
-        for layout in layouts:
-            batch = next(batches[layout])
-            reset_peak_memory()
-            start = time.perf_counter()
-            step(engine, batch, layout, device)
-            elapsed = time.perf_counter() - start
-            if number == 0:  # kernels warm up, memory is first touched
-                continue
-            seconds[layout] += elapsed
-            tokens[layout] += batch.step.tokens
-            samples[layout] += batch.step.samples
-            cells[layout] += batch.tensors["input_ids"].numel()
-            peaks[layout] = max(peaks[layout], peak_memory_gb())
-    print(f"\nmatrix rate {rate / 1e9:.0f} GFLOP/s ({dtype}, {device.type}, {torch.get_num_threads()} threads)")
-    print(f"{args.rounds} steps of each layout, {args.micro_batch} samples or rows, max_seq_len {args.max_seq_len}\n")
-    print("| layout | real tokens/s | x first | padding | peak memory GB | share of matrix rate |")
+    return engine
+
+
+def interleaved(ways: dict[str, Callable[[], Measured]], rounds: int) -> dict[str, Measured]:
+    """Sums (of the memory, the most) over `rounds` steps of every way in turn, after one that does not count."""
+    found: dict[str, list[Measured]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            measured = way()
+            print(f"step {number} of {name}: {measured.seconds:.1f} s, {measured.tokens} tokens", flush=True)
+            if number:  # before that kernels warm up, memory is first touched
+                found[name].append(measured)
+    return {name: Measured(*(sum(column) for column in list(zip(*steps, strict=True))[:4]),
+                           max(step.peak for step in steps)) for name, steps in found.items()}  # fmt: skip
+
+
+def print_table(found: dict[str, Measured], shape: ModelShape, rate: float) -> None:
+    print("\n| layout | real tokens/s | x first | padding | peak memory GB | share of matrix rate |")
     print("| --- | --- | --- | --- | --- | --- |")
-    first = tokens[layouts[0]] / seconds[layouts[0]]
-    for layout in layouts:
-        speed = tokens[layout] / seconds[layout]
-        share = speed * flops_per_token(shape, tokens[layout] / samples[layout]) / rate
-        padding = 1 - tokens[layout] / cells[layout]
-        print(f"| {layout} | {speed:.0f} | {speed / first:.2f} | {padding:.0%} | {peaks[layout]:.2f} | {share:.0%} |")
+    first = next(iter(found.values()))
+    for name, sums in found.items():
+        speed = sums.tokens / sums.seconds
+        share = speed * flops_per_token(shape, sums.tokens / sums.samples) / rate
+        print(
+            f"| {name} | {speed:.0f} | {speed / (first.tokens / first.seconds):.2f} | "
+            f"{1 - sums.tokens / sums.cells:.0%} | {sums.peak:.2f} | {share:.0%} |"
+        )
 
 
-def measure_trl(args: Namespace, data: PromptDataset, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
-    """TRL's SFTTrainer on the same model and token ids, padded and packed, in this process."""
-    import datasets
-    from trl import SFTConfig, SFTTrainer
-
-    ids = [data[index]["input_ids"].tolist() for index in range(len(data))]
-    for packing in (False, True):
-        with tempfile.TemporaryDirectory() as folder:
-            config = SFTConfig(
-                output_dir=folder, per_device_train_batch_size=args.micro_batch, max_steps=args.rounds + 1,
-                max_length=args.max_seq_len, packing=packing, learning_rate=1e-5, bf16=dtype == "bf16",
-                report_to=[], save_strategy="no", logging_steps=1, gradient_checkpointing=False,
-                use_cpu=get_accelerator().device_name() == "cpu", disable_tqdm=True,
-            )  # fmt: skip
-            clock = _StepClock()
-            trainer = SFTTrainer(
-                make_model(args), args=config, train_dataset=datasets.Dataset.from_dict({"input_ids": ids}),
-                processing_class=tokenizer, callbacks=[clock.callback()],
-            )  # fmt: skip
-            trainer.train()
-            seen = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
-            speed = (seen[-1] - seen[0]) / (clock.times[-1] - clock.times[0])
-            print(f"| TRL SFTTrainer {'packed' if packing else 'padded'} | {speed:.0f} | | | | |")
-
-
-class _StepClock:
-    """Notes when each optimizer step of a transformers Trainer ended."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def callback(self) -> Any:
-        from transformers import TrainerCallback
-
-        times = self.times
-
-        class Note(TrainerCallback):
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                times.append(time.perf_counter())
-
-        return Note()
+def measure(args: Namespace, data: PromptDataset, pad: int, dtype: str, device: torch.device, folder: str) -> None:
+    engine = make_engine(args, dtype)
+    shape = model_shape(engine.module)
+    rate = matrix_rate(DTYPES[dtype], device, args.hidden)
+    ways: dict[str, Callable[[], Measured]] = {}
+    for layout in args.layouts.split(","):
+        ways[layout] = partial(
+            ours, engine, endless_batches(data, layout, args, pad, device.type == "cpu"), layout, device
+        )
+    with contextlib.ExitStack() as stack:
+        peers = throughput_trl.peers(args, data, dtype, folder) if args.peer else {}
+        for name, peer in peers.items():
+            ways[f"TRL {name}"] = stack.enter_context(peer).step
+        found = interleaved(ways, args.rounds)
+    print(f"\nmatrix rate {rate / 1e9:.0f} GFLOP/s ({dtype}, {device.type}, {torch.get_num_threads()} threads)")
+    print(f"{args.rounds} steps of each layout, {args.micro_batch} samples or rows, max_seq_len {args.max_seq_len}")
+    print_table(found, shape, rate)
+    reset_peak_memory()
+    print(f"\nbetween steps {peak_memory_gb():.2f} GB stay")
+    if args.profile:
+        throughput_profile.print_shares({layout: ways[layout] for layout in args.layouts.split(",")}, args.rounds)
 
 
 def main() -> None:
@@ -209,9 +212,7 @@ def main() -> None:
         data, _ = create_prompt_dataset(
             0, [args.data_path], "10,0,0", cache, 1, 1234, tokenizer, args.max_seq_len, tokenizer.eos_token
         )
-        measure(args, data, tokenizer.pad_token_id, dtype, device)
-        if args.peer:
-            measure_trl(args, data, tokenizer, dtype)
+        measure(args, data, tokenizer.pad_token_id, dtype, device, cache)
 
 
 if __name__ == "__main__":
