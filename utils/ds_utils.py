@@ -164,6 +164,9 @@ def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
     several_nodes = os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
     for lock in clear_stale_build_locks(extension_folder(), several_nodes):
         say(f"Removed {lock}: a run that was killed while compiling left it behind")
+    if os.environ["WORLD_SIZE"] == "1":
+        # On a CPU DeepSpeed compiles an all-reduce through shared memory, about a minute, that one rank has no use for.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)
     deepspeed.init_distributed(

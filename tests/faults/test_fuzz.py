@@ -42,6 +42,7 @@ FLAGS = {
     "--model_name_or_path": ["", "no/such/model", "."], "--data_path": ["no/such/data", ""],
     "--ddp_timeout": ["0", "60"],
     "--preprocessing_num_workers": ["0", "1"], "--deepspeed_config": ["missing.json", "README.md"], "--nonsense": None,
+    "--streaming": ["0", "1", "20", "x", None],
 }  # fmt: skip
 FLAG = st.sampled_from(sorted(FLAGS)).flatmap(
     lambda flag: st.tuples(st.just(flag), st.sampled_from(FLAGS[flag]) if FLAGS[flag] else st.just(None))
