@@ -13,11 +13,21 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 
-def _main(argv: list[str], environment: dict[str, str], log: str, file_limit: int | None) -> None:
+def run_main(argv: list[str]) -> None:
+    """What `python main.py` does."""
+    import main
+
+    main.run(argv)
+
+
+def _child(
+    program: Callable[[list[str]], None], argv: list[str], environment: dict[str, str], log: str, file_limit: int | None
+) -> None:
     """What a forked process does: become rank `RANK`, write to `log`, run."""
     if file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -29,10 +39,8 @@ def _main(argv: list[str], environment: dict[str, str], log: str, file_limit: in
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
     os.setpgrp()
-    import main
-
     try:
-        main.run(argv)
+        program(argv)
         status = 0
     except SystemExit as stop:
         status = int(stop.code or 0)
@@ -43,7 +51,7 @@ def _main(argv: list[str], environment: dict[str, str], log: str, file_limit: in
 
 def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["main", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["tests.fork_preload"])  # found from the repository's root, where pytest runs
     return context
 
 
@@ -86,8 +94,16 @@ class ForkedRun:
             time.sleep(0.01)
 
 
-def start_run(argv: list, ranks: int = 1, file_limits: dict[int, int] | None = None) -> ForkedRun:
-    """Start main.py with `argv` on so many ranks; those in `file_limits` can't write larger files (bytes)."""
+def start_run(
+    argv: list,
+    ranks: int = 1,
+    file_limits: dict[int, int] | None = None,
+    program: Callable[[list[str]], None] = run_main,
+) -> ForkedRun:
+    """Start main.py with `argv` on so many ranks; those in `file_limits` can't write larger files (bytes).
+
+    `program` is a function of a test module that runs in its place.
+    """
     context = _context()
     folder = Path(tempfile.mkdtemp(prefix="forked_run_"))
     with socket.socket() as probe:
@@ -103,14 +119,14 @@ def start_run(argv: list, ranks: int = 1, file_limits: dict[int, int] | None = N
             }  # fmt: skip
         logs.append(folder / f"rank_{rank}.log")
         arguments = ([str(argument) for argument in argv], own, str(logs[-1]), (file_limits or {}).get(rank))
-        processes.append(context.Process(target=_main, args=arguments, daemon=True))
+        processes.append(context.Process(target=_child, args=(program, *arguments), daemon=True))
         processes[-1].start()
     return ForkedRun(processes, logs, port)
 
 
-def finished_run(argv: list, ranks: int = 1, status: int = 0) -> str:
+def finished_run(argv: list, ranks: int = 1, status: int = 0, program: Callable[[list[str]], None] = run_main) -> str:
     """Run to the end, which must have this exit status on every rank; returns what was printed."""
-    run = start_run(argv, ranks)
+    run = start_run(argv, ranks, program=program)
     statuses = run.wait()
     assert statuses == [status] * ranks, f"{statuses}\n{run.output()}"
     left = list(Path("/dev/shm").glob(f"deepspeed_*_{run.port}_*"))
