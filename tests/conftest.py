@@ -26,18 +26,21 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 # workers one half of the tests. Those of two hosts take turns, so they are all in the first half; the second begins
 # with what needs another of DeepSpeed's kernels, and both kernels are compiled at once on a new machine.
 FIRST_HALF = ("multi_node/", "test_the_demo_runs_in_small", "test_memory_stays_flat")
-SECOND_HALF = ("zero2-offload", "faults/test_kill.py", "test_random_arguments", "test_real_data.py", "test_ending.py")
+SECOND_HALF = ("zero2-offload", "faults/test_kill.py", "test_random_arguments", "launcher", "test_real_data.py")
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data folder beside the repository")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Bring the longest tests to the beginning of each half."""
-    first, second = (
-        [item for words in names for item in items if words in item.nodeid] for names in (FIRST_HALF, SECOND_HALF)
-    )
-    moved = {*first, *second}
-    rest = [item for item in items if item not in moved]
+
+    def take(names: tuple[str, ...]) -> list[pytest.Item]:
+        taken = list(dict.fromkeys(item for words in names for item in rest if words in item.nodeid))
+        rest[:] = [item for item in rest if item not in taken]
+        return taken
+
+    rest = items[:]
+    first, second = take(FIRST_HALF), take(SECOND_HALF)
     middle = max(0, len(items) // 2 - len(first))
     items[:] = [*first, *rest[:middle], *second, *rest[middle:]]
 

@@ -14,11 +14,11 @@ pytestmark = needs_shared
 
 @pytest.fixture(scope="module")
 def real_opt(tmp_path_factory):
-    """A random OPT of 256 x 4 with nothing but OPT's vocabulary and merges beside it."""
+    """A random OPT of 128 x 2 with nothing but OPT's vocabulary and merges beside it."""
     folder = tmp_path_factory.mktemp("opt")
     torch.manual_seed(0)
     config = OPTConfig(
-        hidden_size=256, word_embed_proj_dim=256, ffn_dim=1024, num_hidden_layers=4, num_attention_heads=4,
+        hidden_size=128, word_embed_proj_dim=128, ffn_dim=512, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=512,
     )  # fmt: skip
     OPTForCausalLM(config).save_pretrained(folder)
