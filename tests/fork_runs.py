@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+PATIENCE = 600  # seconds: the first run on a new machine waits for the compiler, which may have to share two cores
+
+
 def run_main(argv: list[str]) -> None:
     """What `python main.py` does."""
     import main
@@ -69,7 +72,7 @@ class ForkedRun:
             if self.processes[rank].is_alive():
                 os.kill(self.processes[rank].pid, number)
 
-    def wait(self, timeout: float = 300) -> list[int]:
+    def wait(self, timeout: float = PATIENCE) -> list[int]:
         """Exit statuses, negative for signals; a run that does not end is killed and fails the test."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
@@ -85,7 +88,7 @@ class ForkedRun:
         """What all ranks printed, rank after rank."""
         return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
-    def wait_for(self, words: str, timeout: float = 300) -> None:
+    def wait_for(self, words: str, timeout: float = PATIENCE) -> None:
         """Wait until rank 0 has printed `words`."""
         deadline = time.monotonic() + timeout
         while words not in self.output():
