@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-
 PATIENCE = 600  # seconds: the first run on a new machine waits for the compiler, which may have to share two cores
 
 
