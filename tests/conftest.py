@@ -22,7 +22,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # One ninja for runs inside pytest and in processes of their own: another version compiles DeepSpeed's kernels anew.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
+# The longest tests begin first: begun last, one would leave a processor idle at the end. pytest-xdist gives each of two
+# workers one half of the tests. Those of two hosts take turns, so they are all in the first half; the second begins
+# with what needs another of DeepSpeed's kernels, and both kernels are compiled at once on a new machine.
+FIRST_HALF = ("tests/multi_node/", "test_the_demo_runs_in_small", "test_memory_stays_flat")
+SECOND_HALF = ("zero2-offload", "faults/test_kill.py", "test_random_arguments", "launcher", "test_real_data.py")
+
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data folder beside the repository")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the longest tests to the beginning of each half."""
+
+    def take(names: tuple[str, ...]) -> list[pytest.Item]:
+        taken = list(dict.fromkeys(item for words in names for item in rest if words in item.nodeid))
+        rest[:] = [item for item in rest if item not in taken]
+        return taken
+
+    rest = items[:]
+    first, second = take(FIRST_HALF), take(SECOND_HALF)
+    middle = max(0, len(items) // 2 - len(first))
+    items[:] = [*first, *rest[:middle], *second, *rest[middle:]]
 
 
 def make_tiny_opt(folder: Path, **changes) -> Path:

@@ -13,11 +13,23 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+PATIENCE = 600  # seconds: the first run on a new machine waits for the compiler, which may have to share two cores
 
-def _main(argv: list[str], environment: dict[str, str], log: str, file_limit: int | None) -> None:
+
+def run_main(argv: list[str]) -> None:
+    """What `python main.py` does."""
+    import main
+
+    main.run(argv)
+
+
+def _child(
+    program: Callable[[list[str]], None], argv: list[str], environment: dict[str, str], log: str, file_limit: int | None
+) -> None:
     """What a forked process does: become rank `RANK`, write to `log`, run."""
     if file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -29,10 +41,8 @@ def _main(argv: list[str], environment: dict[str, str], log: str, file_limit: in
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
     os.setpgrp()
-    import main
-
     try:
-        main.run(argv)
+        program(argv)
         status = 0
     except SystemExit as stop:
         status = int(stop.code or 0)
@@ -43,7 +53,7 @@ def _main(argv: list[str], environment: dict[str, str], log: str, file_limit: in
 
 def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["main", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["tests.fork_preload"])  # found from the repository's root, where pytest runs
     return context
 
 
@@ -61,7 +71,7 @@ class ForkedRun:
             if self.processes[rank].is_alive():
                 os.kill(self.processes[rank].pid, number)
 
-    def wait(self, timeout: float = 300) -> list[int]:
+    def wait(self, timeout: float = PATIENCE) -> list[int]:
         """Exit statuses, negative for signals; a run that does not end is killed and fails the test."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
@@ -77,7 +87,7 @@ class ForkedRun:
         """What all ranks printed, rank after rank."""
         return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
-    def wait_for(self, words: str, timeout: float = 300) -> None:
+    def wait_for(self, words: str, timeout: float = PATIENCE) -> None:
         """Wait until rank 0 has printed `words`."""
         deadline = time.monotonic() + timeout
         while words not in self.output():
@@ -86,8 +96,16 @@ class ForkedRun:
             time.sleep(0.01)
 
 
-def start_run(argv: list, ranks: int = 1, file_limits: dict[int, int] | None = None) -> ForkedRun:
-    """Start main.py with `argv` on so many ranks; those in `file_limits` can't write larger files (bytes)."""
+def start_run(
+    argv: list,
+    ranks: int = 1,
+    file_limits: dict[int, int] | None = None,
+    program: Callable[[list[str]], None] = run_main,
+) -> ForkedRun:
+    """Start main.py with `argv` on so many ranks; those in `file_limits` can't write larger files (bytes).
+
+    `program` is a function of a test module that runs in its place.
+    """
     context = _context()
     folder = Path(tempfile.mkdtemp(prefix="forked_run_"))
     with socket.socket() as probe:
@@ -103,14 +121,14 @@ def start_run(argv: list, ranks: int = 1, file_limits: dict[int, int] | None = N
             }  # fmt: skip
         logs.append(folder / f"rank_{rank}.log")
         arguments = ([str(argument) for argument in argv], own, str(logs[-1]), (file_limits or {}).get(rank))
-        processes.append(context.Process(target=_main, args=arguments, daemon=True))
+        processes.append(context.Process(target=_child, args=(program, *arguments), daemon=True))
         processes[-1].start()
     return ForkedRun(processes, logs, port)
 
 
-def finished_run(argv: list, ranks: int = 1, status: int = 0) -> str:
+def finished_run(argv: list, ranks: int = 1, status: int = 0, program: Callable[[list[str]], None] = run_main) -> str:
     """Run to the end, which must have this exit status on every rank; returns what was printed."""
-    run = start_run(argv, ranks)
+    run = start_run(argv, ranks, program=program)
     statuses = run.wait()
     assert statuses == [status] * ranks, f"{statuses}\n{run.output()}"
     left = list(Path("/dev/shm").glob(f"deepspeed_*_{run.port}_*"))

@@ -7,7 +7,8 @@ import resource
 import peft
 import pytest
 import torch
-from conftest import ROOT, deepspeed_ranks, launch, make_json_data, make_tiny_opt
+from conftest import ROOT, make_json_data, make_tiny_opt
+from fork_runs import finished_run
 from safetensors.torch import load_file
 from test_lora import LORA_NAMES, logits, make, train_lora
 from torch import nn
@@ -107,8 +108,7 @@ def test_two_ranks(kind, stage, names, layers, tmp_path):
     # ZeRO 3 leaves parameters as small as these whole unless told otherwise.
     config = tmp_path / "ds.json"
     config.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
-    run = launch(
-        deepspeed_ranks(2),
+    printed = finished_run(
         [
             "--model_name_or_path", base, "--data_path", make_json_data(tmp_path, 12, 5), "--data_split", "10,0,0",
             "--data_output_path", tmp_path / "cache", "--max_seq_len", "64", "--dtype", "fp32", "--zero_stage", stage,
@@ -116,10 +116,10 @@ def test_two_ranks(kind, stage, names, layers, tmp_path):
             "--only_optimize_lora", "--save_lora_adapter", "--lora_learning_rate", "5e-2",
             "--per_device_train_batch_size", "2", "--output_dir", out, "--deepspeed_config", config,
         ],
+        ranks=2,
     )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert re.search(rf"LoRA: {layers} layers wrapped \(.*\), rank 4, scaling 2$", run.stdout, re.MULTILINE)
-    assert f"LoRA adapter saved to {out}/adapter" in run.stdout
+    assert re.search(rf"LoRA: {layers} layers wrapped \(.*\), rank 4, scaling 2$", printed, re.MULTILINE)
+    assert f"LoRA adapter saved to {out}/adapter" in printed
     assert sorted(file.name for file in (out / "adapter").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip

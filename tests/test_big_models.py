@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -172,6 +173,42 @@ def test_saving_while_weights_are_being_fetched(wide, undisturbed, tmp_path):
     assert set(index["weight_map"].values()) == set(sizes) and len(sizes) > 5
     largest = max(p.nbytes for p in AutoModelForCausalLM.from_pretrained(out).parameters())
     assert max(sizes.values()) < max(2 * 10**6, largest) + 10_000
+
+
+def count_views(argv: list[str]) -> None:
+    """main.py that counts the views of weights which the layers keep from the forward to the backward."""
+    import torch
+
+    import main
+
+    forward = main.summed_loss
+    kept = []
+
+    def watched(engine, tensors):
+        weights = list(engine.module.parameters())
+
+        def pack(tensor):
+            is_weight = any(tensor is weight for weight in weights)
+            places = {weight.untyped_storage().data_ptr() for weight in weights if weight.numel()}
+            kept.append(not is_weight and tensor.dim() == 2 and tensor.untyped_storage().data_ptr() in places)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return forward(engine, tensors)
+
+    main.summed_loss = watched
+    main.run(argv)
+    print("VIEWS", sum(kept), "of", len(kept))
+
+
+def test_no_gathered_weight_is_kept_for_the_backward(wide, tmp_path):
+    """torch's own linear keeps `weight.t()`, and with it the whole model at ZeRO 3; what counts sees that, too."""
+    command = [*wide[0], "--max_steps", "1"]
+    views = re.search(r"VIEWS (\d+) of (\d+)", finished_run(command, program=count_views)).groups()
+    assert views[0] == "0" and int(views[1]) > 20
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"memory_efficient_linear": false}}')
+    printed = finished_run([*command, "--deepspeed_config", tmp_path / "ds.json"], program=count_views)
+    assert int(re.search(r"VIEWS (\d+)", printed)[1]) >= 2 * 6, "six linear layers in each of two layers"
 
 
 def test_second_copy_of_the_weights_changes_nothing(wide, tmp_path):

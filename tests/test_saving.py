@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import deepspeed_ranks, launch, make_json_data, make_tiny_opt
+from conftest import make_json_data, make_tiny_opt
+from fork_runs import finished_run
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -210,55 +211,53 @@ def test_fewer_shards_than_before_leave_no_old_ones(model, tokenizer, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ ZeRO 3
 
-SAVE_TWICE = """
-import sys, torch
-import deepspeed, torch.distributed as dist
-import main
-from utils import saving
-from utils.module.lora import LinearLayer_LoRA
 
-def whole(module):
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+def save_twice(argv: list[str]) -> None:
+    """main.py that saves in mid-run too, and says what that changed; the last argument is a folder."""
+    import deepspeed
+    import torch.distributed as dist
 
-publish = main.save
-def save(engine, tokenizer, *rest):
-    before = whole(engine.module)
-    # The embedding is whole on both ranks and the same, the new rows included.
-    rows = before["model.decoder.embed_tokens.weight"]
-    both = [torch.empty_like(rows) for _ in range(2)]
-    dist.all_gather(both, rows)
-    saving.save_model_folder(engine.module, tokenizer, sys.argv[-1] + "/mid-run")
-    after = whole(engine.module)
-    kept = all(torch.equal(before[name], after[name]) for name in before)
-    if dist.get_rank() == 0:
-        print("ROWS", len(rows), torch.equal(*both), "KEPT", kept, flush=True)
-    publish(engine, tokenizer, *rest)
-main.save = save
-main.run(sys.argv[1:-1])
-"""
+    import main
+
+    def whole(module):
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+            return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+    publish = main.save
+
+    def save(engine, tokenizer, *rest):
+        before = whole(engine.module)
+        # The embedding is whole on both ranks and the same, the new rows included.
+        rows = before["model.decoder.embed_tokens.weight"]
+        both = [torch.empty_like(rows) for _ in range(2)]
+        dist.all_gather(both, rows)
+        save_model_folder(engine.module, tokenizer, argv[-1] + "/mid-run")
+        after = whole(engine.module)
+        kept = all(torch.equal(before[name], after[name]) for name in before)
+        if dist.get_rank() == 0:
+            print("ROWS", len(rows), torch.equal(*both), "KEPT", kept, flush=True)
+        publish(engine, tokenizer, *rest)
+
+    main.save = save
+    main.run(argv[:-1])
 
 
 def test_zero_3_on_two_ranks_with_lora_and_new_rows(tmp_path):
     """Grown to a multiple of 8 with the same rows everywhere; a save in mid-run touches no weight; reloaded equal."""
     base = make_tiny_opt(tmp_path / "base", vocab_size=1800)  # the tokenizer has 1809 entries
     data = make_json_data(tmp_path, 12, 5)
-    script = tmp_path / "save_twice.py"
-    script.write_text(SAVE_TWICE)
     out = tmp_path / "out"
-    run = launch(
-        deepspeed_ranks(2),
+    printed = finished_run(
         [
             "--model_name_or_path", base, "--data_path", data, "--data_split", "10,0,0", "--data_output_path",
             tmp_path / "cache", "--max_seq_len", "64", "--dtype", "fp32", "--zero_stage", "3", "--lora_dim", "4",
             "--lora_learning_rate", "1e-1", "--per_device_train_batch_size", "2", "--output_dir", out, tmp_path,
         ],
-        script=script,
-        env={"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        ranks=2,
+        program=save_twice,
     )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "ROWS 1816 True KEPT True" in run.stdout
-    assert re.search(r"verified: reloaded logits differ by (\S+) of", run.stdout)
+    assert "ROWS 1816 True KEPT True" in printed
+    assert re.search(r"verified: reloaded logits differ by (\S+) of", printed)
     final, mid_run = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "mid-run"))
     assert final.keys() == mid_run.keys() and all(torch.equal(final[name], mid_run[name]) for name in final)
     before = load_file(base / "model.safetensors")

@@ -1,9 +1,11 @@
 """What a run records of itself: the loss of every optimizer step, evaluations, and their picture."""
 
+import io
 import json
 import math
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -105,13 +107,21 @@ def draw_losses(output_dir: str, folder: str | None = None) -> str:
     `folder` is `output_dir` unless given. Beside the loss of every step stands its running mean, where there are
     enough steps for one.
     """
+    records = read_metrics(output_dir)
+    picture = _picture(tuple(curve(records, "loss")), tuple(curve(records, "eval_loss")))
+    path = os.path.join(folder or output_dir, PICTURE)
+    with open(path, "wb") as file:
+        file.write(picture)
+    return path
+
+
+@lru_cache(maxsize=1)  # the end of a run wants it twice: beside its records, and in the folder of its model
+def _picture(train: tuple[tuple[int, float], ...], evaluation: tuple[tuple[int, float], ...]) -> bytes:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = read_metrics(output_dir)
-    train, evaluation = curve(records, "loss"), curve(records, "eval_loss")
     figure, axes = plt.subplots(figsize=(9, 5), dpi=120)
     if train:
         steps, losses = zip(*train, strict=True)
@@ -129,11 +139,11 @@ def draw_losses(output_dir: str, folder: str | None = None) -> str:
     axes.grid(alpha=0.3)
     if train or evaluation:
         axes.legend()
-    path = os.path.join(folder or output_dir, PICTURE)
+    written = io.BytesIO()
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(written, format="png")
     plt.close(figure)
-    return path
+    return written.getvalue()
 
 
 def curve(records: list[dict[str, float]], name: str) -> list[tuple[float, float]]:

@@ -22,7 +22,7 @@ from fork_runs import finished_run, outcome, start_run  # noqa: E402
 
 # What a run prints as it enters a phase, and for how long after that a kill still hits it.
 PHASES = {
-    "start": ("", 2.0), "cache": ("Tokenizer:", 0.5), "evaluation": ("Evaluating perplexity", 0.05),
+    "start": ("", 1.0), "cache": ("Tokenizer:", 0.5), "evaluation": ("Evaluating perplexity", 0.05),
     "training": ("Step: ", 0.3), "checkpoint": ("Checkpoint: ", 0.3), "saving": ("saving the final model", 0.2),
 }  # fmt: skip
 

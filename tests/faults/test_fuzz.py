@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.utils import load_hf_tokenizer
 
 ONE_AFTER_THE_OTHER = settings(
-    max_examples=500, deadline=None, derandomize=True, database=None,
+    deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 
@@ -64,12 +64,12 @@ def call_main(arguments: list[str]) -> tuple[int, str, str]:
 
 
 def test_random_arguments(run_setting, tmp_path, monkeypatch):
-    """500 combinations; one in twenty that is not refused is trained for up to three steps, the others prepare data."""
+    """300 combinations; one in twenty that is not refused is trained for up to three steps, the others prepare data."""
     counts = {"refused": 0, "prepared": 0, "trained": 0}
     # The plan's memory and time have tests of their own, and take longer than all the rest.
     monkeypatch.setattr(main, "dry_run", lambda args, *_: print("prepared"))
 
-    @ONE_AFTER_THE_OTHER
+    @settings(ONE_AFTER_THE_OTHER, max_examples=300)
     @given(flags=st.lists(FLAG, min_size=0, max_size=4), really=st.integers(0, 19))
     def one_case(flags, really):
         output = tmp_path / f"output_{sum(counts.values())}"
@@ -145,7 +145,7 @@ def test_mutated_files(tmp_path):
     """500 files, json and jsonl, known and own format: data to train on, or words that name the place."""
     counts, tokenizer = {"read": 0, "refused": 0}, load_hf_tokenizer(str(ROOT / "demo" / "tiny_opt"))
 
-    @ONE_AFTER_THE_OTHER
+    @settings(ONE_AFTER_THE_OTHER, max_examples=500)
     @given(seed=st.integers(0, 2**32 - 1))
     def one_case(seed):
         chance = random.Random(seed)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import datasets
@@ -48,6 +49,12 @@ class Text:
         for step in reversed(self.path[1:]):
             kind = [kind] if isinstance(step, int) else {step: kind}
         return {self.path[0]: kind}
+
+
+@cache
+def _source(cls: type) -> str:
+    """The code of a class; Python reads its whole file to find it, which takes a tenth of a second."""
+    return inspect.getsource(cls)
 
 
 def around(text: str | None, before: str, after: str = "") -> str | None:
@@ -202,7 +209,7 @@ class PromptRawDataset:
         split, and with the code that makes the texts; it is the same in every process and run.
         """
         which = f"{split} {self.seed}" if self.eval_split is None else split
-        rules = [inspect.getsource(cls) for cls in (Text, *type(self).__mro__[:-1])]
+        rules = [_source(cls) for cls in (Text, *type(self).__mro__[:-1])]
         parts = [self.dataset_name, self._source_split(split).fingerprint, which, *rules]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
