@@ -19,6 +19,7 @@ demo: $(VENV)/.installed
 	$(RUN) bash evaluation_scripts/run_demo.sh "$(OUTPUT)"
 
 test: $(VENV)/.installed-dev
+	$(RUN) python tests/compile_kernels.py
 	$(RUN) python -m pytest -q -rs -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev

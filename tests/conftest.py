@@ -23,8 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 # The longest tests begin first: begun last, one would leave a processor idle at the end. pytest-xdist gives each of two
-# workers one half of the tests. Those of two hosts take turns, so they are all in the first half; the second begins
-# with what needs another of DeepSpeed's kernels, and both kernels are compiled at once on a new machine.
+# workers one half of the tests. Those of two hosts take turns, so they are all in the first half.
 FIRST_HALF = ("tests/multi_node/", "test_the_demo_runs_in_small", "test_memory_stays_flat")
 SECOND_HALF = ("zero2-offload", "faults/test_kill.py", "test_random_arguments", "launcher", "test_real_data.py")
 

@@ -297,6 +297,6 @@ def test_memory_stays_flat(tmp_path):
         found = re.search(r"PEAK (\d+) (\d+)", run.stdout)
         assert found and int(found[1]) == rows, run.stderr
         growth[rows] = int(found[2]) // 1024
-    # MiB above the imports, mapped pages of files among them: the rows, and their ids twice while they are mixed. Seen: 43
-    # and 84; the ids of 100,000 rows as Python lists take 75 more.
+    # MiB above the imports, mapped pages of files among them: the rows, and their ids twice while they are mixed. Seen:
+    # 43 and 84; the ids of 100,000 rows as Python lists take 75 more.
     assert growth[100_000] < growth[10_000] + 75, growth
