@@ -68,13 +68,6 @@ def test_lines_without_a_terminal(padded_run):
     assert "\r" not in printed and "%|" not in printed
 
 
-def test_library_noise_is_in_the_log(padded_run):
-    folder, printed = padded_run
-    log = (folder / "library.log").read_text()
-    assert "Setting accelerator to CPU" in log and "Setting accelerator" not in printed
-    assert "[WARNING]" not in printed
-
-
 def test_run_file(padded_run):
     folder, _ = padded_run
     run = json.loads((folder / "run.json").read_text())

@@ -75,6 +75,9 @@ def test_plain_python(run_arguments, wanted, json_data, tmp_path):
         assert line in run.stdout.splitlines()
     assert "Precision: fp32" in run.stdout and "verified" in run.stdout
     assert "Padding: free" in run.stdout and "Loss: fused" in run.stdout
+    noise = "Setting accelerator to CPU"
+    assert noise in (tmp_path / "library.log").read_text() and noise not in run.stdout + run.stderr
+    assert "[WARNING]" not in run.stdout + run.stderr
     assert_loads_plain(tmp_path, perplexities_of(run.stdout)[-1][1], json_data)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["loss"] for record in records if "loss" in record] == losses_of(run.stdout)
