@@ -43,8 +43,9 @@ def missing() -> str | None:
         return f"needs {', '.join(programs)}"
     if os.geteuid() != 0:
         return "needs to be root, to make network namespaces"
-    probe = subprocess.run(["ip", "netns", "add", "sftprobe"], capture_output=True, text=True, check=False)
-    subprocess.run(["ip", "netns", "del", "sftprobe"], capture_output=True, check=False)
+    name = f"sftprobe{os.getpid()}"  # several workers of pytest ask at once
+    probe = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     return None if probe.returncode == 0 else f"no network namespace can be made: {probe.stderr.strip()}"
 
 
