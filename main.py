@@ -39,7 +39,7 @@ from utils.data.batches import collate_for, eval_batches, train_batches
 from utils.data.data_utils import PromptDataset, create_prompt_dataset
 from utils.data.sampler import micro_batches_per_epoch, remaining_units, step_members
 from utils.data.sources import parse_columns
-from utils.data.stream import create_prompt_stream
+from utils.data.stream import SFT_PHASE, create_prompt_stream
 from utils.dry_run import dry_run
 from utils.ds_utils import build_ds_config, local_rank_of, start_process_group
 from utils.evaluation import evaluate
@@ -71,7 +71,6 @@ from utils.sequence_parallel import averaged_over, data_rank, sequence_part, sta
 from utils.tiled_mlp import tile_mlps
 from utils.utils import global_rank, load_hf_tokenizer, print_rank_0, save_hf_format, set_random_seed, to_device
 
-SFT_PHASE = 1
 EXIT_BY_SIGINT = 130
 
 

@@ -73,7 +73,7 @@ def cached(tokenizer_folder: str, folder: Path) -> int:
 
 
 def streamed(tokenizer_folder: str, folder: Path) -> int:
-    """One pass in windows of the default size, as a rank of `--streaming` reads them; nothing is written."""
+    """All rows in windows of the default size, as a rank of `--streaming` reads them; nothing is written."""
     from utils.data.stream import create_prompt_stream
     from utils.utils import load_hf_tokenizer
 
@@ -82,10 +82,12 @@ def streamed(tokenizer_folder: str, folder: Path) -> int:
         1, [str(folder / "local" / "jsonfile")], str(folder / "unused"), 1234, tokenizer, 512, tokenizer.eos_token,
         10_000,
     )  # fmt: skip
+    with open(folder / "local" / "jsonfile" / "train.jsonl", encoding="utf-8") as file:
+        rows = sum(1 for _ in file)
     count = len(stream)
-    while stream.after["sources"][0]["number"] == 0 and len(stream) == 10_000:
+    while count < rows:
         stream.follow(stream.after)
-        count += len(stream) if stream.position["sources"][0]["number"] == 0 else 0
+        count += len(stream)
     return count
 
 

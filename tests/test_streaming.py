@@ -213,7 +213,7 @@ def test_hub_rows_are_checked_as_they_come(stub_hub, tokenizer):
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_bad_record_is_named_when_it_comes(shards, tokenizer, ahead, tmp_path, monkeypatch):
+def test_a_bad_record_is_named_when_it_comes(tokenizer, ahead, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "ROWS_AT_ONCE", 10)
     write_jsonl(tmp_path / "set", "train-00000-of-00002", range(50))
     (tmp_path / "set" / "train-00001-of-00002.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": 1}\n')

@@ -1,7 +1,7 @@
 """What is wrong with the values of the command line, seen by themselves: no file, model or device is looked at."""
 
 import argparse
-import re
+from contextlib import suppress
 
 from utils.big_models import check_scale_values
 from utils.data.sources import parse_columns, parse_source
@@ -66,11 +66,12 @@ def _check_streaming_values(args: argparse.Namespace) -> list[str]:
     problems = []
     if args.max_steps is None:
         problems.append("--streaming needs --max_steps N: how long a stream is, nobody knows before its end.")
-    if args.data_path and not re.fullmatch(r"\s*[^,]+(,\s*0+(\.0*)?\s*)*", args.data_split):
-        problems.append(
-            f"--streaming gives all rows to this phase, since a stream can't be cut as --data_split {args.data_split} "
-            "says: give --data_split 10,0,0."
-        )
+    with suppress(UserError):  # a split that is none is refused by itself
+        if args.data_path and any(parse_data_split(args.data_split)[1:]):
+            problems.append(
+                f"--streaming gives all rows to this phase, since a stream can't be cut as --data_split "
+                f"{args.data_split} says: give --data_split 10,0,0."
+            )
     if args.preprocessing_num_workers is not None:
         problems.append(
             "--preprocessing_num_workers is for data that is prepared before the run: with --streaming each rank "

@@ -16,7 +16,7 @@ from utils.checkpoint import find_checkpoint
 from utils.data.cache import cache_lock
 from utils.data.chat_format import ChatFormat, resolve_chat_format
 from utils.data.data_utils import SFT_ONLY_SPLIT, end_token_id, get_raw_dataset
-from utils.data.own_formats import ROWS_TRIED, OwnOptions
+from utils.data.own_formats import OwnOptions
 from utils.data.raw_datasets import known_name
 from utils.data.sources import parse_columns, parse_source
 from utils.data.splits import parse_data_split, split_boundaries
@@ -212,9 +212,8 @@ def _check_data(text: str, data_split: str, args: Namespace, own: OwnOptions) ->
     """The data set is known, readable and well-formed, and phase 1 gets rows of it."""
     name, weight = parse_source(text)
     if args.streaming:
-        get_raw_dataset(name, args.data_output_path, args.seed, 1, own, streaming=True).try_rows(
-            args.completion_only_loss, ROWS_TRIED
-        )
+        raw = get_raw_dataset(name, args.data_output_path, args.seed, 1, own, streaming=True)
+        raw.try_rows(args.completion_only_loss)
         return
     with cache_lock(args.data_output_path):
         raw = get_raw_dataset(name, args.data_output_path, args.seed, 1, own)

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from utils.console import say
 from utils.data import prompt_cache
 from utils.data.cache import build_folder, cache_lock
-from utils.data.chat_format import AUTO, resolve_chat_format
-from utils.data.own_formats import OwnFormatDataset, OwnOptions
+from utils.data.chat_format import AUTO
+from utils.data.own_formats import OwnFormatDataset, OwnOptions, own_options
 from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
 from utils.data.raw_datasets import PromptRawDataset, find_raw_dataset_class, known_name
 from utils.data.sources import parse_source, weighted
@@ -204,8 +204,7 @@ def create_prompt_dataset(
     if train_phase == 1:
         sources += [(name, SFT_ONLY_SPLIT) for name in sft_only_data_path]
     end_id = end_token_id(tokenizer, end_of_conversation_token)
-    end_token = tokenizer.convert_ids_to_tokens(end_id)
-    own = OwnOptions(columns or {}, resolve_chat_format(chat_template, tokenizer, end_token))
+    own = own_options(tokenizer, end_id, columns, chat_template)
 
     def build(work: str) -> None:
         mixed: dict[str, list[PromptDataset]] = {"train": [], "eval": []}

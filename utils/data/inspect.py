@@ -18,9 +18,8 @@ from utils.arg_checks import check_values
 from utils.args import parse_args
 from utils.checks import end_of_conversation_token
 from utils.data.cache import cache_lock
-from utils.data.chat_format import resolve_chat_format
 from utils.data.data_utils import SFT_ONLY_SPLIT, end_token_id, get_raw_dataset
-from utils.data.own_formats import OwnOptions
+from utils.data.own_formats import OwnOptions, own_options
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.sources import parse_columns, parse_source, weighted
 from utils.data.splits import get_shuffle_idx, split_boundaries
@@ -58,8 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(join_problems(problems))
     tokenizer = load_hf_tokenizer(args.model_name_or_path, True, args.eot_token if args.add_eot_token else None)
     end_id = end_token_id(tokenizer, end_of_conversation_token(args, tokenizer))
-    chat = resolve_chat_format(args.chat_template, tokenizer, tokenizer.convert_ids_to_tokens(end_id))
-    own = OwnOptions(parse_columns(args.columns), chat)
+    own = own_options(tokenizer, end_id, parse_columns(args.columns), args.chat_template)
     sources = [(name, args.data_split) for name in args.data_path]
     sources += [(name, SFT_ONLY_SPLIT) for name in args.sft_only_data_path]
     measured = [report_data_set(text, shares, args, tokenizer, end_id, own) for text, shares in sources]

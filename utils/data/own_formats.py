@@ -11,13 +11,15 @@ import re
 from itertools import islice
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from utils.data import chat_format
-from utils.data.chat_format import AS_IS, TEMPLATE, ChatFormat, Message
+from utils.data.chat_format import AS_IS, TEMPLATE, ChatFormat, Message, resolve_chat_format
 from utils.data.columns import CONVERSATION, Schema
 from utils.data.data_files import other_files, own_files
-from utils.data.loading import SplitData, column_names, is_saved, load_files, load_saved, open_saved, place_of_row
+from utils.data.loading import SplitData, column_names, is_saved, load_saved, open_saved, place_of_row
 from utils.data.raw_base import STREAM_EVAL_ROWS, PromptRawDataset, Sample
-from utils.data.row_streams import stream_files, stream_saved
+from utils.data.row_streams import stream_saved
 from utils.errors import UserError
 
 # In this order; the first whose columns are there is taken: needed roles, roles that may be missing.
@@ -39,6 +41,14 @@ class OwnOptions(NamedTuple):
 
     columns: dict[str, str] = {}
     chat: ChatFormat = ChatFormat()
+
+
+def own_options(
+    tokenizer: PreTrainedTokenizerBase, end_id: int, columns: dict[str, str] | None, chat_template: str
+) -> OwnOptions:
+    """The options of samples that end in `end_id`; for `chat_template` see `utils.data.chat_format`."""
+    end_token = tokenizer.convert_ids_to_tokens(end_id)
+    return OwnOptions(columns or {}, resolve_chat_format(chat_template, tokenizer, end_token))
 
 
 def recognise_columns(found: list[str], given: dict[str, str], origin: str) -> dict[str, str]:
@@ -108,9 +118,7 @@ class OwnFormatDataset(PromptRawDataset):
             load = stream_saved if self.streaming else load_saved
             loaded = load(self.source, [files[0] for files in files_of.values()], schema)
             return {split: loaded[files[0]] for split, files in files_of.items()}
-        if self.streaming:
-            return {split: stream_files(files, schema) for split, files in files_of.items()}
-        return {split: load_files(files, schema, self.output_path, self.source) for split, files in files_of.items()}
+        return {split: self._load_files(files, schema, self.source) for split, files in files_of.items()}
 
     def _schema(self) -> Schema:
         optional = tuple(self.roles[role] for role in ("rejected", "input") if role in self.roles)

@@ -13,8 +13,8 @@ import datasets
 
 from utils.data.columns import Columns, Kind, Schema
 from utils.data.hub import load_from_hub
-from utils.data.loading import SplitData, load_from_path
-from utils.data.row_streams import stream_from_hub, stream_from_path
+from utils.data.loading import SplitData, load_files, load_from_path
+from utils.data.row_streams import stream_files, stream_from_hub, stream_from_path
 from utils.data.splits import get_raw_dataset_split_index
 from utils.errors import UserError
 
@@ -150,13 +150,18 @@ class PromptRawDataset:
 
     def _load(self) -> dict[str, SplitData]:
         splits = [split for split in (self.train_split, self.eval_split) if split is not None]
-        if os.path.exists(self.source) and self.streaming:
+        is_here = os.path.exists(self.source)
+        if self.streaming and is_here:
             return stream_from_path(self.source, splits, self.schema(), self.hub_config)
-        if os.path.exists(self.source):
-            return load_from_path(self.source, splits, self.schema(), self.output_path, self.hub_config)
         if self.streaming:
             return stream_from_hub(self.source, splits, self.schema(), self.argument, self.hub_config)
+        if is_here:
+            return load_from_path(self.source, splits, self.schema(), self.output_path, self.hub_config)
         return load_from_hub(self.source, splits, self.schema(), self.argument, self.hub_config)
+
+    def _load_files(self, files: list[str], schema: Schema, root: str) -> SplitData:
+        """The records of one split's files below `root`."""
+        return stream_files(files, schema) if self.streaming else load_files(files, schema, self.output_path, root)
 
     @classmethod
     def schema(cls) -> Schema:

@@ -16,7 +16,7 @@ To add one, write a class below the others; being defined is all it takes to be 
 import os
 import re
 
-from utils.data.loading import SplitData, load_files
+from utils.data.loading import SplitData
 from utils.data.raw_base import (
     RAW_DATASETS,
     PromptRawDataset,
@@ -28,7 +28,6 @@ from utils.data.raw_base import (
     joined,
     reply,
 )
-from utils.data.row_streams import stream_files
 from utils.errors import UserError
 
 __all__ = ["RAW_DATASETS", "PromptRawDataset", "find_raw_dataset_class", "known_name"]
@@ -164,10 +163,10 @@ class LocalJsonFileDataset(PromptRawDataset):
 
     def _load(self) -> dict[str, SplitData]:
         folder = os.path.normpath(self.source if os.path.isdir(self.source) else self.data_folder)
-        files = {split: [self._file(folder, split)] for split in (self.train_split, self.eval_split)}
-        if self.streaming:
-            return {split: stream_files(found, self.schema()) for split, found in files.items()}
-        return {split: load_files(found, self.schema(), self.output_path, folder) for split, found in files.items()}
+        return {
+            split: self._load_files([self._file(folder, split)], self.schema(), folder)
+            for split in (self.train_split, self.eval_split)
+        }
 
     @staticmethod
     def _file(folder: str, split: str) -> str:

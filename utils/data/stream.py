@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.console import phase, say
 from utils.data import prompt_cache
-from utils.data.chat_format import AUTO, resolve_chat_format
+from utils.data.chat_format import AUTO
 from utils.data.data_utils import create_dataset_split, get_raw_dataset
-from utils.data.own_formats import OwnOptions
+from utils.data.own_formats import own_options
 from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
 from utils.data.raw_base import STREAM_EVAL_ROWS, PromptRawDataset
 from utils.data.sources import parse_source
@@ -163,18 +163,14 @@ class PromptStream(PromptDataset):
         self.sources, self.size, self.ahead, self.is_heard = sources, size, ahead, is_heard
         self.max_seq_len = max_seq_len
         self._open(None)
-        window = self._read(0)
-        super().__init__(window.samples, SFT_PHASE, max_seq_len=max_seq_len)
-        self.position, self.after = window.begins, window.after
+        super().__init__(self._read(0), SFT_PHASE, max_seq_len=max_seq_len)
 
     def follow(self, position: Position | None) -> Position:
         """Make the window that begins at `position` (None: the first) the one in use; returns where it begins."""
         if position is not None and position["window"] != self.position["window"]:
             if position["window"] != self.after["window"]:
                 self._open(position)
-            window = self._read(position["window"])
-            self.table = window.samples.with_format("numpy")
-            self.position, self.after = window.begins, window.after
+            self.table = self._read(position["window"]).with_format("numpy")
         return self.position
 
     def _open(self, begins: Position | None) -> None:
@@ -190,7 +186,8 @@ class PromptStream(PromptDataset):
         )  # fmt: skip
         self._windows = iter(loader)
 
-    def _read(self, number: int) -> Window:
+    def _read(self, number: int) -> datasets.Dataset:
+        """The samples of the next window, which becomes the one in use."""
         with phase(f"reading window {number + 1}"):
             window = next(self._windows)
         if isinstance(window, UserError):
@@ -198,7 +195,8 @@ class PromptStream(PromptDataset):
         if self.is_heard:
             part = prompt_cache.statistics([PromptDataset(window.samples, SFT_PHASE)], ID_COLUMNS[SFT_PHASE])
             say(prompt_cache.describe_part(f"Stream window {number + 1}", part, self.max_seq_len, SFT_PHASE))
-        return window
+        self.position, self.after = window.begins, window.after
+        return window.samples
 
 
 def create_prompt_stream(
@@ -226,7 +224,7 @@ def create_prompt_stream(
     end_id = end_token_id(tokenizer, end_of_conversation_token)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    own = OwnOptions(columns or {}, resolve_chat_format(chat_template, tokenizer, end_of_conversation_token))
+    own = own_options(tokenizer, end_id, columns, chat_template)
     parsed = [parse_source(text) for text in data_path]
     sources, evaluation = [], []
     for name, weight in parsed:
@@ -247,8 +245,8 @@ def create_prompt_stream(
         evaluation.append(part)
         if local_rank <= 0:
             kept = "training rows, which are not trained on" if raw.eval_split is None else "evaluation rows"
-            for line in filter(None, [raw.describe()]):
-                say(line)
+            if described := raw.describe():
+                say(described)
             say(f"Stream {name}: {share:.1%} of every window; evaluation on the first {len(rows)} {kept}")
     stream = PromptStream(sources, size, max_seq_len, ahead, local_rank <= 0)
     if local_rank <= 0:
