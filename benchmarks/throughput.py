@@ -37,6 +37,7 @@ from utils.data.batches import collate_for, train_batches  # noqa: E402
 from utils.data.data_utils import PromptDataset, create_prompt_dataset  # noqa: E402
 from utils.data.sampler import epoch_units  # noqa: E402
 from utils.ds_utils import get_train_ds_config, start_process_group  # noqa: E402
+from utils.host_memory import keep_freed_memory  # noqa: E402
 from utils.loss import install_loss, summed_loss  # noqa: E402
 from utils.optimizer import create_optimizer  # noqa: E402
 from utils.perf import ModelShape, flops_per_token, model_shape  # noqa: E402
@@ -99,7 +100,7 @@ def matrix_rate(dtype: torch.dtype, device: torch.device, hidden: int) -> float:
 
 
 def reset_peak_memory() -> None:
-    """Start a new peak: the device's own, or on a CPU the process's resident memory."""
+    """Start a new peak: the device's own, or on a CPU the process's resident memory, freed memory given back."""
     if get_accelerator().device_name() == "cpu":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -124,13 +125,14 @@ def endless_batches(data: PromptDataset, layout: str, args: Namespace, pad: int,
         yield from train_batches(data, units, collate, args.micro_batch, 1, 1, 0, on_cpu)
 
 
-def ours(engine: Any, batches: Any, layout: str, device: torch.device) -> Measured:
-    """One optimizer step in the given layout, on the one engine all layouts share."""
+def ours(engine: Any, batches: Any, layout: str, device: torch.device, memory: bool = False) -> Measured:
+    """One optimizer step in the given layout, on the one engine all layouts share; `memory` for its peak alone."""
     batch = next(batches)
     model = engine.module
     model.set_attn_implementation(DOCUMENTS if layout in ("free", "packed") else "sdpa")
     install_loss(model, fused=layout != "max_length")
-    reset_peak_memory()
+    if memory:
+        reset_peak_memory()
     start = time.perf_counter()
     with record_function(throughput_profile.STEP):
         loss = summed_loss(engine, to_device(batch.tensors, device))
@@ -150,20 +152,24 @@ def make_engine(args: Namespace, dtype: str) -> Any:
     options = Namespace(learning_rate=1e-5, lora_learning_rate=1e-5, weight_decay=0.0, offload=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=create_optimizer(model, options), config=config)
     engine.train()
+    keep_freed_memory()
     return engine
 
 
-def interleaved(ways: dict[str, Callable[[], Measured]], rounds: int) -> dict[str, Measured]:
-    """Sums (of the memory, the most) over `rounds` steps of every way in turn, after one that does not count."""
+def interleaved(ways: dict[str, Callable[..., Measured]], rounds: int) -> dict[str, Measured]:
+    """Sums over `rounds` steps of every way in turn, after one that does not count, and the peak of one more.
+
+    A step for the peak begins by giving freed memory back, which a step for the time would pay for.
+    """
     found: dict[str, list[Measured]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
+    for number in range(rounds + 2):
         for name, way in ways.items():
-            measured = way()
+            measured = way(memory=number > rounds)
             print(f"step {number} of {name}: {measured.seconds:.1f} s, {measured.tokens} tokens", flush=True)
             if number:  # before that kernels warm up, memory is first touched
                 found[name].append(measured)
-    return {name: Measured(*(sum(column) for column in list(zip(*steps, strict=True))[:4]),
-                           max(step.peak for step in steps)) for name, steps in found.items()}  # fmt: skip
+    return {name: Measured(*(sum(column) for column in list(zip(*steps[:-1], strict=True))[:4]), steps[-1].peak)
+            for name, steps in found.items()}  # fmt: skip
 
 
 def print_table(found: dict[str, Measured], shape: ModelShape, rate: float) -> None:

@@ -55,6 +55,7 @@ def print_shares(ways: dict[str, Callable[[], Any]], steps: int) -> None:
 
     rows, largest = [], []
     for name, way in ways.items():
+        way()  # touches the memory that the step before gave back
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             for _ in range(steps):
                 way()

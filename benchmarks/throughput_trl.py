@@ -41,10 +41,10 @@ class Peer:
         self.process.kill()
         self.process.wait()
 
-    def step(self) -> Any:
+    def step(self, memory: bool = False) -> Any:
         from throughput import Measured
 
-        self.process.stdin.write("step\n")
+        self.process.stdin.write("memory\n" if memory else "step\n")
         self.process.stdin.flush()
         return Measured(*self._answer("STEP"))
 
@@ -81,7 +81,7 @@ def make_trainer(way: str, args: Namespace, asked: "Asked") -> Any:
     tokenizer = load_hf_tokenizer(args.tokenizer)
     common = {"max_length": args.max_seq_len, "bf16": args.dtype == "bf16", "fp16": args.dtype == "fp16"}
     config = SFTConfig(
-        **{**common, **WAYS[way]}, output_dir=args.folder, max_steps=args.rounds + 1, learning_rate=1e-5,
+        **{**common, **WAYS[way]}, output_dir=args.folder, max_steps=args.rounds + 2, learning_rate=1e-5,
         per_device_train_batch_size=args.micro_batch, gradient_checkpointing=False, report_to=[], save_strategy="no",
         logging_strategy="no", use_cpu=asked.on_cpu, disable_tqdm=True, dataloader_pin_memory=not asked.on_cpu,
     )  # fmt: skip
@@ -108,9 +108,11 @@ class Asked:
     def begin(self) -> None:
         from throughput import reset_peak_memory
 
-        if not sys.stdin.readline():
+        line = sys.stdin.readline()
+        if not line:
             sys.exit()
-        reset_peak_memory()
+        if line == "memory\n":
+            reset_peak_memory()
         self.start = time.perf_counter()
 
     def end(self) -> None:

@@ -7,7 +7,6 @@ layout stays until the next one is set, so that gradient checkpointing's second 
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a torch built without it
     varlen_attn = None
+# torch's CPU kernel multiplies small blocks, where bf16 costs more than it saves (`benchmarks/attention.py`).
+FASTER_IN_FLOAT32 = 400  # tokens
 FLASH_CAPABILITY = (8, 0)  # Ampere: the flash kernels behind it raise an error on older GPUs
 
 
@@ -83,15 +84,17 @@ def document_attention(
         raise NotImplementedError(f"documents of {sum(lengths)} tokens in a row of {query.shape[2]}")
     if Documents.lengths and _can_use_varlen(query, value, dropout, softcap):
         return _varlen(query, key, value, scaling, sliding_window, max(lengths)), None
-    bounds = itertools.pairwise(itertools.accumulate(lengths, initial=0))
+    # Cut and joined where a token's heads lie together: each piece is one block of memory, in the backward too.
+    pieces = ([part.transpose(1, 2) for part in tensor.transpose(1, 2).split(lengths, dim=1)]
+              for tensor in (query, key, value))  # fmt: skip
     parts = []
-    for start, end in bounds:
-        q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
+    for q, k, v in zip(*pieces, strict=True):
         if softcap is None:
-            parts.append(_one_document(q, k, v, scaling, dropout, sliding_window))
+            part = _one_document(q, k, v, scaling, dropout, sliding_window)
         else:
-            parts.append(_one_document_softcapped(q, k, v, scaling, dropout, sliding_window, softcap))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2), None
+            part = _one_document_softcapped(q, k, v, scaling, dropout, sliding_window, softcap)
+        parts.append(part.transpose(1, 2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), None
 
 
 def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
@@ -108,12 +111,14 @@ def _one_document(
     dropout: float,
     window: int | None,
 ) -> torch.Tensor:
-    length = query.shape[2]
+    length, dtype = query.shape[2], query.dtype
     band = _band(length, window, query.device) if window is not None and length > window else None
+    if query.device.type == "cpu" and length <= FASTER_IN_FLOAT32:
+        query, key, value = query.float(), key.float(), value.float()
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
-    )  # fmt: skip
+    ).to(dtype)  # fmt: skip
 
 
 def _one_document_softcapped(

@@ -4,7 +4,7 @@ The fused way projects to the vocabulary only at label positions and a chunk of 
 [tokens, vocabulary] logits never exist. Gradients are worked out in the same pass over a chunk.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from utils.attention import set_documents
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
-CHUNK_BYTES = 2**27  # float32 logits held at once: large enough for the matrix kernels, small beside a model
+CHUNK_BYTES = 2**27  # logits held at once: large enough for the matrix kernels, small beside a model
+CACHE_BYTES = 2**22  # float32 logits worked on at once on a CPU
 HALF_SCALE = 1024.0  # fp16 probabilities of a large vocabulary are below its smallest normal number
 
 
@@ -69,29 +70,52 @@ def logit_scale(model: PreTrainedModel) -> float:
     return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
-class _Chunk(NamedTuple):
-    total: torch.Tensor  # summed negative log-likelihood
-    gradient: torch.Tensor  # of the raw logits, [rows, vocabulary] float32
-
-
-def _chunk_loss(
+def _block_loss(
     logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None, with_gradient: bool
-) -> _Chunk:
-    """Loss of one chunk of raw float32 logits, which are overwritten."""
+) -> torch.Tensor:
+    """Summed loss of raw float32 `logits` [rows, vocabulary], which turn into their gradient (or into scratch).
+
+    The softmax is worked out in place, by the largest logit of each row, without a second tensor of that size.
+    """
     if scale != 1.0:
         logits.mul_(scale)
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
-    log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
-    total = (log_sum - logits.gather(1, targets[:, None])).sum()
-    if not with_gradient:
-        return _Chunk(total, logits)
-    slope = None if softcap is None else 1 - (logits / softcap).square_()
-    gradient = logits.sub_(log_sum).exp_()
-    gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
-    if slope is not None:
-        gradient.mul_(slope)
-    return _Chunk(total, gradient.mul_(scale) if scale != 1.0 else gradient)
+    slope = 1 - (logits / softcap).square_() if softcap is not None and with_gradient else None
+    picked = logits.gather(1, targets[:, None])
+    largest = logits.amax(-1, keepdim=True)
+    sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    total = (sums.log() + largest - picked).sum()
+    if with_gradient:
+        logits.div_(sums)
+        logits.scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
+        if slope is not None:
+            logits.mul_(slope)
+        if scale != 1.0:
+            logits.mul_(scale)
+    return total
+
+
+def _chunk_loss(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None, half_scale: float | None
+) -> torch.Tensor:
+    """Summed loss of one chunk of raw logits, which turn into `half_scale` times their gradient (None: into scratch).
+
+    Logits in 16 bits go through float32 a block of rows at a time, on a CPU one that stays in its cache.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    rows = max(CACHE_BYTES // (4 * logits.shape[1]), 1) if logits.device.type == "cpu" else len(targets)
+    for block, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
+        exact = block.float()
+        total += _block_loss(exact, wanted, scale, softcap, half_scale is not None)
+        if half_scale is not None and exact is not block:
+            block.copy_(exact.mul_(half_scale) if half_scale != 1.0 else exact)
+    return total
+
+
+def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    """`total` + `part`, kept in float32: in 16 bits the small contributions of many chunks would be lost."""
+    return part.float() if total is None else total.add_(part)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -114,26 +138,21 @@ class _FusedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         wants_hidden, wants_weight, wants_bias = (wanted and with_gradient for wanted in ctx.needs_input_grad[:3])
         half_scale = HALF_SCALE if hidden.dtype == torch.float16 else 1.0
+        factor = half_scale if wants_hidden or wants_weight or wants_bias else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        # Sums over many chunks are kept in float32: in 16 bits small contributions would be lost.
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
-        grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=weight.device) if wants_bias else None
         grad_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_hidden else None
-        rows = max(CHUNK_BYTES // (4 * weight.shape[0]), 64)
-        for start in range(0, len(targets), rows):
+        grad_weight = grad_bias = None
+        rows = max(CHUNK_BYTES // (hidden.element_size() * weight.shape[0]), 64)
+        for start in range(0, max(len(targets), 1), rows):  # once too without a label: gradients are 0 then
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight, bias).float()
-            chunk = _chunk_loss(logits, targets[part], scale, softcap, wants_hidden or wants_weight or wants_bias)
-            total += chunk.total
-            gradient = (
-                chunk.gradient.mul_(half_scale).to(hidden.dtype) if half_scale != 1 else chunk.gradient.to(hidden.dtype)
-            )
+            logits = F.linear(hidden[part], weight, bias)
+            total += _chunk_loss(logits, targets[part], scale, softcap, factor)
             if wants_hidden:
-                grad_hidden[part] = gradient @ weight
+                grad_hidden[part] = logits @ weight
             if wants_weight:
-                grad_weight += gradient.t() @ hidden[part]
+                grad_weight = _added(grad_weight, logits.t() @ hidden[part])
             if wants_bias:
-                grad_bias += gradient.float().sum(0)
+                grad_bias = _added(grad_bias, logits.sum(0, dtype=torch.float32))
         ctx.half_scale = half_scale
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)

@@ -14,6 +14,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
 from utils.bad_steps import skip_steps_that_are_not_finite
 from utils.console import chatter_to_log, phase
+from utils.host_memory import keep_freed_memory
 from utils.utils import get_optimizer_grouped_parameters, print_rank_0
 
 BETAS = (0.9, 0.95)
@@ -70,6 +71,7 @@ def initialize_engine(
     if engine.zero_quantized_nontrainable_weights():
         engine.optimizer.quantize_nontrainable_params()  # LoRA froze them after they were loaded
     skip_steps_that_are_not_finite(engine)
+    keep_freed_memory()  # from here on every step allocates what the one before freed
     return engine
 
 
