@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import torch
+import torch.nn.functional as F
 
-from utils.host_memory import keep_freed_memory  # noqa: E402
+from utils.host_memory import keep_freed_memory
 
 LENGTHS = (30, 64, 100, 160, 200, 256, 300, 400, 512, 1024)
 HEADS, SIZE, TURNS = 12, 64, 15

@@ -70,6 +70,10 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--layers", type=int, default=12, help="12 is OPT-125m")
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="which to run")
     parser.add_argument("--peer", choices=["trl"], default=None, help="also run TRL's SFTTrainer")
+    parser.add_argument(
+        "--peer_ways", default=",".join(throughput_trl.WAYS),
+        help="which ways of TRL: each is a process, and all share this machine's memory",
+    )  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="then as many steps of each layout under torch.profiler")
     return parser.parse_args()
 

@@ -56,13 +56,13 @@ class Peer:
 
 
 def peers(args: Namespace, data: Any, dtype: str, folder: str) -> dict[str, Peer]:
-    """All ways, not yet started; `args` of throughput.py, `folder` for what the processes read and write."""
+    """The ways asked for, not yet started; `args` of throughput.py, `folder` for what the processes read and write."""
     from utils.data.sampler import epoch_order
 
     rows = [data[int(index)]["input_ids"].tolist() for index in epoch_order(len(data), 1234, 1)]
     Path(folder, "rows.json").write_text(json.dumps(rows))
     setting = {**vars(args), "dtype": dtype, "folder": folder}
-    return {way: Peer(way, setting) for way in WAYS}
+    return {way: Peer(way, setting) for way in args.peer_ways.split(",")}
 
 
 def make_trainer(way: str, args: Namespace, asked: "Asked") -> Any:
