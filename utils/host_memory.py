@@ -6,19 +6,21 @@ from contextlib import suppress
 
 from deepspeed.accelerator import get_accelerator
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+LARGEST_KEPT = 32 * 2**20  # bytes; the most that glibc takes for this threshold
 
 
 def keep_freed_memory() -> None:
     """On a CPU, let freed memory stay with the process for the next tensor; elsewhere nothing changes.
 
-    glibc gives every block of 32 MB and more back to the system when it is freed, and the next one of that size begins
-    with a page fault for each of its pages: logits and DeepSpeed's flat gradients in every step. glibc alone has this
-    switch, other C libraries do as they do.
+    By default glibc gives the freed end of its heap back to the system in the middle of a step, and the next tensors
+    begin with a page fault for each of their pages. Blocks above 32 MB are still mapped and given back each by itself:
+    kept too, aligned blocks don't fit into the gaps their predecessors leave, and the heap grows from step to step.
+    glibc alone has this switch, other C libraries do as they do.
     """
     if get_accelerator().device_name() != "cpu" or sys.platform != "linux":
         return
     with suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
         mallopt(M_TRIM_THRESHOLD, -1)
