@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from utils.console import phase
+from utils.host_memory import give_back_freed_memory
 from utils.loss import summed_loss
 from utils.utils import all_reduce_sum, to_device
 
@@ -27,6 +28,7 @@ def evaluate(
             result (None).
         count: number of the batches, for the live line.
     """
+    give_back_freed_memory()
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)

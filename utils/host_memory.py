@@ -18,9 +18,19 @@ def keep_freed_memory() -> None:
     kept too, aligned blocks don't fit into the gaps their predecessors leave, and the heap grows from step to step.
     glibc alone has this switch, other C libraries do as they do.
     """
-    if get_accelerator().device_name() != "cpu" or sys.platform != "linux":
-        return
-    with suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
-        mallopt(M_TRIM_THRESHOLD, -1)
+    if _is_linux_cpu():
+        with suppress(AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+            mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def give_back_freed_memory() -> None:
+    """On a CPU, return all that is kept, also from gaps nothing fits into: a long run would gather those."""
+    if _is_linux_cpu():
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _is_linux_cpu() -> bool:
+    return get_accelerator().device_name() == "cpu" and sys.platform == "linux"
