@@ -96,9 +96,9 @@ def _status(key: str) -> int:
 
 
 def _reset_peak() -> None:
-    import ctypes
+    from utils.host_memory import give_back_freed_memory
 
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_back_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")
 
 

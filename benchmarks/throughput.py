@@ -10,7 +10,6 @@ same model and token ids to every round, where trl is installed. `--profile` say
 
 import argparse
 import contextlib
-import ctypes
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from utils.data.batches import collate_for, train_batches  # noqa: E402
 from utils.data.data_utils import PromptDataset, create_prompt_dataset  # noqa: E402
 from utils.data.sampler import epoch_units  # noqa: E402
 from utils.ds_utils import get_train_ds_config, start_process_group  # noqa: E402
-from utils.host_memory import keep_freed_memory  # noqa: E402
+from utils.host_memory import give_back_freed_memory, keep_freed_memory  # noqa: E402
 from utils.loss import install_loss, summed_loss  # noqa: E402
 from utils.optimizer import create_optimizer  # noqa: E402
 from utils.perf import ModelShape, flops_per_token, model_shape  # noqa: E402
@@ -106,7 +105,7 @@ def matrix_rate(dtype: torch.dtype, device: torch.device, hidden: int) -> float:
 def reset_peak_memory() -> None:
     """Start a new peak: the device's own, or on a CPU the process's resident memory, freed memory given back."""
     if get_accelerator().device_name() == "cpu":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        give_back_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")
     else:
         get_accelerator().reset_peak_memory_stats()
