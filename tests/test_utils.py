@@ -232,6 +232,34 @@ print(*[faults() for _ in range(10)])
     assert max(found[-5:]) < 6500 < found[0], found
 
 
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor multiplies bf16 otherwise")
+def test_kernels_of_past_shapes_are_dropped():
+    """300 products, each of a shape of its own: about 0.6 MB a shape where all their kernels are kept."""
+    code = """
+import sys, torch
+from utils.host_memory import limit_kernel_caches
+
+def megabytes():
+    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1024
+
+if sys.argv[1] == "limited":
+    limit_kernel_caches()
+weight, tokens = torch.ones(64, 64, dtype=torch.bfloat16), torch.ones(400, 64, dtype=torch.bfloat16)
+torch.mm(tokens, weight)
+before = megabytes()
+for rows in range(50, 350):
+    torch.mm(tokens[:rows], weight)
+print(megabytes() - before)
+"""
+    grown = {}
+    for caches in ("limited", "whole"):
+        command = [sys.executable, "-c", code, caches]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        grown[caches] = float(ended.stdout.split()[-1])
+    assert grown["limited"] < grown["whole"] / 3, grown
+
+
 def test_helpers_by_the_users_names(capsys):
     print_rank_0("all")
     print_rank_0("zero", 0)

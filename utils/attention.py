@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from utils.cpu_attention import cpu_attention
+
 NAME = "documents"
 _UNSUPPORTED = ("position_bias", "s_aux", "cache")  # learned biases, sinks, paged caches: refused, never ignored
 
@@ -21,8 +23,6 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a torch built without it
     varlen_attn = None
-# torch's CPU kernel multiplies small blocks, where bf16 costs more than it saves (`benchmarks/attention.py`).
-FASTER_IN_FLOAT32 = 400  # tokens
 FLASH_CAPABILITY = (8, 0)  # Ampere: the flash kernels behind it raise an error on older GPUs
 
 
@@ -84,6 +84,8 @@ def document_attention(
         raise NotImplementedError(f"documents of {sum(lengths)} tokens in a row of {query.shape[2]}")
     if Documents.lengths and _can_use_varlen(query, value, dropout, softcap):
         return _varlen(query, key, value, scaling, sliding_window, max(lengths)), None
+    if _can_use_cpu_kernel(query, value, dropout, softcap, sliding_window, max(lengths)):
+        return cpu_attention(query, key, value, lengths, scaling), None
     # Cut and joined where a token's heads lie together: each piece is one block of memory, in the backward too.
     pieces = ([part.transpose(1, 2) for part in tensor.transpose(1, 2).split(lengths, dim=1)]
               for tensor in (query, key, value))  # fmt: skip
@@ -111,14 +113,12 @@ def _one_document(
     dropout: float,
     window: int | None,
 ) -> torch.Tensor:
-    length, dtype = query.shape[2], query.dtype
+    length = query.shape[2]
     band = _band(length, window, query.device) if window is not None and length > window else None
-    if query.device.type == "cpu" and length <= FASTER_IN_FLOAT32:
-        query, key, value = query.float(), key.float(), value.float()
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
-    ).to(dtype)  # fmt: skip
+    )  # fmt: skip
 
 
 def _one_document_softcapped(
@@ -151,6 +151,18 @@ def _can_use_varlen(query: torch.Tensor, value: torch.Tensor, dropout: float, so
         and query.shape[0] == 1
         and query.shape[-1] == value.shape[-1] <= 256
         and query.shape[-1] % 8 == 0
+    )
+
+
+def _can_use_cpu_kernel(
+    query: torch.Tensor, value: torch.Tensor, dropout: float, softcap: float | None, window: int | None, longest: int
+) -> bool:
+    return (
+        query.device.type == "cpu"
+        and dropout == 0
+        and softcap is None
+        and (window is None or longest <= window)
+        and query.shape[-1] == value.shape[-1]
     )
 
 

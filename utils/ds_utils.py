@@ -17,6 +17,7 @@ from utils.big_models import scale_settings
 from utils.console import chatter_to_log, say
 from utils.errors import UserError
 from utils.hardware import parse_gpus
+from utils.host_memory import limit_kernel_caches
 from utils.op_locks import clear_stale_build_locks, extension_folder
 from utils.precision import planned_dtype, resolve_dtype
 from utils.reporting import monitor_blocks
@@ -167,6 +168,7 @@ def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
     if os.environ["WORLD_SIZE"] == "1":
         # On a CPU DeepSpeed compiles an all-reduce through shared memory, about a minute, that one rank has no use for.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    limit_kernel_caches()
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)
     deepspeed.init_distributed(

@@ -1,0 +1,80 @@
+"""Attention of a row of documents on a CPU as one autograd function, so that its backward keeps the row alone.
+
+Cut outside of autograd, documents leave no copies behind: kept are query, key, value and output of the row in the
+model's dtype, and a float32 logsumexp for each head and token.
+"""
+
+from typing import Any
+
+import torch
+
+# Behind torch.nn.functional.scaled_dot_product_attention on a CPU.
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# The kernel multiplies small blocks, where 16 bits cost more than they save (`benchmarks/attention.py`).
+FASTER_IN_FLOAT32 = 400  # tokens
+
+
+def cpu_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling: float
+) -> torch.Tensor:
+    """Causal attention inside each document of a row.
+
+    Args:
+        query: [batch, heads, length, head size]; key and value may have fewer heads (grouped queries).
+        lengths: tokens of each document; their sum is length.
+        scaling: factor on the scores.
+
+    Returns:
+        [batch, length, heads, head size].
+    """
+    return _RowAttention.apply(query, key, value, lengths, scaling)
+
+
+class _RowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling: float
+    ) -> torch.Tensor:
+        batch, heads, total, size = query.shape
+        output = query.new_empty(batch, total, heads, size)
+        logsumexp = torch.empty(batch, heads, total, dtype=torch.promote_types(query.dtype, torch.float32))
+        for document in _slices(lengths):
+            pieces = _pieces(document, query, key, value)
+            part, sums = _forward(*pieces, 0.0, True, scale=scaling)
+            output[:, document] = part.transpose(1, 2)
+            logsumexp[:, :, document] = sums
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        ctx.lengths, ctx.scaling = lengths, scaling
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, output, logsumexp = ctx.saved_tensors
+        rows = [torch.empty_like(tensor.transpose(1, 2)) for tensor in (query, key, value)]
+        for document in _slices(ctx.lengths):
+            pieces = _pieces(document, query, key, value)
+            around = _pieces(document, gradient.transpose(1, 2), output.transpose(1, 2))
+            sums = logsumexp[:, :, document].contiguous()
+            parts = _backward(around[0], *pieces, around[1], sums, 0.0, True, scale=ctx.scaling)
+            for row, part in zip(rows, parts, strict=True):
+                if part.shape[1] > row.shape[2]:  # a head of key or value stood for each head of its group
+                    part = part.unflatten(1, (row.shape[2], -1)).sum(2)
+                row[:, document] = part.transpose(1, 2)
+        return *(row.transpose(1, 2) for row in rows), None, None
+
+
+def _slices(lengths: list[int]) -> list[slice]:
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+
+
+def _pieces(document: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tokens of one document, in the dtype that is faster for as many, all with the heads of the first tensor."""
+    pieces = [tensor[:, :, document] for tensor in tensors]
+    if document.stop - document.start <= FASTER_IN_FLOAT32:
+        pieces = [piece.to(torch.promote_types(piece.dtype, torch.float32)) for piece in pieces]
+    heads = pieces[0].shape[1]
+    return [piece if piece.shape[1] == heads else piece.repeat_interleave(heads // piece.shape[1], dim=1)
+            for piece in pieces]  # fmt: skip
