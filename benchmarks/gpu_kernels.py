@@ -26,10 +26,10 @@ import utils.loss  # noqa: E402
 from utils.attention import set_documents  # noqa: E402
 from utils.data.collate import collate_free, collate_padded  # noqa: E402
 from utils.loss import summed_loss  # noqa: E402
+from utils.precision import DTYPES  # noqa: E402
 from utils.self_check import choose_layout  # noqa: E402
 from utils.utils import to_device  # noqa: E402
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VOCABULARY = 120
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**SMALL, "intermediate_size": 192, "num_key_value_heads": 2, "max_position_embeddings": 512, "head_dim": 64}

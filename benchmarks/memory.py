@@ -25,7 +25,7 @@ from ranks import results_of_ranks  # noqa: E402
 STEPS = 3  # the last is measured
 VOCABULARY = 50272
 SMALL_PAGES = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1"}
-# What differs from 4 samples of 64 to 256 tokens, width 512, 12 layers, ZeRO 0, one rank.
+# What differs from 4 samples of 64 to 256 tokens, width 512, 12 layers, ZeRO 0, one rank, fp32.
 SETTINGS: dict[str, dict[str, Any]] = {
     "opt 25m": {"hidden": 384, "layers": 6},
     "opt 25m, 16 samples": {"hidden": 384, "layers": 6, "micro": 16},
@@ -52,6 +52,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "family": "llama", "hidden": 512, "layers": 12, "stage": 2, "checkpointing": True,
     },
     "llama 60m, longest": {"family": "llama", "hidden": 512, "layers": 12, "padding": "longest"},
+    "opt 63m, bf16": {"dtype": "bf16"},
+    "opt 63m, bf16, 16 samples": {"dtype": "bf16", "micro": 16},
+    "opt 63m, bf16, max_length": {"dtype": "bf16", "padding": "max_length"},
+    "opt 63m, bf16, checkpointing": {"dtype": "bf16", "checkpointing": True},
+    "opt 63m, bf16, LoRA 16 alone": {"dtype": "bf16", "lora": 16, "alone": True},
+    "opt 63m, bf16, ZeRO 2": {"dtype": "bf16", "stage": 2},
+    "opt 63m, bf16, ZeRO 3": {"dtype": "bf16", "stage": 3},
+    "opt 125m, bf16": {"dtype": "bf16", "hidden": 768, "layers": 12},
+    "llama 60m, bf16": {"dtype": "bf16", "family": "llama", "hidden": 512, "layers": 12},
 }  # fmt: skip
 
 
@@ -65,6 +74,7 @@ def run_arguments(name: str) -> Namespace:
         only_optimize_lora=given.get("alone", False), gradient_checkpointing=given.get("checkpointing", False),
         lora_module_name="auto", lora_alpha=1.0, lora_dropout=0.0, dropout=None, disable_dropout=False,
         learning_rate=1e-5, lora_learning_rate=1e-5, weight_decay=0.0, max_seq_len=256,
+        dtype=given.get("dtype", "fp32"),
     )  # fmt: skip
 
 
@@ -116,6 +126,7 @@ def train(name: str) -> None:
         only_optimize_lora_parameters,
     )
     from utils.optimizer import create_optimizer, initialize_engine
+    from utils.precision import DTYPES
     from utils.self_check import choose_layout
 
     args = run_arguments(name)
@@ -123,12 +134,12 @@ def train(name: str) -> None:
     tiny = torch.nn.Linear(64, 64)  # what libraries load at first use is no part of training
     tiny(torch.randn(64, 64)).sum().backward()
     create_optimizer(tiny, args).step()
-    config = get_train_ds_config(args.offload, args.zero_stage, "fp32")
+    config = get_train_ds_config(args.offload, args.zero_stage, args.dtype)
     config["train_micro_batch_size_per_gpu"] = args.micro
     start, peaks = _status("VmRSS"), {}
     _reset_peak()
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(model_config(args))
+    model = AutoModelForCausalLM.from_config(model_config(args), dtype=DTYPES[args.dtype])
     if args.lora_dim:
         model = convert_linear_layer_to_lora(model, "auto", args.lora_dim, 1.0)
         if args.only_optimize_lora:
@@ -170,15 +181,16 @@ def foreseen(name: str) -> Any:
     from utils.ds_utils import get_train_ds_config
     from utils.memory_estimate import Sizes, estimate, setting_from_config
     from utils.model.simulate import Layout, count, meta_model
+    from utils.precision import DTYPES
 
     args, lengths = run_arguments(name), sample_lengths(run_arguments(name))
     if args.padding == "free":
-        layout = Layout(1, sum(lengths), sum(lengths) - len(lengths), len(lengths), on_cpu=True)
+        layout = Layout(1, sum(lengths), sum(lengths) - len(lengths), on_cpu=True)
     else:
         layout = Layout(len(lengths), args.max_seq_len, sum(lengths) - len(lengths), on_cpu=True)
-    counts = count(meta_model(model_config(args), args, "fp32"), layout, args.padding != "max_length")
-    config = get_train_ds_config(args.offload, args.zero_stage, "fp32")
-    return estimate(Sizes(*counts), setting_from_config(config, args.ranks, 4, on_cpu=True))
+    counts = count(meta_model(model_config(args), args, args.dtype), layout, args.padding != "max_length")
+    config = get_train_ds_config(args.offload, args.zero_stage, args.dtype)
+    return estimate(Sizes(*counts), setting_from_config(config, args.ranks, DTYPES[args.dtype].itemsize, on_cpu=True))
 
 
 def main() -> None:

@@ -40,11 +40,10 @@ from utils.host_memory import give_back_freed_memory, keep_freed_memory  # noqa:
 from utils.loss import install_loss, summed_loss  # noqa: E402
 from utils.optimizer import create_optimizer  # noqa: E402
 from utils.perf import ModelShape, flops_per_token, model_shape  # noqa: E402
-from utils.precision import resolve_dtype  # noqa: E402
+from utils.precision import DTYPES, resolve_dtype  # noqa: E402
 from utils.utils import load_hf_tokenizer, to_device  # noqa: E402
 
 LAYOUTS = ("max_length", "longest", "free", "packed")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Measured(NamedTuple):

@@ -126,9 +126,9 @@ def test_gradients_that_wait_for_the_last_micro_batch(tiny_opt, monkeypatch, sta
 def test_every_family_is_simulated(family):
     import copy
 
-    plain = count(meta_model(copy.deepcopy(CONFIGS[family]), options(), "fp32"), Layout(1, 48, 45, 3))
+    plain = count(meta_model(copy.deepcopy(CONFIGS[family]), options(), "fp32"), Layout(1, 48, 45))
     saving = options(gradient_checkpointing=True)
-    checkpointed = count(meta_model(copy.deepcopy(CONFIGS[family]), saving, "fp32"), Layout(1, 48, 45, 3))
+    checkpointed = count(meta_model(copy.deepcopy(CONFIGS[family]), saving, "fp32"), Layout(1, 48, 45))
     assert checkpointed.activations < plain.activations
     gradients = 4 * plain.trainable
     assert plain.with_gradients >= gradients

@@ -167,7 +167,7 @@ def largest_micro_batch(args: Namespace, data: PromptDataset, on_cpu: bool) -> L
     units = units_of_epoch(args, data, 1)
     lengths, labels = data.lengths(), data.label_counts()
     ranks, parts = data_ranks(args), args.sequence_parallel_size
-    most = Layout(1, 1, 1, 1, on_cpu)
+    most = Layout(1, 1, 1, on_cpu)
     for batch in plan_micro_batches(
         units, args.per_device_train_batch_size, args.gradient_accumulation_steps, ranks, 0
     ):
@@ -175,10 +175,10 @@ def largest_micro_batch(args: Namespace, data: PromptDataset, on_cpu: bool) -> L
         learned = max(int(labels[batch.indices].sum()), 1)
         if args.padding == "free":
             length = -(-int(chosen.sum()) // parts)
-            layout = Layout(1, length, min(learned, length), len(chosen), on_cpu, parts)
+            layout = Layout(1, length, min(learned, length), on_cpu, parts)
         else:
             length = args.max_seq_len if args.padding == "max_length" else int(chosen.max())
-            layout = Layout(len(chosen), length, learned, 1, on_cpu)
+            layout = Layout(len(chosen), length, learned, on_cpu)
         if layout.rows * layout.length > most.rows * most.length:
             most = layout
     return most

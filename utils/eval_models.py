@@ -17,10 +17,10 @@ from utils.data.prompt_dataset import PromptDataset
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.model.model_utils import grow_embeddings
+from utils.precision import DTYPES
 from utils.self_check import choose_layout
 from utils.utils import load_hf_tokenizer
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WEIGHTS = ("*.safetensors", "*.bin")
 EVAL_BATCH = 16  # samples per forward; the figure does not depend on it
 

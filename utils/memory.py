@@ -164,7 +164,7 @@ def sizes_of(config: PretrainedConfig, args: Namespace, **changes: Any) -> Sizes
     options = {"disable_dropout": False, "dropout": None, "lora_alpha": 1.0, "lora_dropout": 0.0}
     wanted = Namespace(**{**vars(args), **options, **changes})
     tokens = args.per_device_train_batch_size * args.max_seq_len
-    layout = Layout(1, tokens, tokens - args.per_device_train_batch_size, args.per_device_train_batch_size)
+    layout = Layout(1, tokens, tokens - args.per_device_train_batch_size)
     return Sizes(*count(meta_model(config, wanted, args.dtype), layout))
 
 

@@ -5,6 +5,8 @@ from deepspeed.accelerator import get_accelerator
 
 from utils.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def resolve_dtype(requested: str) -> tuple[str, str]:
     """(dtype, reason) for `--dtype`; `auto` takes bf16 where the device has it, then fp16 on a GPU, then fp32.

@@ -23,11 +23,11 @@ from utils.module.lora import (
     make_model_gradient_checkpointing_compatible,
     only_optimize_lora_parameters,
 )
+from utils.precision import DTYPES
 from utils.tiled_mlp import tile_mlps
 
 NAME = "simulated"
 FEW, MANY = 3, 6  # blocks
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Layout(NamedTuple):
@@ -36,7 +36,6 @@ class Layout(NamedTuple):
     rows: int
     length: int  # of a row, in tokens
     labels: int  # label tokens in all rows
-    documents: int = 1  # in a row, where samples lie end to end
     on_cpu: bool = False
     parts: int = 1  # ranks that share a row, of which `length` is one's part
 
@@ -65,8 +64,6 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.logsumexp.default:  # makes a copy of its input within itself
-            self.peak = max(self.peak, self.live + args[0].nbytes)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor.untyped_storage())
@@ -100,26 +97,21 @@ class _Attention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-class _Cut:
-    """Whether attention goes document by document, as it does where torch's varlen kernel can't run."""
-
-    documents = 1
+class _Shared:
     parts = 1  # ranks that share the row
 
 
 def _attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> tuple[torch.Tensor, None]:
-    if _Cut.parts > 1:
+    if _Shared.parts > 1:
         # A rank gives all heads of its part and gets its heads of the whole row: as many bytes, but for key heads that
         # are fewer than the ranks, of which each gets one. Both ways a tensor is rearranged, and exchanged for another.
-        copies = -(-_Cut.parts // key.shape[1])
+        copies = -(-_Shared.parts // key.shape[1])
         key, value = (tensor.repeat_interleave(copies, dim=1) for tensor in (key, value))
         query, key, value = (tensor.clone().clone() for tensor in (query, key, value))
         return _Attention.apply(query, key, value).clone().clone(), None
-    output = _Attention.apply(query, key, value)
-    # The documents' outputs are kept by their kernels, and joined in a tensor that the next layer keeps.
-    return (output.clone() if _Cut.documents > 1 else output), None
+    return _Attention.apply(query, key, value), None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -183,7 +175,7 @@ def count(model: PreTrainedModel, layout: Layout, fused: bool = True) -> Counts:
     Args:
         fused: the loss is `utils.loss`'s own where the head allows it; False for `--padding max_length`.
     """
-    _Cut.documents, _Cut.parts = (layout.documents if layout.on_cpu else 1), layout.parts
+    _Shared.parts = layout.parts
     install_loss(model, fused=fused and can_fuse(model))
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
