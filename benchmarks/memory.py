@@ -59,6 +59,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "opt 63m, bf16, LoRA 16 alone": {"dtype": "bf16", "lora": 16, "alone": True},
     "opt 63m, bf16, ZeRO 2": {"dtype": "bf16", "stage": 2},
     "opt 63m, bf16, ZeRO 3": {"dtype": "bf16", "stage": 3},
+    "opt 63m, 2 ranks, bf16, ZeRO 2": {"dtype": "bf16", "stage": 2, "ranks": 2},
+    "opt 63m, 2 ranks, bf16, ZeRO 3": {"dtype": "bf16", "stage": 3, "ranks": 2},
     "opt 125m, bf16": {"dtype": "bf16", "hidden": 768, "layers": 12},
     "llama 60m, bf16": {"dtype": "bf16", "family": "llama", "hidden": 512, "layers": 12},
 }  # fmt: skip

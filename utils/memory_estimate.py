@@ -137,7 +137,10 @@ def _stage_1_or_2(sizes: Sizes, setting: Setting) -> Estimate:
         weights += passing
     else:
         optimizer = master + state
-    in_step = (size * part + FULL * part) if not setting.offload else size * part
+    in_step = size * part
+    if not setting.offload:
+        # The gradients are joined, and in 16 bits the joined ones turned into float32, while the single ones are there.
+        in_step += FULL * part + (size * part if size < FULL else 0)
     if setting.accumulates and setting.stage == 1:
         in_backward += gradients  # all of them wait for the last micro batch
     moments = {
