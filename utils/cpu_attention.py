@@ -4,6 +4,7 @@ Cut outside of autograd, documents leave no copies behind: kept are query, key, 
 model's dtype, and a float32 logsumexp for each head and token.
 """
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -66,8 +67,7 @@ class _RowAttention(torch.autograd.Function):
 
 
 def _slices(lengths: list[int]) -> list[slice]:
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    return [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+    return [slice(start, end) for start, end in pairwise(accumulate(lengths, initial=0))]
 
 
 def _pieces(document: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
