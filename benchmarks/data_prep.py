@@ -93,7 +93,8 @@ def streamed(tokenizer_folder: str, folder: Path) -> int:
 
 def work(args: Namespace) -> None:
     """One measurement: imports do not count, worker processes' memory does."""
-    import utils.data.data_utils  # noqa: F401
+    import utils.data.stream
+    import utils.utils  # noqa: F401
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.console import say
 from utils.data import prompt_cache
+from utils.data.byte_bpe import quick_tokenizer
 from utils.data.cache import build_folder, cache_lock
 from utils.data.chat_format import AUTO
 from utils.data.own_formats import OwnFormatDataset, OwnOptions, own_options
@@ -77,9 +78,12 @@ def create_dataset_split(
     if len(current_dataset) == 0:  # map would not make the columns
         empty = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
         return PromptDataset(empty, train_phase, tokenizer.pad_token_id, max_seq_len)
+    used = tokenizer if completion_only else quick_tokenizer(tokenizer, len(current_dataset))
+    if used is not tokenizer:
+        say(f"{raw_dataset.dataset_name}: {len(current_dataset)} rows tokenised by tiktoken, with this tokenizer's ids")
     arguments = {
         "source": source,
-        "tokenizer": tokenizer,
+        "tokenizer": used,
         "end_id": end_token_id(tokenizer, end_of_conversation_token),
         "max_seq_len": max_seq_len,
     }

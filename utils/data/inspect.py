@@ -8,7 +8,7 @@ import hashlib
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.arg_checks import check_values
 from utils.args import parse_args
 from utils.checks import end_of_conversation_token
+from utils.data.byte_bpe import quick_tokenizer
 from utils.data.cache import cache_lock
 from utils.data.data_utils import SFT_ONLY_SPLIT, end_token_id, get_raw_dataset
 from utils.data.own_formats import OwnOptions, own_options
@@ -102,7 +103,8 @@ def report_data_set(
 
 def measure(dataset: datasets.Dataset, raw: PromptRawDataset, tokenizer: PreTrainedTokenizerBase, end_id: int) -> Rows:
     """Read every row once, in batches, and keep a few numbers of each."""
-    batches = [_measure_batch(rows, raw, tokenizer, end_id) for rows in _batches(dataset)]
+    quick = quick_tokenizer(tokenizer, len(dataset))
+    batches = [_measure_batch(rows, raw, quick, end_id) for rows in _batches(dataset)]
     return Rows(*map(np.concatenate, zip(*batches, strict=True)))
 
 
@@ -114,7 +116,7 @@ def _batches(dataset: datasets.Dataset) -> Iterator[list[dict]]:
         yield []
 
 
-def _measure_batch(rows: list[dict], raw: PromptRawDataset, tokenizer: PreTrainedTokenizerBase, end_id: int) -> Rows:
+def _measure_batch(rows: list[dict], raw: PromptRawDataset, tokenizer: Any, end_id: int) -> Rows:
     texts = [raw.get_prompt_and_chosen(row) for row in rows]
     prompts = [raw.get_prompt(row) for row in rows]
     answers = [raw.get_chosen(row) for row in rows]
@@ -136,9 +138,7 @@ def _text_hash(text: str | None) -> int:
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") | 1
 
 
-def _token_counts(
-    texts: list[str | None], raw: PromptRawDataset, tokenizer: PreTrainedTokenizerBase, end_id: int | None
-) -> np.ndarray:
+def _token_counts(texts: list[str | None], raw: PromptRawDataset, tokenizer: Any, end_id: int | None) -> np.ndarray:
     counts = np.zeros(len(texts), dtype=np.int64)
     present = [place for place, text in enumerate(texts) if text is not None]
     if present:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.console import phase, say
 from utils.data import prompt_cache
+from utils.data.byte_bpe import quick_tokenizer
 from utils.data.chat_format import AUTO
 from utils.data.data_utils import create_dataset_split, get_raw_dataset
 from utils.data.own_formats import own_options
@@ -235,7 +236,8 @@ def create_prompt_stream(
                 f"--data_path {name}:{weight:g} is less than one sample of a window of {size}: give it a larger "
                 "weight, or --streaming a larger number."
             )
-        samples = _tokenised(raw, tokenizer, end_id, max_seq_len, completion_only)
+        used = tokenizer if completion_only else quick_tokenizer(tokenizer, size)
+        samples = _tokenised(raw, used, end_id, max_seq_len, completion_only)
         sources.append(Source(name, share, samples))
         rows = datasets.Dataset.from_list(list(raw.get_eval_data()))
         part = create_dataset_split(
@@ -248,6 +250,8 @@ def create_prompt_stream(
             if described := raw.describe():
                 say(described)
             say(f"Stream {name}: {share:.1%} of every window; evaluation on the first {len(rows)} {kept}")
+            if used is not tokenizer:
+                say(f"Stream {name}: tokenised by tiktoken, with this tokenizer's ids")
     stream = PromptStream(sources, size, max_seq_len, ahead, local_rank <= 0)
     if local_rank <= 0:
         part = prompt_cache.statistics(evaluation, ID_COLUMNS[SFT_PHASE])
@@ -257,7 +261,7 @@ def create_prompt_stream(
 
 
 def _tokenised(
-    raw: PromptRawDataset, tokenizer: PreTrainedTokenizerBase, end_id: int, max_seq_len: int, completion_only: bool
+    raw: PromptRawDataset, tokenizer: Any, end_id: int, max_seq_len: int, completion_only: bool
 ) -> datasets.IterableDataset:
     """The training rows as the cached path tokenises them, in their order; rows without a text are left out."""
     source = copy.copy(raw)
