@@ -49,22 +49,21 @@ def seconds_by_kind(events: Any) -> tuple[Counter[str], Counter[str]]:
     return kinds, others
 
 
-def print_shares(ways: dict[str, Callable[[], Any]], steps: int) -> None:
-    """Profile `steps` steps of each way, on the CPU's clock (a GPU's kernels are not told apart by it)."""
+def print_shares(ways: dict[str, Callable[[int], Any]], turns: int) -> None:
+    """Profile turns 1 to `turns` of each way, on the CPU's clock (a GPU's kernels are not told apart by it)."""
     from torch.profiler import ProfilerActivity, profile
 
     rows, largest = [], []
     for name, way in ways.items():
-        way()  # touches the memory that the step before gave back
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            for _ in range(steps):
-                way()
+            for number in range(1, turns + 1):
+                way(number)
         kinds, others = seconds_by_kind(profiler.events())
         total = sum(kinds.values())
-        rows.append(f"| {name} | {total / steps:.1f} |" + "".join(f" {kinds[kind] / total:.0%} |" for kind in KINDS))
+        rows.append(f"| {name} | {total / turns:.1f} |" + "".join(f" {kinds[kind] / total:.0%} |" for kind in KINDS))
         most = ", ".join(f"{other} {value / total:.1%}" for other, value in others.most_common(6))
         largest.append(f"other of {name}: {most}")
-    print(f"\nshare of the time of {steps} steps\n")
-    print("| layout | s a step |" + "".join(f" {kind} |" for kind in KINDS))
+    print(f"\nshare of the time of {turns} turns\n")
+    print("| layout | s a turn |" + "".join(f" {kind} |" for kind in KINDS))
     print("| --- " * (len(KINDS) + 2) + "|")
     print("\n".join([*rows, "", *largest]))
