@@ -44,11 +44,12 @@ from utils.dry_run import dry_run
 from utils.ds_utils import build_ds_config, local_rank_of, start_process_group
 from utils.evaluation import evaluate
 from utils.failures import end_run
-from utils.interrupt import EXIT_INTERRUPTED, Interrupted, StopRequest
+from utils.interrupt import EXIT_BY_SIGINT, EXIT_INTERRUPTED, Interrupted, StopRequest
 from utils.keeper import SAMPLE_TOKENS, Keeper
 from utils.launchers import adopt_launcher, launched_rank
 from utils.loss import summed_loss
 from utils.metrics import MetricsFile, draw_losses
+from utils.micro_batches import cut_micro_batches
 from utils.model.model_utils import create_hf_model, describe_parameters, enable_checkpointing
 from utils.model_card import describe_model
 from utils.module.adapter import ADAPTER_FOLDER, save_lora_adapter
@@ -71,8 +72,6 @@ from utils.sequence_parallel import averaged_over, data_rank, sequence_part, sta
 from utils.tiled_mlp import tile_mlps
 from utils.utils import global_rank, load_hf_tokenizer, print_rank_0, save_hf_format, set_random_seed, to_device
 
-EXIT_BY_SIGINT = 130
-
 
 def main(args: Namespace) -> None:
     """One run, top to bottom."""
@@ -87,6 +86,7 @@ def main(args: Namespace) -> None:
     tokenizer = create_tokenizer(args)
     model = None if args.dry_run else create_model(args, tokenizer, ds_config)
     train_data, eval_data = create_data(args, tokenizer, ahead=device.type != "cpu")
+    cut_micro_batches(args, ds_config, train_data)
     if args.dry_run:
         dry_run(args, ds_config, tokenizer, train_data, eval_data, device, create_model, groups)
         return

@@ -43,8 +43,9 @@ from utils.attention import NAME as DOCUMENTS  # noqa: E402
 from utils.data.batches import TrainBatch, collate_for, train_batches  # noqa: E402
 from utils.data.data_utils import PromptDataset, create_prompt_dataset  # noqa: E402
 from utils.ds_utils import get_train_ds_config, start_process_group  # noqa: E402
-from utils.host_memory import cut_packed_batches, give_back_freed_memory, keep_freed_memory  # noqa: E402
+from utils.host_memory import give_back_freed_memory, keep_freed_memory  # noqa: E402
 from utils.loss import install_loss, summed_loss  # noqa: E402
+from utils.micro_batches import cut_micro_batches  # noqa: E402
 from utils.optimizer import create_optimizer  # noqa: E402
 from utils.perf import ModelShape, flops_per_token, model_shape  # noqa: E402
 from utils.precision import DTYPES, resolve_dtype  # noqa: E402
@@ -104,19 +105,22 @@ def matrix_rate(dtype: torch.dtype, device: torch.device, hidden: int) -> float:
 def layout_batches(
     args: Namespace, data: PromptDataset, turns: list[Turn], layout: str, pad: int, on_cpu: bool
 ) -> Batches:
-    """Of each turn the steps of `layout`, laid out, weighed and, packed, cut into micro batches as main.py does it."""
+    """Of each turn the steps of `layout`, laid out, weighed and cut into micro batches as main.py does it."""
     collate = collate_for("free" if layout in WITHOUT_PADDING else layout, pad, args.max_seq_len)
-    if layout == "packed":
-        run = Namespace(
-            per_device_train_batch_size=args.micro_batch, gradient_accumulation_steps=1, packing=True, zero_stage=0,
-            max_seq_len=args.max_seq_len,
-        )  # fmt: skip
-        cut_packed_batches(run)
-        micro, accumulation = run.per_device_train_batch_size, run.gradient_accumulation_steps
-        return [[list(train_batches(data, turn.rows, collate, micro, accumulation, 1, 0, on_cpu))] for turn in turns]
+    run = Namespace(
+        per_device_train_batch_size=args.micro_batch, gradient_accumulation_steps=1, zero_stage=0, dry_run=None,
+        padding="free" if layout in WITHOUT_PADDING else layout, packing=layout == "packed",
+        max_seq_len=args.max_seq_len,
+    )  # fmt: skip
+    cut_micro_batches(run, {}, data)
+    parts = run.gradient_accumulation_steps
+    steps = [[turn.rows] if layout == "packed" else turn.steps for turn in turns]
     return [
-        [list(train_batches(data, units, collate, len(units.tokens), 1, 1, 0, on_cpu)) for units in turn.steps]
-        for turn in turns
+        [
+            list(train_batches(data, units, collate, -(-len(units.tokens) // parts), parts, 1, 0, on_cpu))
+            for units in turn
+        ]
+        for turn in steps
     ]
 
 

@@ -14,7 +14,7 @@ from fork_runs import finished_run
 from reference_run import evaluate, read_documents, reference
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.host_memory import cut_packed_batches
+from utils.micro_batches import cut_micro_batches
 
 REFERENCE = ROOT / "tests" / "references" / "tiny_opt.json"
 # Seen: 7e-7 between the runs and the reference, mean 2e-7; other processors round differently.
@@ -168,35 +168,56 @@ def test_packing(run_arguments, wanted, json_data, tmp_path):
     assert_loads_plain(tmp_path, evaluations[-1][1], json_data)
 
 
-def test_packed_rows_are_cut_on_a_cpu_and_the_steps_stay_the_same(run_arguments):
+@pytest.mark.parametrize(("packing", "asked", "unit"), [(["--packing"], 40, "packed rows"), ([], 154, "samples")])
+def test_large_micro_batches_are_cut_on_a_cpu_and_the_steps_stay_the_same(packing, asked, unit, run_arguments):
     """At ZeRO 1 nothing is cut, which is the reference."""
-    packing = [*run_arguments, *EPOCHS, "--per_device_train_batch_size", "40", "--packing"]
-    cut, whole = finished_run(packing), finished_run([*packing, "--zero_stage", "1"])
-    assert "Micro batches: 40 packed rows as 2 x 20, the same optimizer step" in cut and "Micro batches:" not in whole
-    assert "in steps of 20 x 2 accumulation" in cut and "in steps of 40 x 1 accumulation" in whole
+    arguments = [*run_arguments, *EPOCHS, "--per_device_train_batch_size", asked, *packing]
+    cut, whole = finished_run(arguments), finished_run([*arguments, "--zero_stage", "1"])
+    assert f"Micro batches: {asked} {unit} as 2 x {asked // 2}, the same optimizer step" in cut
+    assert "Micro batches:" not in whole
+    assert f"in steps of {asked // 2} x 2 accumulation" in cut and f"in steps of {asked} x 1 accumulation" in whole
     assert len(losses_of(cut)) > 1
     assert losses_of(cut) == pytest.approx(losses_of(whole), rel=1e-5)
-    assert perplexities_of(cut)[-1] == pytest.approx(perplexities_of(whole)[-1], rel=1e-5)
+    for one, other in zip(perplexities_of(cut), perplexities_of(whole), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+class OfLengths:
+    """Samples of which only the lengths are known."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.all = np.array(lengths)
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def lengths(self) -> np.ndarray:
+        return self.all
 
 
 @pytest.mark.parametrize(
-    ("rows", "length", "more", "expected"),
+    ("asked", "length", "more", "expected"),
     [
-        (16, 512, {}, (4, 12)),
-        (16, 100, {}, (16, 3)),  # 1,600 tokens
-        (12, 700, {}, (2, 18)),
-        (7, 512, {}, (1, 21)),
-        (1, 4096, {}, (1, 3)),
-        (2, 4096, {}, (1, 6)),
-        (16, 512, {"packing": False}, (16, 3)),
+        (16, 512, {"packing": True}, (4, 12)),
+        (16, 100, {"packing": True}, (16, 3)),  # 1,600 tokens
+        (12, 700, {"packing": True}, (2, 18)),
+        (7, 512, {"packing": True}, (1, 21)),
+        (1, 4096, {"packing": True}, (1, 3)),
+        (2, 4096, {"packing": True}, (1, 6)),
+        (16, 512, {}, (8, 6)),  # 195 tokens a sample
+        (10, 512, {}, (10, 3)),
+        (16, 512, {"padding": "longest"}, (16, 3)),
         (16, 512, {"zero_stage": 2}, (16, 3)),
+        (16, 512, {"dry_run": "8x80"}, (16, 3)),
     ],
 )
-def test_which_packed_batches_are_cut(rows, length, more, expected):
-    settings = {"max_seq_len": length, "gradient_accumulation_steps": 3, "packing": True, "zero_stage": 0, **more}
-    args = Namespace(per_device_train_batch_size=rows, **settings)
-    assert (cut_packed_batches(args) is None) == (expected == (rows, 3))
+def test_which_micro_batches_are_cut(asked, length, more, expected):
+    settings = {"padding": "free", "packing": False, "zero_stage": 0, "dry_run": None, "max_seq_len": length}
+    args = Namespace(per_device_train_batch_size=asked, gradient_accumulation_steps=3, **{**settings, **more})
+    config = {"train_micro_batch_size_per_gpu": asked, "gradient_accumulation_steps": 3}
+    cut_micro_batches(args, config, OfLengths(100, 290))
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == expected
+    assert tuple(config.values()) == expected
 
 
 @pytest.mark.parametrize(("ranks", "micro", "stage"), [(1, 8, 0), (2, 4, 2), (2, 4, 3)])

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 # "Try again later" (EX_TEMPFAIL of sysexits.h): the run stopped as asked and can go on; 1 and 2 are failures.
 EXIT_INTERRUPTED = 75
+EXIT_BY_SIGINT = 130
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
