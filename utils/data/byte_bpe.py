@@ -1,7 +1,7 @@
 """Byte-level BPE by tiktoken: the ids of a tokenizer of GPT-2's kind, several times as fast as `tokenizers` makes them.
 
 Taken over: BPE over bytes without dropout, words cut by one regular expression, no normalizer but NFC (OPT, GPT-2,
-GPT-NeoX, Qwen). Left to the tokenizer itself: every other kind; vocabularies whose merges lead to one token in several
+GPT-NeoX). Left to the tokenizer itself: every other kind; vocabularies whose merges lead to one token in several
 ways (Llama 3); texts that hold an added token, as chat formats do; texts that NFC would change; and texts with a
 character outside Unicode 3.2's, since the two libraries may know different versions of Unicode.
 
