@@ -103,7 +103,8 @@ def sample_lengths(args: Namespace) -> list[int]:
 # --------------------------------------------------------------------------------------------- one rank
 
 
-def _status(key: str) -> int:
+def process_memory(key: str) -> int:
+    """Bytes of this process under a name of /proc/self/status: VmRSS now, VmHWM at most since the last reset."""
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
 
 
@@ -138,7 +139,7 @@ def train(name: str) -> None:
     create_optimizer(tiny, args).step()
     config = get_train_ds_config(args.offload, args.zero_stage, args.dtype)
     config["train_micro_batch_size_per_gpu"] = args.micro
-    start, peaks = _status("VmRSS"), {}
+    start, peaks = process_memory("VmRSS"), {}
     _reset_peak()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config(args), dtype=DTYPES[args.dtype])
@@ -149,7 +150,7 @@ def train(name: str) -> None:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     engine = initialize_engine(model, create_optimizer(model, args), config)
-    peaks["start"] = _status("VmHWM") - start
+    peaks["start"] = process_memory("VmHWM") - start
     choose_layout(engine.module, args.padding, 32000, device)
     engine.train()
     samples = [{"input_ids": torch.randint(0, 32000, (length,))} for length in sample_lengths(args)]
@@ -164,8 +165,8 @@ def train(name: str) -> None:
             else:
                 engine.step()
             if number == STEPS - 1:
-                peaks[moment] = _status("VmHWM") - start
-                peaks[f"after {moment}"] = _status("VmRSS") - start
+                peaks[moment] = process_memory("VmHWM") - start
+                peaks[f"after {moment}"] = process_memory("VmRSS") - start
     print("RESULT " + json.dumps(peaks), flush=True)
 
 

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import scaling_model  # noqa: E402
 import scaling_tables  # noqa: E402
-from memory import SMALL_PAGES, _reset_peak, _status  # noqa: E402
+from memory import SMALL_PAGES, _reset_peak, process_memory  # noqa: E402
 from ranks import results_of_ranks  # noqa: E402
 
 FULL = 4  # bytes of a float32
@@ -176,10 +176,10 @@ def work(settings: list[dict[str, Any]]) -> None:
     tiny = torch.nn.Linear(64, 64)  # what libraries load at first use is no part of training
     tiny(torch.randn(64, 64)).sum().backward()
     create_optimizer(tiny, Namespace(learning_rate=1e-5, lora_learning_rate=1e-5, weight_decay=0.0, offload=False))
-    start = _status("VmRSS")
+    start = process_memory("VmRSS")
     _reset_peak()
     results = [run_steps(settings[0], collectives, device)]
-    results[0]["memory"] = _status("VmHWM") - start
+    results[0]["memory"] = process_memory("VmHWM") - start
     results += [run_steps(setting, collectives, device) for setting in settings[1:]]
     print("RESULT " + json.dumps(results), flush=True)
 

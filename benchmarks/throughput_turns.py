@@ -1,11 +1,11 @@
 """Turns of throughput.py: the same documents for every way, and what a way's steps through them took."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from deepspeed.accelerator import get_accelerator
+from memory import process_memory
 
 from utils.data.prompt_dataset import PromptDataset
 from utils.data.sampler import Units, epoch_order, epoch_units, step_members
@@ -57,6 +57,5 @@ def total(parts: Iterable[Measured]) -> Measured:
 def peak_memory_gb() -> float:
     """This process's so far: resident memory on a CPU, else what its tensors took on the device."""
     if get_accelerator().device_name() == "cpu":
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+        return process_memory("VmHWM") / 2**30
     return get_accelerator().max_memory_allocated() / 2**30

@@ -17,7 +17,7 @@ from utils.big_models import scale_settings
 from utils.console import chatter_to_log, say
 from utils.errors import UserError
 from utils.hardware import parse_gpus
-from utils.host_memory import cut_packed_batches, limit_kernel_caches
+from utils.host_memory import limit_kernel_caches
 from utils.op_locks import clear_stale_build_locks, extension_folder
 from utils.precision import planned_dtype, resolve_dtype
 from utils.reporting import monitor_blocks
@@ -199,8 +199,7 @@ def world_size() -> int:
 def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
     """The run's DeepSpeed configuration from its arguments, `--deepspeed_config` laid over it.
 
-    `args.zero_stage` and `args.offload` are set to what the merged configuration says, the micro batch and the
-    accumulation to what is run.
+    `args.zero_stage` and `args.offload` are set to what the merged configuration says.
     """
     dtype, reason = resolve_dtype(args.dtype) if parse_gpus(args.dry_run) is None else planned_dtype(args.dtype)
     if args.offload and args.zero_stage == 0:
@@ -212,6 +211,8 @@ def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
     )  # fmt: skip
     config = merge_config(config, monitor_blocks(args))
     config["zero_optimization"] |= scale_settings(args)
+    config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
+    config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
     if args.deepspeed_config:
         override = read_deepspeed_config(args.deepspeed_config)
         if "fp16" in override or "bf16" in override:  # its precision replaces --dtype's, not adds to it
@@ -222,11 +223,7 @@ def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
         device = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
         args.offload = None if device == "none" else device
         _say(f"DeepSpeed configuration: {args.deepspeed_config} laid over the generated one: {', '.join(override)}")
-    if parse_gpus(args.dry_run) is None and (decision := cut_packed_batches(args)):
-        _say(decision)
     groups = ranks // args.sequence_parallel_size
-    config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
-    config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
     config["train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * groups
     if args.sequence_parallel_size > 1:  # read where weights are partitioned while they load
         config["sequence_parallel_size"] = args.sequence_parallel_size

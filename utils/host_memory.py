@@ -3,7 +3,6 @@
 import ctypes
 import os
 import sys
-from argparse import Namespace
 from contextlib import suppress
 
 from deepspeed.accelerator import get_accelerator
@@ -11,7 +10,6 @@ from deepspeed.accelerator import get_accelerator
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 THRESHOLDS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 LARGEST_KEPT = 32 * 2**20  # bytes; the most that glibc takes for this threshold
-TOKENS_AT_ONCE = 2048  # 25 MB in float32 where the MLP is 3,072 wide, 32 MB in 16 bits where it is 8,192
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's of the same
 KERNELS_KEPT = 32  # layers share shapes: a step has three for each different Linear, and a few of the loss
 
@@ -39,26 +37,6 @@ def keep_freed_memory() -> None:
         return
     _ask_c_library("mallopt", M_MMAP_THRESHOLD, LARGEST_KEPT)
     _ask_c_library("mallopt", M_TRIM_THRESHOLD, -1)
-
-
-def cut_packed_batches(args: Namespace) -> str | None:
-    """On a CPU, make micro batches of packed rows as small as 2,048 tokens, with more accumulation: the same steps.
-
-    The activations of larger ones are blocks above 32 MB, which are mapped anew each time (`keep_freed_memory`), and so
-    many tokens keep a CPU as busy as more do (`benchmarks/RESULTS.md`). Without ZeRO accumulation costs nothing; where
-    gradients are sharded every micro batch would send its own. Returns what was decided, None for nothing.
-    """
-    rows, on_cpu = args.per_device_train_batch_size, get_accelerator().device_name() == "cpu"
-    if not (on_cpu and args.packing and args.zero_stage == 0) or rows * args.max_seq_len <= TOKENS_AT_ONCE or rows == 1:
-        return None
-    fitting = [size for size in range(1, rows) if rows % size == 0 and size * args.max_seq_len <= TOKENS_AT_ONCE]
-    args.per_device_train_batch_size = max(fitting, default=1)
-    parts = rows // args.per_device_train_batch_size
-    args.gradient_accumulation_steps *= parts
-    return (
-        f"Micro batches: {rows} packed rows as {parts} x {args.per_device_train_batch_size}, the same optimizer step "
-        "(a CPU is as fast with less at once, and takes less memory)"
-    )
 
 
 def give_back_freed_memory() -> None:

@@ -58,10 +58,10 @@ def unknown_character() -> re.Pattern[str]:
 class ByteBpe:
     """Called as the tokenizer it stands for is called in `utils.data.tokenise`; texts it can't take go there."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, pattern: str, ids: dict[bytes, int], nfc: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pattern: str, ids: dict[str, int], nfc: bool) -> None:
         self.tokenizer = tokenizer
         self.nfc = nfc
-        ranks = {token: rank for rank, token in enumerate(ids)}
+        ranks = {b"".join(BYTES[letter] for letter in token): rank for rank, token in enumerate(ids)}
         self.encoding = tiktoken.Encoding(
             "", pat_str=pattern, mergeable_ranks=ranks, special_tokens={SEPARATOR: len(ids)}
         )
@@ -123,14 +123,12 @@ def quick_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrained
 def _stand_in(tokenizer: PreTrainedTokenizerBase, content: str) -> ByteBpe | None:
     """What gives the same ids as `tokenizer` with this tokenizer.json, or None where that is not certain."""
     rules = json.loads(content)
-    pattern, ids = _word_pattern(rules["pre_tokenizer"]), _ids_by_bytes(rules["model"])
+    pattern, ids = _word_pattern(rules["pre_tokenizer"]), _ids_in_order(rules["model"])
     normalizer = (rules["normalizer"] or {}).get("type")
     if pattern is None or ids is None or normalizer not in (None, "NFC"):
         return None
-    names = {byte[0]: letter for letter, byte in BYTES.items()}
-    words = ("".join(names[byte] for byte in token) for token in ids)
     model = tokenizer.backend_tokenizer.model  # without the cutting of words: each token is taken as one
-    if any(len(model.tokenize(word)) != 1 for word in words):
+    if any(len(model.tokenize(token)) != 1 for token in ids):
         return None
     stand_in = ByteBpe(tokenizer, pattern, ids, normalizer == "NFC")
     letters = "".join(f"{letter}a {letter}" for letter in map(chr, range(0xD800)))
@@ -153,8 +151,8 @@ def _word_pattern(rules: dict[str, Any] | None) -> str | None:
     return cuts[0]["pattern"].get("Regex")
 
 
-def _ids_by_bytes(model: dict[str, Any]) -> dict[bytes, int] | None:
-    """The id of each byte and of what each merge makes, in the order of the merges, of a tokenizer.json's model."""
+def _ids_in_order(model: dict[str, Any]) -> dict[str, int] | None:
+    """Of a tokenizer.json's model the ids of all bytes and of all that merges make, in that order, by their letters."""
     different = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
     if model["type"] != "BPE" or any(model.get(name) for name in different):
         return None
@@ -165,4 +163,4 @@ def _ids_by_bytes(model: dict[str, Any]) -> dict[bytes, int] | None:
     ]
     if len(set(tokens)) < len(tokens) or not all(token in model["vocab"] for token in tokens):
         return None
-    return {b"".join(BYTES[letter] for letter in token): model["vocab"][token] for token in tokens}
+    return {token: model["vocab"][token] for token in tokens}
