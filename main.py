@@ -20,57 +20,67 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from utils.library_log import LOG, quiet_libraries  # first: DeepSpeed talks while it is imported
+from utils.data.training_data import create_data
+from utils.logging.library_log import LOG, quiet_libraries  # first: DeepSpeed talks while it is imported
+from utils.model.build import create_model
+from utils.model.tokenizer import create_tokenizer
 
 # isort: split
 import deepspeed
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from utils.args import parse_args
-from utils.attention import set_documents
-from utils.bad_steps import BadSteps
-from utils.best_model import forget_best_model, publish_best_model
-from utils.big_models import remove_swap_folders
-from utils.checkpoint import find_checkpoint
-from utils.checks import check_run, end_of_conversation_token
-from utils.console import close_run_bar, phase
-from utils.data.batches import collate_for, eval_batches, train_batches
-from utils.data.data_utils import PromptDataset, create_prompt_dataset
-from utils.data.sampler import micro_batches_per_epoch, remaining_units, step_members
-from utils.data.sources import parse_columns
-from utils.data.stream import SFT_PHASE, create_prompt_stream
-from utils.dry_run import dry_run
-from utils.ds_utils import build_ds_config, local_rank_of, start_process_group
-from utils.evaluation import evaluate
-from utils.failures import end_run
-from utils.interrupt import EXIT_BY_SIGINT, EXIT_INTERRUPTED, Interrupted, StopRequest
-from utils.keeper import SAMPLE_TOKENS, Keeper
-from utils.launchers import adopt_launcher, launched_rank
-from utils.loss import summed_loss
-from utils.metrics import MetricsFile, draw_losses
-from utils.micro_batches import cut_micro_batches
-from utils.model.model_utils import create_hf_model, describe_parameters, enable_checkpointing
-from utils.model_card import describe_model
-from utils.module.adapter import ADAPTER_FOLDER, save_lora_adapter
-from utils.module.lora import (
-    convert_linear_layer_to_lora,
-    describe_lora,
-    make_model_gradient_checkpointing_compatible,
-    only_optimize_lora_parameters,
+from utils.arguments.parser import parse_args
+from utils.arguments.preflight import check_run
+from utils.checkpoint.checkpoint_folder import find_checkpoint
+from utils.checkpoint.checkpointer import SAMPLE_TOKENS, Keeper, forget_best_model, publish_best_model
+from utils.checkpoint.resume import (
+    arguments_record,
+    describe_position,
+    follow_schedule,
+    restore,
+    run_record,
 )
-from utils.neftune import add_embedding_noise
-from utils.optimizer import create_optimizer, initialize_engine
-from utils.plan import data_ranks, micro_batches_of_epoch, planned_ranks, print_plan, units_in_use, window_size
-from utils.progress import Progress
-from utils.resume import arguments_record, describe_position, follow_schedule, restore, run_record
-from utils.run_file import recorded_run
-from utils.run_state import RunPlan, RunState, is_checkpoint_due, is_evaluation_due
-from utils.saving import live_logits, unwrap, verify_saved_model
-from utils.self_check import choose_layout
-from utils.sequence_parallel import averaged_over, data_rank, sequence_part, start_sequence_parallel
-from utils.tiled_mlp import tile_mlps
-from utils.utils import global_rank, load_hf_tokenizer, print_rank_0, save_hf_format, set_random_seed, to_device
+from utils.data.batching.batches import collate_for, eval_batches, train_batches
+from utils.data.batching.sampler import micro_batches_per_epoch, remaining_units, step_members
+from utils.data.data_utils import PromptDataset
+from utils.distributed.failures import end_run
+from utils.distributed.launchers import adopt_launcher, launched_rank
+from utils.distributed.process_group import local_rank_of, start_process_group
+from utils.distributed.ranks import global_rank, print_rank_0
+from utils.dry_run.dry_run import dry_run
+from utils.ds_utils import build_ds_config
+from utils.engine.engine import create_optimizer, initialize_engine
+from utils.engine.nvme_swap import remove_swap_folders
+from utils.export.hf_model import save_hf_format, unwrap
+from utils.export.model_card import describe_model
+from utils.export.peft_adapter import ADAPTER_FOLDER, save_lora_adapter
+from utils.export.verify import live_logits, verify_saved_model
+from utils.logging.console import close_run_bar, phase
+from utils.logging.loss_curve import draw_losses
+from utils.logging.metrics_file import MetricsFile
+from utils.machine.device import set_random_seed, to_device
+from utils.model.layout_check import choose_layout
+from utils.module.attention import set_documents
+from utils.module.fused_loss import summed_loss
+from utils.module.neftune import add_embedding_noise
+from utils.module.sequence_parallel import start_sequence_parallel
+from utils.run_config import averaged_over, data_rank, data_ranks, planned_ranks, sequence_part
+from utils.train.nonfinite_steps import BadSteps
+from utils.train.perplexity import evaluate
+from utils.train.plan import (
+    RunPlan,
+    cut_micro_batches,
+    is_checkpoint_due,
+    is_evaluation_due,
+    micro_batches_of_epoch,
+    print_plan,
+    units_in_use,
+)
+from utils.train.progress import Progress
+from utils.train.run_file import recorded_run
+from utils.train.state import RunState
+from utils.train.stop_request import EXIT_BY_SIGINT, EXIT_INTERRUPTED, Interrupted, StopRequest
 
 
 def main(args: Namespace) -> None:
@@ -114,60 +124,6 @@ def main(args: Namespace) -> None:
     with recorded_run(engine, args, train_data, eval_data, plan, state):
         train(engine, train_data, eval_data, tokenizer, args, device, plan, state, record)
         save(engine, tokenizer, train_data, args, device)
-
-
-def create_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, with `--eot_token` added if asked for."""
-    tokenizer = load_hf_tokenizer(args.model_name_or_path, True, args.eot_token if args.add_eot_token else None)
-    print_rank_0(
-        f"Tokenizer: {type(tokenizer).__name__}, {len(tokenizer)} entries; every sample ends with "
-        f"{end_of_conversation_token(args, tokenizer)!r}; padding is {tokenizer.pad_token!r}"
-    )
-    return tokenizer
-
-
-def create_data(
-    args: Namespace, tokenizer: PreTrainedTokenizerBase, ahead: bool
-) -> tuple[PromptDataset, PromptDataset]:
-    """Training and evaluation data: prepared whole and cached, or with `--streaming` read window by window."""
-    end_token, columns = end_of_conversation_token(args, tokenizer), parse_columns(args.columns)
-    if args.streaming:
-        return create_prompt_stream(
-            args.local_rank, [*args.data_path, *args.sft_only_data_path], args.data_output_path, args.seed, tokenizer,
-            args.max_seq_len, end_token, window_size(args), args.completion_only_loss, columns, args.chat_template,
-            ahead,
-        )  # fmt: skip
-    return create_prompt_dataset(
-        args.local_rank, args.data_path, args.data_split, args.data_output_path, SFT_PHASE, args.seed, tokenizer,
-        args.max_seq_len, end_token, args.sft_only_data_path, num_proc=args.preprocessing_num_workers,
-        completion_only=args.completion_only_loss, columns=columns, chat_template=args.chat_template,
-    )  # fmt: skip
-
-
-def create_model(
-    args: Namespace, tokenizer: PreTrainedTokenizerBase, ds_config: dict, untrained: bool = False
-) -> torch.nn.Module:
-    """The model as it will train: loaded (`untrained`: random weights), LoRA wrapped, checkpointing on."""
-    model = create_hf_model(
-        AutoModelForCausalLM, args.model_name_or_path, tokenizer, None if untrained else ds_config,
-        rlhf_training=untrained, disable_dropout=args.disable_dropout, dropout=args.dropout,
-    )  # fmt: skip
-    if args.add_eot_token:
-        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(args.eot_token)
-    if args.tiled_mlp:
-        print_rank_0(f"Tiled MLP: {tile_mlps(model)}")
-    if args.lora_dim > 0:
-        model = convert_linear_layer_to_lora(
-            model, args.lora_module_name, args.lora_dim, args.lora_alpha, args.lora_dropout
-        )
-        print_rank_0(f"LoRA: {describe_lora(model)}")
-        if args.only_optimize_lora:
-            model = only_optimize_lora_parameters(model)
-            model = make_model_gradient_checkpointing_compatible(model)
-    if args.gradient_checkpointing:
-        enable_checkpointing(model, args.activation_offloading)
-    print_rank_0(f"Model: {describe_parameters(model)}")
-    return model
 
 
 def train(

@@ -24,8 +24,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from utils.answer_metrics import compare_scores, summarise
-from utils.answers import (  # noqa: F401 (the two id functions are part of this module's interface)
+from utils.data.prompt_dataset import PromptDataset
+from utils.errors import UserError, join_problems
+from utils.machine.device import set_random_seed
+from utils.prompt_eval.answer_metrics import compare_scores, summarise
+from utils.prompt_eval.answers import (
     STRATEGIES,
     Answers,
     Results,
@@ -33,19 +36,14 @@ from utils.answers import (  # noqa: F401 (the two id functions are part of this
     answer_prompts,
     check_length,
     decoding,
-    end_token_ids,
-    unknown_token_ids,
 )
-from utils.chat import Speaker, chat
-from utils.data.prompt_dataset import PromptDataset
-from utils.errors import UserError, join_problems
-from utils.eval_args import build_parser, parse_args  # noqa: F401
-from utils.eval_models import check_fit, chosen_device, evaluation_data, load, look_at, measure_perplexity
-from utils.generation import contrastive_search, diverse_beam_search
-from utils.prompts import PROMPTS  # noqa: F401
-from utils.report import write_report
-from utils.scoring import score_answers
-from utils.utils import set_random_seed
+from utils.prompt_eval.arguments import build_parser, parse_args  # noqa: F401
+from utils.prompt_eval.chat import Speaker, chat
+from utils.prompt_eval.models import check_fit, chosen_device, evaluation_data, load, look_at, measure_perplexity
+from utils.prompt_eval.prompts import PROMPTS  # noqa: F401
+from utils.prompt_eval.report import write_report
+from utils.prompt_eval.scorer import score_answers
+from utils.prompt_eval.search import contrastive_search, diverse_beam_search
 
 # What the terminal has always called the two models.
 HEADINGS = {"baseline": "Baseline", "finetuned": "finetune"}

@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py
 
-Forward and backward of causal attention as `utils.attention` calls it, on bf16 queries, keys and values of OPT-125m's
-12 heads of 64; the two take turns. Errors are those of output and gradients together against float64.
+Forward and backward of causal attention as `utils.module.attention` calls it, on bf16 queries, keys and values of
+OPT-125m's 12 heads of 64; the two take turns. Errors are those of output and gradients together against float64.
 """
 
 import statistics
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from utils.host_memory import keep_freed_memory
+from utils.machine.cpu_allocator import keep_freed_memory
 
 LENGTHS = (30, 64, 100, 160, 200, 256, 300, 400, 512, 1024)
 HEADS, SIZE, TURNS = 12, 64, 15

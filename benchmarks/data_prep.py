@@ -48,7 +48,7 @@ def write_records(source: str, size: int, folder: Path) -> Path:
 
 def one_by_one(tokenizer_folder: str, folder: Path) -> int:
     """What the original does: each text alone, padded to the length, every tensor kept."""
-    from utils.utils import load_hf_tokenizer
+    from utils.model.tokenizer import load_hf_tokenizer
 
     tokenizer = load_hf_tokenizer(tokenizer_folder)
     kept = []
@@ -62,7 +62,7 @@ def one_by_one(tokenizer_folder: str, folder: Path) -> int:
 
 def cached(tokenizer_folder: str, folder: Path) -> int:
     from utils.data.data_utils import create_prompt_dataset
-    from utils.utils import load_hf_tokenizer
+    from utils.model.tokenizer import load_hf_tokenizer
 
     tokenizer = load_hf_tokenizer(tokenizer_folder)
     train, _ = create_prompt_dataset(
@@ -74,8 +74,8 @@ def cached(tokenizer_folder: str, folder: Path) -> int:
 
 def streamed(tokenizer_folder: str, folder: Path) -> int:
     """All rows in windows of the default size, as a rank of `--streaming` reads them; nothing is written."""
-    from utils.data.stream import create_prompt_stream
-    from utils.utils import load_hf_tokenizer
+    from utils.data.streaming import create_prompt_stream
+    from utils.model.tokenizer import load_hf_tokenizer
 
     tokenizer = load_hf_tokenizer(tokenizer_folder)
     stream, _ = create_prompt_stream(
@@ -93,7 +93,7 @@ def streamed(tokenizer_folder: str, folder: Path) -> int:
 
 def work(args: Namespace) -> None:
     """One measurement: imports do not count, worker processes' memory does."""
-    import utils.data.stream
+    import utils.data.streaming
     import utils.utils  # noqa: F401
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

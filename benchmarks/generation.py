@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT))
 PROMPTS = 24
 
 
@@ -36,7 +36,7 @@ def parse_arguments() -> Namespace:
 
 def the_prompts() -> list[str]:
     """The 18 built-in prompts, and the first six of the demo's evaluation records."""
-    from utils.prompts import PROMPTS as built_in
+    from utils.prompt_eval.prompts import PROMPTS as built_in
 
     records = json.loads((ROOT / "data" / "eval.json").read_text(encoding="utf-8"))
     built = [prompt for prompts in built_in.values() for prompt in prompts]
@@ -45,7 +45,7 @@ def the_prompts() -> list[str]:
 
 def make_models(folder: Path) -> list[str]:
     """The demo's untrained model, and OPT-125m's shape with random weights and the demo's tokenizer."""
-    import make_tiny_opt
+    from demo import make_tiny_opt
 
     make_tiny_opt.make_model(folder / "demo")
     torch.manual_seed(0)
@@ -57,9 +57,9 @@ def make_models(folder: Path) -> list[str]:
 
 
 def measure(path: str, args: Namespace) -> None:
-    from utils.answers import STRATEGIES, answer_prompts, decoding
-    from utils.eval_args import parse_args
-    from utils.eval_models import load
+    from utils.prompt_eval.answers import STRATEGIES, answer_prompts, decoding
+    from utils.prompt_eval.arguments import parse_args
+    from utils.prompt_eval.models import load
 
     model, tokenizer = load(path, args.device)
     prompts = the_prompts()

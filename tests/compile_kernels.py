@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils.op_locks import clear_stale_build_locks, extension_folder  # noqa: E402
+from utils.machine.compile_locks import clear_stale_build_locks, extension_folder  # noqa: E402
 
 BUILDERS = {
     "deepspeed_shm_comm": "ShareMemCommBuilder", "fused_adam": "FusedAdamBuilder", "cpu_adam": "CPUAdamBuilder",

@@ -150,7 +150,7 @@ def run_inside(monkeypatch, capfd) -> Callable[[list[str]], tuple[int, str, str]
 
     def start(arguments: list[str]) -> tuple[int, str, str]:
         import main
-        from utils.attention import set_documents
+        from utils.module.attention import set_documents
 
         capfd.readouterr()
         status = 0

@@ -13,5 +13,5 @@ for name in (
     "pytest",  # for test modules that hold a program of their own
 ):
     import_module(name)
-FusedAdamBuilder().cxx_args()  # the processor's name, which utils/optimizer.py lets it ask once
+FusedAdamBuilder().cxx_args()  # the processor's name, which utils/engine/engine.py lets it ask once
 gc.freeze()  # a run's own collections, half a second each, needn't look at all this

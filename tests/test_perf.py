@@ -5,9 +5,9 @@ from argparse import Namespace
 
 import pytest
 import torch
-from test_lora import CONFIGS, LORA_NAMES
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
+from tests.module.test_lora import CONFIGS, LORA_NAMES
 from utils.model.model_utils import describe_parameters
 from utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
 from utils.perf import device_peak, flops_per_token, model_shape, print_throughput, training_passes

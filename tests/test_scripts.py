@@ -115,7 +115,7 @@ def run(tmp_path):
 
 @pytest.fixture(scope="module")
 def parser():
-    from utils.args import build_parser
+    from utils.arguments.parser import build_parser
 
     return build_parser()
 
@@ -230,7 +230,7 @@ def test_launchers(run):
 def test_tiny_run_makes_its_base_model_first(run):
     assert run(ROOT / "training_scripts/single_cpu/run_tiny.sh", "out").returncode == 0
     first, second = (json.loads(line)["argv"] for line in run.notes.read_text().splitlines())
-    assert first == [str(ROOT / "tools/make_tiny_opt.py"), "out/base"]
+    assert first == [str(ROOT / "demo/make_tiny_opt.py"), "out/base"]
     assert second[1:3] == ["--model_name_or_path", "out/base"]
 
 

@@ -17,14 +17,18 @@ import torch
 from conftest import ROOT, launch, make_json_data, write_json_data
 from transformers import AutoModelForCausalLM
 
-from utils.data.batches import eval_batches
-from utils.data.collate import collate_padded
+from utils.data.batching.batches import eval_batches
+from utils.data.batching.collate import collate_padded
 from utils.data.data_utils import create_prompt_dataset
-from utils.evaluation import evaluate
-from utils.loss import install_loss
-from utils.metrics import MetricsFile, StepLosses, draw_losses, read_metrics
-from utils.optimizer import create_optimizer
-from utils.utils import get_all_reduce_mean, load_hf_tokenizer, print_rank_0, set_random_seed, to_device
+from utils.distributed.ranks import get_all_reduce_mean, print_rank_0
+from utils.engine.engine import create_optimizer
+from utils.logging.loss_curve import draw_losses
+from utils.logging.metrics_file import MetricsFile, read_metrics
+from utils.machine.device import set_random_seed, to_device
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.module.fused_loss import install_loss
+from utils.train.perplexity import evaluate
+from utils.train.progress import StepLosses
 
 CPU = torch.device("cpu")
 
@@ -215,7 +219,7 @@ def test_freed_memory_is_used_again():
     """256 MB are 65,536 pages, each with its fault where the C library gives back what was freed."""
     code = """
 import resource, torch
-from utils.host_memory import keep_freed_memory
+from utils.machine.cpu_allocator import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -237,7 +241,7 @@ def test_kernels_of_past_shapes_are_dropped():
     """300 products, each of a shape of its own: about 0.6 MB a shape where all their kernels are kept."""
     code = """
 import sys, torch
-from utils.host_memory import limit_kernel_caches
+from utils.machine.cpu_allocator import limit_kernel_caches
 
 def megabytes():
     return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1024

@@ -1,0 +1,1 @@
+"""The parts of the fine-tuning program, one folder for each stage of a run."""

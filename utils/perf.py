@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from utils.console import say
+from utils.logging.console import say
 
 # Dense 16-bit matrix rate in TFLOP/s by the vendors' data sheets; the longest name contained wins.
 PEAK_TFLOPS = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import main
 from utils.data.data_utils import create_prompt_dataset
 from utils.errors import UserError
-from utils.utils import load_hf_tokenizer
+from utils.model.tokenizer import load_hf_tokenizer
 
 ONE_AFTER_THE_OTHER = settings(
     deadline=None, derandomize=True, database=None,

@@ -11,7 +11,7 @@ from conftest import ROOT
 from fork_runs import checkpoint_steps, finished_run, outcome
 from hosts import missing, two_hosts
 
-from utils.op_locks import extension_folder
+from utils.machine.compile_locks import extension_folder
 
 SCRIPT = "training_scripts/multi_node/run_66b_slurm.sh"
 OWN = [

@@ -12,7 +12,7 @@ from conftest import ROOT
 from fork_runs import checkpoint_steps, finished_run, outcome
 from hosts import ADDRESSES, NAMES, missing, two_hosts
 
-from utils.op_locks import extension_folder
+from utils.machine.compile_locks import extension_folder
 
 
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))

@@ -13,7 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 {
-    python "$ROOT/tools/make_tiny_opt.py" "$OUTPUT/base"
+    python "$ROOT/demo/make_tiny_opt.py" "$OUTPUT/base"
     python "$ROOT/main.py" \
         --model_name_or_path "$OUTPUT/base" \
         --data_path local/jsonfile \

@@ -1,18 +1,23 @@
 """Folders that are complete or absent, with one writer at a time."""
 
+import hashlib
+import json
 import os
-import shutil
-import uuid
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
 
 from utils.errors import UserError
+from utils.files import checksum
 
-WORK_PREFIX = ".incomplete-"
+REPORT = "report.json"
+SPLITS = ("train", "eval")
 
 
 @contextmanager
@@ -32,30 +37,130 @@ def cache_lock(folder: str) -> Iterator[None]:
         lock.release()
 
 
-def build_folder(path: str, build: Callable[[str], None]) -> None:
-    """Make the folder `path` with `build(work_folder)`, written aside and renamed. Call it under the lock.
+def default_cache_folder() -> str:
+    """Per user and on the node's own disk: $XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "sft_scripts")
 
-    What an earlier, killed writer left aside is swept away first.
+
+def key(
+    raw_datasets: list[tuple[Any, str, float]],
+    train_phase: int,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    end_id: int,
+    main_sets: int,
+    completion_only: bool,
+) -> str:
+    """Hash over everything that changes the result: contents, split, phase, seed, tokenizer, length, end, code.
+
+    `raw_datasets` are data sets with their split and weight; how their texts are made is in their fingerprints.
+    `main_sets` of `raw_datasets` come from `--data_path`; the others are mixed in after those, in a second shuffle.
     """
-    parent = os.path.dirname(path)
-    for name in os.listdir(parent):
-        if name.startswith(WORK_PREFIX):
-            shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
-    work = os.path.join(parent, f"{WORK_PREFIX}{os.path.basename(path)}-{uuid.uuid4().hex[:8]}")
-    os.makedirs(work)
+    contents = [
+        [raw.dataset_name, raw.fingerprint("train"), raw.fingerprint("eval"), shares, weight]
+        for raw, shares, weight in raw_datasets
+    ]
+    parts = [
+        contents,
+        train_phase,
+        seed,
+        tokenizer_fingerprint(tokenizer),
+        max_seq_len,
+        end_id,
+        main_sets,
+        completion_only,
+        _code_fingerprint(),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the tokenizer's content: vocabulary, merges, rules, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = json.dumps([type(tokenizer).__name__, str(tokenizer.special_tokens_map), tokenizer.pad_token_id])
+    return hashlib.sha256((content + special).encode()).hexdigest()
+
+
+def _code_fingerprint() -> str:
+    """Hash of this folder's source files: changed code never meets data that older code made."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def finish(work: str, parts: dict[str, list[Any]], id_columns: list[str]) -> None:
+    """Remove the per-set working files and write the report that makes the folder count as complete."""
+    report: dict[str, Any] = {split: statistics(parts[split], id_columns) for split in SPLITS}
+    for file in Path(work).glob("part*/*"):
+        file.unlink()
+    for folder in Path(work).glob("part*"):
+        folder.rmdir()
+    files = [file for file in sorted(Path(work).rglob("*")) if file.is_file()]
+    report["files"] = {str(file.relative_to(work)): [file.stat().st_size, checksum(file)] for file in files}
+    with open(os.path.join(work, REPORT), "w", encoding="utf-8") as out:
+        json.dump(report, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def statistics(parts: list[Any], id_columns: list[str]) -> dict[str, int]:
+    """Counts over the data sets of one split."""
+    tables = [part.table.with_format("arrow")[:] for part in parts if len(part)]
+    lengths = [pc.list_value_length(table[name]).to_numpy() for table in tables for name in id_columns]
+    lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
+    return {
+        "samples": sum(len(part) for part in parts),
+        "left_out": sum(part.rows_given - len(part) for part in parts),
+        "cut": sum(pc.sum(table["cut"]).as_py() or 0 for table in tables),
+        "tokens": int(lengths.sum()),
+        "longest": int(lengths.max(initial=0)),
+    }
+
+
+def damage(folder: str) -> str | None:
+    """Why the folder can't be used as it is; None when it is complete."""
     try:
-        build(work)
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(work, path)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+        report = read_report(folder)
+        files = {name: (int(size), int(crc)) for name, (size, crc) in report["files"].items()}
+        if not all(split in report for split in SPLITS):
+            return "its report is damaged"
+    except FileNotFoundError:
+        return "not there yet" if not os.path.exists(folder) else "incomplete"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "its report is damaged"
+    for name, (size, sum_of_bytes) in files.items():
+        path = Path(folder, name)
+        if not path.is_file() or path.stat().st_size != size or checksum(path) != sum_of_bytes:
+            return f"{name} is damaged"
+    return None
 
 
-def checksum(file: str | Path) -> int:
-    """CRC-32 of a file's bytes: about a second a gigabyte, and what a bad disk or a stray write did shows."""
-    value = 0
-    with open(file, "rb") as stream:
-        while chunk := stream.read(1 << 24):
-            value = zlib.crc32(chunk, value)
-    return value
+def read_report(folder: str) -> dict[str, Any]:
+    """The report written by `finish`."""
+    with open(os.path.join(folder, REPORT), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def describe(report: dict[str, Any], max_seq_len: int, train_phase: int) -> list[str]:
+    """One line per split: samples, tokens, how many were cut or left out."""
+    return [describe_part(f"Data {split}", report[split], max_seq_len, train_phase) for split in SPLITS]
+
+
+def describe_part(title: str, part: dict[str, int], max_seq_len: int, train_phase: int) -> str:
+    """One line on what `statistics` counted."""
+    samples = part["samples"]
+    line = f"{title}: {samples} samples, {part['tokens']} tokens"
+    if samples:
+        line += f" (mean {part['tokens'] / samples:.1f}, longest {part['longest']}"
+        line += f"; {part['cut']} cut at max_seq_len {max_seq_len}"
+        if train_phase < 3:
+            line += f", so {part['cut'] / samples:.1%} lost their end token"
+        line += ")"
+    if part["left_out"]:
+        why = "no text, or nothing to label" if train_phase < 3 else "no text, or longer than max_seq_len"
+        line += f", {part['left_out']} left out ({why})"
+    return line

@@ -14,18 +14,25 @@ from collections.abc import Iterable
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from utils.console import say
-from utils.data import prompt_cache
-from utils.data.byte_bpe import quick_tokenizer
-from utils.data.cache import build_folder, cache_lock
-from utils.data.chat_format import AUTO
-from utils.data.own_formats import OwnFormatDataset, OwnOptions, own_options
+from utils.data import cache as prompt_cache
+from utils.data.cache import cache_lock
+from utils.data.formats.chat_template import AUTO
+from utils.data.formats.custom import OwnFormatDataset, OwnOptions, own_options
+from utils.data.mixture import parse_source, weighted
 from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
 from utils.data.raw_datasets import PromptRawDataset, find_raw_dataset_class, known_name
-from utils.data.sources import parse_source, weighted
 from utils.data.splits import get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
-from utils.data.tokenise import DEFAULT_END_TOKEN, end_token_id, sample_features, tokenise, tokenise_completions
+from utils.data.tokenization.byte_bpe import quick_tokenizer
+from utils.data.tokenization.tokenize_rows import (
+    DEFAULT_END_TOKEN,
+    end_token_id,
+    sample_features,
+    tokenise,
+    tokenise_completions,
+)
 from utils.errors import UserError
+from utils.files import build_folder
+from utils.logging.console import say
 
 SFT_ONLY_SPLIT = "10,0,0"
 # A fast tokenizer uses every core by itself; below this many rows, starting processes costs more than it saves.
@@ -197,7 +204,7 @@ def create_prompt_dataset(
         num_proc: tokenising processes; None decides by the number of rows and cores.
         completion_only: label only the response (phase 1).
         columns: columns by role, for data sets of the user's own.
-        chat_template: how these become text, see `utils.data.chat_format`.
+        chat_template: how these become text, see `utils.data.formats.chat_template`.
 
     Raises:
         UserError: bad data, or no training sample is left.

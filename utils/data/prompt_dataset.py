@@ -7,9 +7,8 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from utils.data.collate import IGNORE_INDEX
-
 ID_COLUMNS = {1: ["input_ids"], 2: ["chosen_ids", "rejected_ids"], 3: ["prompt_ids"]}
+IGNORE_INDEX = -100
 
 
 class PromptDataset(torch.utils.data.Dataset):

@@ -16,18 +16,8 @@ To add one, write a class below the others; being defined is all it takes to be 
 import os
 import re
 
-from utils.data.loading import SplitData
-from utils.data.raw_base import (
-    RAW_DATASETS,
-    PromptRawDataset,
-    Sample,
-    Text,
-    around,
-    as_is,
-    human,
-    joined,
-    reply,
-)
+from utils.data.formats.base import RAW_DATASETS, PromptRawDataset, Sample, Text, around, as_is, human, joined, reply
+from utils.data.reading.arrow_files import SplitData
 from utils.errors import UserError
 
 __all__ = ["RAW_DATASETS", "PromptRawDataset", "find_raw_dataset_class", "known_name"]

@@ -8,17 +8,15 @@ split text and the number of rows only. numpy is all it needs.
 import io
 import math
 import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from itertools import pairwise
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from utils.console import say
 from utils.errors import UserError
+from utils.files import write_aside
+from utils.logging.console import say
 
 PUBLISHED = "published"
 LARGEST_REMAINDER = "largest remainder"
@@ -175,21 +173,3 @@ def _keep_index(path: str, index: np.ndarray, rebuild: bool, quiet: bool) -> Non
             f"The split index {path} cannot be kept: {err}. Make the folder writable or free some space, or "
             "choose another with --data_output_path."
         ) from err
-
-
-@contextmanager
-def write_aside(path: str) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` in one step, once it is complete.
-
-    It is written under a name of its own in the same folder (made if missing), so any number of processes may
-    write the same path at once, and a reader never sees half a file.
-    """
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    aside = f"{path}.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(aside, "xb") as file:
-            yield file
-        os.replace(aside, path)
-    finally:
-        if os.path.exists(aside):
-            os.remove(aside)

@@ -1,6 +1,7 @@
 """Load a causal language model for training: dtype, dropout, vocabulary, special ids."""
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -9,10 +10,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
-from utils.big_models import needs_swap_buffers, size_swap_buffers
-from utils.ds_utils import world_size
+from utils.distributed.ranks import print_rank_0, world_size
 from utils.errors import UserError
-from utils.utils import print_rank_0
 
 # All spellings of dropout in the configurations of decoder-only families.
 DROPOUT_KEYS = (
@@ -166,3 +165,19 @@ def describe_parameters(model: torch.nn.Module) -> str:
     """Total and trainable parameters in words."""
     total, trainable = count_parameters(model)
     return f"{type(model).__name__}, {total:,} parameters, {trainable:,} of them train ({trainable / total:.1%})"
+
+
+def needs_swap_buffers(ds_config: dict[str, Any]) -> bool:
+    """Whether weights go to files through buffers whose size is still to be said."""
+    block = ds_config["zero_optimization"].get("offload_param", {})
+    return block.get("device") == "nvme" and "buffer_size" not in block
+
+
+def size_swap_buffers(ds_config: dict[str, Any], largest: int, ranks: int) -> None:
+    """Have buffers in `ds_config` that hold a rank's part of the model's largest weight (`largest` elements)."""
+    ds_config["zero_optimization"]["offload_param"]["buffer_size"] = -(-largest // ranks) + ranks
+
+
+def has_weights(folder: str) -> bool:
+    """Files of weights are there."""
+    return any(file.endswith((".safetensors", ".bin", ".index.json")) for file in os.listdir(folder))

@@ -1,0 +1,1 @@
+"""Parts of a model: LoRA, attention, loss, embedding noise, tiled MLPs, sequence parallelism."""

@@ -199,7 +199,7 @@ def convert_lora_to_linear_layer(model: nn.Module) -> nn.Module:
     """Fuse every LoRA layer into a plain Linear or Conv1D again; returns the model.
 
     Under ZeRO 3 every rank must call it: weights are gathered, changed on rank 0 and partitioned again.
-    Saving does not need it (`utils.saving` merges on the way out and leaves the live weights alone).
+    Saving does not need it (`utils.export.hf_model` merges on the way out and leaves the live weights alone).
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, LinearLayer_LoRA):

@@ -1,0 +1,130 @@
+"""Is everything right and how fast is it on this machine's GPU? One command, without a network:
+
+    python benchmarks/gpu/check.py --out gpu_check.json
+
+Correctness on CUDA comes first (losses against float32 on the CPU, attention and loss kernels, ZeRO, offload, LoRA,
+checkpoints), then speed and memory by model size. Every check is processes of its own with a time limit, main.py's
+command line where it can be, so neither a crash nor a lack of memory stops the others; running out of memory is a
+result. Models have random weights. Results are written after every check; `--minutes 9 --skip_done` runs it in pieces.
+`--device cpu` runs the same checks with tiny shapes, as far as a CPU can.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu.cases import Context  # noqa: E402
+from benchmarks.gpu.plan import all_checks  # noqa: E402
+from benchmarks.gpu.processes import WRONG, Outcome, environment  # noqa: E402
+
+NO_GPU = 2  # exit status
+MACHINE = """
+import json, os, torch
+from importlib.metadata import version
+gpu = torch.cuda.is_available()
+print("MACHINE " + json.dumps({
+    "device": torch.cuda.get_device_name(0) if gpu else "cpu",
+    "memory GB": torch.cuda.get_device_properties(0).total_memory / 1e9 if gpu else None,
+    "capability": torch.cuda.get_device_capability(0) if gpu else None, "cores": os.cpu_count(),
+    "torch": torch.__version__, "cuda": torch.version.cuda, "deepspeed": version("deepspeed"),
+    "transformers": version("transformers"),
+}))
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny shapes")
+    parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="results, written after every check")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="checks whose name has a match of this")
+    parser.add_argument("--minutes", type=float, default=None, help="start no further check after so many")
+    parser.add_argument("--limit", type=float, default=400, help="seconds a check's process may take")
+    parser.add_argument("--skip_done", action="store_true", help="leave out checks whose result --out already holds")
+    parser.add_argument(
+        "--data_path", type=Path, default=None,
+        help="parquet file, or folder of train*.parquet, with prompt and chosen: texts for the speeds; none: made up",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="print the names of the checks and stop")
+    return parser
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Found in a process of its own, so that this one never holds memory of the GPU."""
+    command = [sys.executable, "-c", MACHINE]
+    printed = subprocess.run(command, capture_output=True, text=True, env=environment(device), check=True).stdout
+    machine = json.loads(re.search(r"^MACHINE (.*)$", printed, re.MULTILINE)[1])
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    return {**machine, "commit": commit.stdout.strip() or "unknown", "date": time.strftime("%Y-%m-%d")}
+
+
+def write_results(file: Path, results: dict[str, Any]) -> None:
+    """Whole or not at all: the command may be cut off at any time."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    os.replace(partial, file)
+
+
+def table_row(name: str, result: dict[str, Any]) -> str:
+    """A row of the table: lists, as losses are, stay in the file."""
+    shown = [f"{key} {value}" for key, value in result["figures"].items() if not isinstance(value, (list, dict))]
+    words = [result["words"].replace("|", "/")] if result["words"] else []
+    return f"| {name} | {result['verdict']} | {'; '.join([*words, *shown])} | {result['seconds']:.0f} |"
+
+
+def run_checks(args: Namespace, results: dict[str, Any], folder: Path) -> None:
+    """Run what is asked for and there is time for, printing and writing as it goes."""
+    checks = results["checks"]
+    context = Context(args.device, folder, args.limit, args.data_path, checks)
+    begun = time.monotonic()
+    for name, check in all_checks(args.device).items():
+        if not re.search(args.only, name) or (args.skip_done and name in checks):
+            continue
+        if args.minutes is not None and time.monotonic() - begun > 60 * args.minutes:
+            print(f"\n{args.minutes:g} minutes are over: the rest is left for a call with --skip_done")
+            return
+        start = time.perf_counter()
+        try:
+            outcome = check(context)
+        except Exception as err:  # a fault of a check is its result, and no reason to stop
+            outcome = Outcome(WRONG, f"the check itself failed: {type(err).__name__}: {err}")
+        checks[name] = {**vars(outcome), "seconds": round(time.perf_counter() - start, 1)}
+        write_results(args.out, results)
+        print(table_row(name, checks[name]), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 0, 1 when a result is wrong, 2 without a GPU."""
+    args = build_parser().parse_args(argv)
+    if args.list:
+        print("\n".join(all_checks(args.device)))
+        return 0
+    machine = describe_machine(args.device)
+    if args.device == "cuda" and machine["device"] == "cpu":
+        print("No CUDA device is visible to torch here: --device cpu runs the checks on the CPU.", file=sys.stderr)
+        return NO_GPU
+    results: dict[str, Any] = {"machine": machine, "checks": {}}
+    if args.skip_done and args.out.exists():
+        results["checks"] = json.loads(args.out.read_text(encoding="utf-8"))["checks"]
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print("\n| check | result | figures | seconds |\n| --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
+        run_checks(args, results, Path(folder))
+    verdicts = [result["verdict"] for result in results["checks"].values()]
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
+    print(f"\n{counts}; results in {args.out}")
+    return int(WRONG in verdicts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

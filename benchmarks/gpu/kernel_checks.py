@@ -1,0 +1,222 @@
+"""What a GPU computes otherwise than a CPU, against float32 and float64 on the CPU: a part of `gpu_check.py`.
+
+    python benchmarks/gpu/kernel_checks.py attention|loss --dtype bf16 [--device cpu]
+
+One line a case, `CASE` and an object of JSON, as it goes: what came before a crash is not lost.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+import utils.module.attention  # noqa: E402
+import utils.module.fused_loss  # noqa: E402
+from utils.data.batching.collate import collate_free, collate_padded  # noqa: E402
+from utils.machine.device import to_device  # noqa: E402
+from utils.machine.precision import DTYPES  # noqa: E402
+from utils.model.layout_check import choose_layout  # noqa: E402
+from utils.module.attention import set_documents  # noqa: E402
+from utils.module.fused_loss import summed_loss  # noqa: E402
+
+VOCABULARY = 120
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {**SMALL, "intermediate_size": 192, "num_key_value_heads": 2, "max_position_embeddings": 512, "head_dim": 64}
+# Windows shorter than the documents, fewer heads of keys, a head of 80 as in OPT-2.7b, soft-capped scores.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "opt": {**SMALL, "ffn_dim": 256, "word_embed_proj_dim": 128, "max_position_embeddings": 512},
+    "opt, heads of 80": {
+        **SMALL, "hidden_size": 320, "ffn_dim": 256, "word_embed_proj_dim": 320, "max_position_embeddings": 512,
+    },
+    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 128, "n_layer": 2, "n_head": 4},
+    "gpt2": {"vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "gpt_neox": {**SMALL, "intermediate_size": 256, "max_position_embeddings": 512},
+    "llama": LLAMA,
+    "qwen3": LLAMA,
+    "gemma2": {**LLAMA, "sliding_window": 24, "query_pre_attn_scalar": 64},
+    "mistral": {**LLAMA, "sliding_window": 24},
+}  # fmt: skip
+NO_ROWS, SOFT_CAPPED = ("bloom",), ("gemma2",)  # falls back to padding; has no varlen kernel
+LENGTHS = (13, 130, 1, 64, 77)
+# Largest difference of the logits relative to the largest, of the loss relative to itself, of the gradients' norm.
+# On a CPU at most 6e-7, 2.5e-3 and 1.5e-2 of the logits; ReLU's kinks make OPT's gradients the furthest off.
+LIMITS = {"fp32": (1e-4, 1e-4, 1e-3), "fp16": (1e-2, 1e-3, 6e-2), "bf16": (6e-2, 5e-3, 1.5e-1)}
+
+
+def make(family: str) -> torch.nn.Module:
+    """A random float32 model without dropout; weights large enough that a leak shows."""
+    config = AutoConfig.for_model(family.split(",")[0], **{**FAMILIES[family], "pad_token_id": 0})
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return model
+
+
+def documents() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in LENGTHS]
+    return [{"input_ids": one, "labels": one.clone()} for one in ids]
+
+
+def one_by_one(model: torch.nn.Module) -> tuple[torch.Tensor, float]:
+    """[tokens, vocabulary] logits and the summed loss of plain transformers in float32; gradients are left behind."""
+    rows, total = [], 0.0
+    for document in documents():
+        ids = document["input_ids"]
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        loss = F.cross_entropy(logits[:-1], ids[1:], reduction="sum")
+        loss.backward()
+        rows.append(logits.detach())
+        total += loss.item()
+    return torch.cat(rows), total
+
+
+def gradients(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.grad.float().cpu().flatten() for parameter in model.parameters()])
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference, relative to what is expected."""
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def has_flash(dtype: str, device: torch.device) -> bool:
+    """Whether the varlen kernel is there for this precision on this device, and so has to be used."""
+    return (
+        device.type == "cuda"
+        and dtype != "fp32"
+        and torch.cuda.get_device_capability(device) >= utils.module.attention.FLASH_CAPABILITY
+    )
+
+
+def count_varlen() -> list[int]:
+    """Counts the calls of the varlen kernel from now on; a list of one number."""
+    calls, plain = [0], utils.module.attention._varlen
+
+    def counting(*args: Any) -> torch.Tensor:
+        calls[0] += 1
+        return plain(*args)
+
+    utils.module.attention._varlen = counting
+    return calls
+
+
+def train_once(model: torch.nn.Module, batch: dict[str, Any], device: torch.device) -> tuple[float, int | None]:
+    """The loss of a forward and backward, and how often the host had to wait for the GPU in it."""
+    if device.type != "cuda":
+        loss = summed_loss(model, batch)
+        loss.backward()
+        return loss.item(), None
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        loss = summed_loss(model, batch)
+        loss.backward()
+        torch.cuda.set_sync_debug_mode("default")
+    return loss.item(), sum("called a synchronizing" in str(warning.message) for warning in noted)
+
+
+def attention(dtype: str, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Documents in one row on the device against one by one in float32 on the CPU, family by family."""
+    calls = count_varlen()
+    for family in FAMILIES:
+        reference = make(family)
+        model = copy.deepcopy(reference).to(device, DTYPES[dtype])
+        expected, expected_loss = one_by_one(reference)
+        calls[0] = 0
+        layout = choose_layout(model, "free", VOCABULARY, device)
+        samples = documents()
+        batch = collate_free(samples) if layout == "free" else collate_padded(samples, 0)
+        batch = to_device(batch, device)
+        set_documents(batch.get("document_lengths"), batch.get("cumulative"))
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        with torch.no_grad():
+            logits = model(**inputs, use_cache=False).logits.float().cpu()
+        if layout == "free":
+            logits = logits[0]
+        else:
+            logits = torch.cat([row[:length] for row, length in zip(logits, LENGTHS, strict=True)])
+        loss, waits = train_once(model, batch, device)
+        set_documents(None)
+        found = {
+            "logits": ((logits - expected).abs().max() / expected.abs().max()).item(),
+            "loss": abs(loss - expected_loss) / expected_loss,
+            "gradients": distance(gradients(model), gradients(reference)),
+        }
+        right = all(value < limit for value, limit in zip(found.values(), LIMITS[dtype], strict=True))
+        right &= layout == ("longest" if family in NO_ROWS else "free")
+        right &= (calls[0] > 0) == (has_flash(dtype, device) and family not in (*NO_ROWS, *SOFT_CAPPED))
+        yield {"case": family, "right": right, **found, "layout": layout, "varlen": calls[0] > 0, "waits": waits}
+
+
+LOSS_CASES: dict[str, dict[str, Any]] = {
+    "plain": {}, "bias": {"bias": True}, "soft-capped": {"softcap": 5.0}, "scaled": {"scale": 0.25},
+    "all, frozen weight": {"bias": True, "softcap": 5.0, "scale": 0.25, "frozen": True},
+}  # fmt: skip
+
+
+def loss(dtype: str, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The fused loss and its gradients, in many chunks, against float64 on the CPU with the same rounded inputs."""
+    utils.module.fused_loss.CHUNK_BYTES = 2**20  # 87 rows at a time
+    rows, width, vocabulary = 700, 64, 3000
+    generator = torch.Generator().manual_seed(4)
+    shapes = {"hidden": (rows, width), "weight": (vocabulary, width), "bias": (vocabulary,)}
+    values = {name: torch.randn(shape, generator=generator).to(DTYPES[dtype]) for name, shape in shapes.items()}
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    for name, case in LOSS_CASES.items():
+        if not case.get("bias"):
+            values_of = {key: value for key, value in values.items() if key != "bias"}
+        else:
+            values_of = values
+        exact = {key: value.double().requires_grad_() for key, value in values_of.items()}
+        here = {key: value.to(device, copy=True).requires_grad_() for key, value in values_of.items()}
+        if case.get("frozen"):
+            here["weight"].requires_grad_(False)
+        scale, softcap = case.get("scale", 1.0), case.get("softcap")
+        logits = F.linear(exact["hidden"], exact["weight"], exact.get("bias")) * scale
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        expected = F.cross_entropy(logits, targets, reduction="sum")
+        (expected / 1000).backward()
+        actual = utils.module.fused_loss._FusedLoss.apply(
+            here["hidden"], here["weight"], here.get("bias"), targets.to(device), scale, softcap, True
+        )
+        (actual / 1000).backward()
+        worst = max(
+            distance(tensor.grad.double().cpu(), exact[key].grad)
+            for key, tensor in here.items()
+            if tensor.grad is not None
+        )
+        found = {"loss": abs(actual.item() - expected.item()) / expected.item(), "gradients": worst}
+        _, loss_limit, gradient_limit = LIMITS[dtype]
+        right = found["loss"] < loss_limit and worst < gradient_limit and actual.dtype == torch.float32
+        yield {"case": name, "right": right, **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["attention", "loss"])
+    parser.add_argument("--dtype", choices=list(DTYPES), required=True)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    args = parser.parse_args()
+    checks = {"attention": attention, "loss": loss}
+    for case in checks[args.what](args.dtype, torch.device(args.device)):
+        print("CASE " + json.dumps(case), flush=True)
+
+
+if __name__ == "__main__":
+    main()

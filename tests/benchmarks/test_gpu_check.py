@@ -1,0 +1,174 @@
+"""The check of a GPU, as far as a machine without one can tell: one real check, and how results are judged."""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.gpu import cases as gpu_checks
+from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu.plan import all_checks
+from benchmarks.gpu.processes import OUT_OF_MEMORY, REFUSED, RIGHT, WRONG, Finished, run_process
+from benchmarks.gpu.random_models import opt_config
+from utils.perf import Throughput, throughput_line
+from utils.train.nonfinite_steps import BadSteps
+
+GPU = "NVIDIA H100 80GB HBM3"
+
+
+def context(tmp_path, *outputs: str) -> gpu_checks.Context:
+    """A context whose runs of main.py print `outputs` one after the other."""
+    made = gpu_checks.Context("cuda", tmp_path, 10, None, {})
+    waiting = list(outputs)
+    made.run = lambda *flags, **options: Finished(0, waiting.pop(0), 1.0)
+    made.shape = lambda name: tmp_path
+    made.__dict__.update(small=tmp_path, records=tmp_path, dialogues=tmp_path)
+    return made
+
+
+def test_a_real_check_leaves_its_result_and_is_not_done_again(tmp_path, capsys):
+    out = tmp_path / "results.json"
+    arguments = ["--device", "cpu", "--only", "^fused loss, fp32$", "--out", str(out)]
+    assert gpu_check.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "| fused loss, fp32 | right | right 5; of 5; loss " in printed and "\n1 right; results in" in printed
+    result = json.loads(out.read_text())
+    assert result["machine"]["device"] == "cpu" and result["machine"]["deepspeed"]
+    figures = result["checks"]["fused loss, fp32"]["figures"]
+    assert len(figures["cases"]) == 5 and all(case["gradients"] < 1e-4 for case in figures["cases"])
+    assert gpu_check.main([*arguments, "--skip_done"]) == 0
+    assert "| fused loss" not in capsys.readouterr().out
+    assert json.loads(out.read_text())["checks"] == result["checks"]
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu_check, "describe_machine", lambda device: {"device": "cpu"})
+    assert gpu_check.main(["--out", str(tmp_path / "results.json")]) == 2
+    assert "No CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "verdict", "words"),
+    [
+        (2, "error: the device ran out of memory (CUDA out of memory. Tried to", OUT_OF_MEMORY, ""),
+        (1, "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", OUT_OF_MEMORY, ""),
+        (2, "a line\nerror: --dtype fp16 can't be trained", REFUSED, "--dtype fp16 can't be trained"),
+        (-11, "a line\nlast words", WRONG, "exit status -11: a line / last words"),
+        (None, "a line", WRONG, "stopped at its time limit of 7 s"),
+    ],
+)
+def test_how_a_run_that_failed_is_judged(status, output, verdict, words):
+    seen = json.dumps({"estimate": 2e9, "allocated": 1e9, "reserved": 3e9})
+    failure = Finished(status, f"{output}\nWATCHED {seen}\n", 7.0).failure()
+    assert (failure.verdict, failure.words) == (verdict, words)
+    assert failure.figures == {"foreseen GB": 2.0, "peak GB": 1.0, "reserved GB": 3.0}
+
+
+def test_a_process_is_stopped_with_its_children_at_the_limit(tmp_path):
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import subprocess, sys, time\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    done = run_process([child], "cpu", 3)
+    assert done.status is None and done.failure().verdict == WRONG
+    state = Path("/proc") / done.output.strip() / "status"
+    for _ in range(100):
+        if not state.exists() or "zombie" in state.read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"the child of a stopped process goes on: {state.read_text()}")
+
+
+def overflowing_run(rises: bool, counted: bool, capsys) -> str:
+    """What main.py prints while a loss scale falls from 2^32 to where gradients fit, by its own `BadSteps`."""
+    optimizer = SimpleNamespace(loss_scale=2.0**32)
+    steps = BadSteps(SimpleNamespace(fp16_enabled=lambda: True, optimizer=optimizer), limit=1)
+    good = 0
+    for step in range(1, 60):
+        print(f"Epoch: 1, Step: {step}, loss = {8 - step / 60}")
+        if optimizer.loss_scale > 2**20:
+            optimizer.loss_scale /= 2
+            steps.check(step, 5.0, [1], None)
+            good = 0
+        else:
+            steps.good()
+            good += 1
+            optimizer.loss_scale *= 2 if rises and good % 3 == 0 else 1
+    printed = capsys.readouterr().out
+    return printed if counted else printed.replace("(2 such steps", "(1 such steps")
+
+
+@pytest.mark.parametrize(
+    ("rises", "counted", "fault"),
+    [(True, True, ""), (False, True, "the scale never rose again"), (True, False, "they are not counted")],
+)
+def test_how_loss_scaling_is_judged(rises, counted, fault, tmp_path, capsys):
+    outcome = gpu_checks.overflow(context(tmp_path, overflowing_run(rises, counted, capsys)))
+    assert (outcome.verdict, outcome.words) == (WRONG if fault else RIGHT, fault)
+    assert outcome.figures["lowest scale"] == pytest.approx(2**20, rel=1e-5)  # as it is printed
+
+
+def speed_run(estimate: float) -> str:
+    """The end of a run as main.py prints it on a GPU."""
+    lines = [
+        throughput_line(Throughput(100.0, 1.0, 1.0, 0.01), 1, GPU),
+        "Step 15/15, epoch 1/1: loss 8.0000, learning rate 1.00e-05, gradient norm 1.5, padding 12.5%, memory 9.00 GB",
+        throughput_line(Throughput(43210.0, 270.0, 400.0, 0.404), 1, GPU),
+    ]
+    seen = {"estimate": estimate, "allocated": 40e9, "reserved": 44e9, "finished": True}
+    return "\n".join([*lines, "WATCHED " + json.dumps(seen)])
+
+
+def test_speed_is_the_last_throughput_line_and_the_memory_foreseen_beside_it(tmp_path):
+    outcome = gpu_checks.speed(context(tmp_path, speed_run(42e9)), "1.3b", 16)
+    assert outcome.verdict == RIGHT
+    assert outcome.figures == {
+        "tokens/s": 43210, "TFLOP/s": "400", "of peak": "40.4%", "tokens a sample": 160, "padding": "12.5%",
+        "foreseen GB": 42.0, "peak GB": 40.0, "reserved GB": 44.0, "estimate off by": "+5.0%",
+    }  # fmt: skip
+    assert gpu_checks.memory(context(tmp_path, speed_run(45e9)), "1.3b", 8).verdict == RIGHT
+    assert gpu_checks.memory(context(tmp_path, speed_run(47e9)), "1.3b", 8).verdict == WRONG
+
+
+def curve_run(losses: list[float]) -> str:
+    steps = [f"Epoch: 1, Step: {number}, loss = {loss}" for number, loss in enumerate(losses, 1)]
+    return "\n".join(["Optimizer: FusedAdam", *steps, "ppl: 20.0, loss: 3.0", "WATCHED {}"])
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.001, RIGHT), (1.01, WRONG), (float("nan"), WRONG)])
+def test_a_loss_curve_is_right_within_its_tolerance(factor, verdict, tmp_path):
+    made = context(tmp_path, curve_run([4.0, 3.5 * factor]))
+    expected = {"losses": [4.0, 3.5], "eval_losses": [3.0]}
+    made.results[gpu_checks.REFERENCE] = {"verdict": RIGHT, "figures": expected}
+    assert gpu_checks.curve(made, "bf16").verdict == verdict
+
+
+@pytest.mark.parametrize(("later", "verdict", "words"), [(3.5, RIGHT, "bit for bit"), (3.501, RIGHT, "not bit"),
+    (3.6, WRONG, "not bit")])  # fmt: skip
+def test_a_resumed_run_is_compared_from_its_checkpoint_on(later, verdict, words, tmp_path):
+    whole = [5.0] * 7 + [4.0, 3.5]
+    outcome = gpu_checks.resume(context(tmp_path, curve_run(whole), curve_run([4.0, later])))
+    assert outcome.verdict == verdict and words in outcome.words and outcome.words.startswith("2 losses")
+
+
+def test_the_shapes_are_the_published_sizes():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    published = {"125m": 0.125, "350m": 0.331, "2.7b": 2.652}
+    for name, billions in published.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(opt_config(name))
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.005), name
+        assert f"speed {name}, LoRA" in all_checks("cuda")
+
+
+def test_correctness_comes_before_speed_and_1_3b_before_other_sizes():
+    names = list(all_checks("cuda"))
+    first_speed = next(place for place, name in enumerate(names) if name.startswith("speed"))
+    assert "1.3b" in names[first_speed] and not any("memory" in name for name in names[:first_speed])
+    assert {"bf16, ZeRO 3, offload", "checkpoint and resume, ZeRO 3"} <= set(names[:first_speed])

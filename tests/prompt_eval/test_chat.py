@@ -1,0 +1,127 @@
+"""The chat: the conversation keeps its form, each model remembers its own answers, and streams them."""
+
+import io
+
+import pytest
+import torch
+from conftest import ROOT, make_tiny_opt
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prompt_eval
+from utils.errors import UserError
+from utils.prompt_eval.answers import answer_batch, decoding, encode
+from utils.prompt_eval.chat import AnswerPrinter, Speaker, chat, fitting_turns, next_prompt
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "demo" / "tiny_opt")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = make_tiny_opt(tmp_path_factory.mktemp("chat"), init_std=0.6)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def arguments(*flags):
+    return prompt_eval.parse_args(["--interactive", "--model_name_or_path_finetune=b", "--max_new_tokens=6", *flags])
+
+
+def talk(speakers, questions, *flags):
+    """What was printed when these questions were asked; then the input ends."""
+    output, left = io.StringIO(), list(questions)
+
+    def ask(prompt):
+        output.write(prompt)
+        if not left:
+            raise EOFError
+        return left.pop(0)
+
+    chat(speakers, arguments(*flags), ask, output)
+    return output.getvalue()
+
+
+def test_the_form_of_a_conversation():
+    assert next_prompt([], "Why?") == " Human: Why? Assistant:"
+    turns = [("Why?", "Because."), ("Really?", "Yes.")]
+    assert next_prompt(turns, "And?") == (
+        " Human: Why? Assistant: Because. Human: Really? Assistant: Yes. Human: And? Assistant:"
+    )
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "beam", "contrastive"])
+def test_each_model_remembers_its_own_answers(model, tokenizer, strategy, monkeypatch):
+    other = AutoModelForCausalLM.from_config(model.config).eval()
+    asked = []
+    monkeypatch.setattr(
+        "utils.prompt_eval.chat.encode", lambda own, texts, device: asked.append(texts[0]) or encode(own, texts, device)
+    )
+    speakers = [Speaker("Baseline", other, tokenizer), Speaker("finetune", model, tokenizer)]
+    printed = talk(
+        speakers, ["Why?", "", "And how?", "/help", "/clear", "Who?", "/quit", "never"], f"--strategies={strategy}"
+    )
+    settings = decoding(strategy, arguments(f"--strategies={strategy}"))
+
+    def answer(speaker, prompt):
+        return answer_batch(speaker.model, tokenizer, encode(tokenizer, [prompt], "cpu"), **settings)[0].text.strip()
+
+    expected = []
+    for speaker in speakers:
+        first = answer(speaker, " Human: Why? Assistant:")
+        second = f" Human: Why? Assistant: {first} Human: And how? Assistant:"
+        expected.append([" Human: Why? Assistant:", second, " Human: Who? Assistant:"])
+        for prompt in expected[-1]:
+            assert f"{speaker.name}: {answer(speaker, prompt)}\n" in printed
+    assert asked == [prompt for of_both in zip(*expected, strict=True) for prompt in of_both]
+    assert printed.count("A new conversation.") == 1 and "never" not in printed and printed.count("/clear begins") == 2
+
+
+def test_answers_are_streamed(model, tokenizer):
+    """The printer hands words on before the answer is complete, and all of them together are the answer."""
+    pieces = []
+
+    class Output(io.StringIO):
+        def write(self, text):
+            pieces.append(text)
+            return super().write(text)
+
+    printer = AnswerPrinter(tokenizer, Output())
+    text = " A worm has no legs, as everyone knows."
+    printer.put(torch.tensor([5, 6, 7]))  # the prompt, which is not shown
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        printer.put(torch.tensor([token]))
+    printer.end()
+    assert "".join(pieces) == text.strip() and len([piece for piece in pieces if piece]) > 4
+
+
+def test_the_next_human_is_not_streamed(tokenizer):
+    output = io.StringIO()
+    printer = AnswerPrinter(tokenizer, output)
+    printer.put(torch.tensor([5]))
+    for token in tokenizer(" Yes.\n\nHuman: And why?", add_special_tokens=False)["input_ids"]:
+        printer.put(torch.tensor([token]))
+    printer.end()
+    assert output.getvalue() == "Yes.\n\n"
+
+
+def test_the_oldest_turns_are_forgotten_when_positions_end(model, tokenizer):
+    speaker = Speaker("finetune", model, tokenizer)  # 256 positions
+    turns = [(f"What is {number}?", "It is a number. " * 6) for number in range(12)]
+    forgotten = fitting_turns(speaker, turns, "And?", 6)
+
+    def tokens(first):
+        return len(tokenizer(next_prompt(turns[first:], "And?"))["input_ids"])
+
+    assert 0 < forgotten < 12 and tokens(forgotten) + 6 <= 256 < tokens(forgotten - 1) + 6
+    with pytest.raises(UserError, match="exceed the 256 positions of finetune"):
+        fitting_turns(speaker, [], "why " * 300, 6)
+    printed = talk([speaker], ["why " * 300, "Why?"])
+    assert "[that question has" in printed and printed.count("finetune: ") == 2
+
+
+def test_a_conversation_needs_a_model_and_has_no_report():
+    with pytest.raises(UserError, match="give a model to talk to"):
+        prompt_eval.parse_args(["--interactive"])
+    with pytest.raises(UserError, match="a conversation has none"):
+        arguments("--report=x")

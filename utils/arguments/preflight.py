@@ -1,0 +1,245 @@
+"""What can be known to fail is found here, all at once, before a model is loaded or a file is written."""
+
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from utils.arguments.values import check_values
+from utils.checkpoint.checkpoint_folder import find_checkpoint
+from utils.checkpoint.resume import check_same_run
+from utils.data.cache import cache_lock
+from utils.data.data_utils import SFT_ONLY_SPLIT, get_raw_dataset
+from utils.data.formats.chat_template import ChatFormat, resolve_chat_format
+from utils.data.formats.custom import OwnOptions, parse_columns
+from utils.data.mixture import parse_source
+from utils.data.raw_datasets import known_name
+from utils.data.splits import parse_data_split, split_boundaries
+from utils.data.tokenization.tokenize_rows import end_of_conversation_token
+from utils.distributed.launchers import launched_ranks
+from utils.distributed.process_group import check_local_rank
+from utils.ds_utils import read_deepspeed_config
+from utils.engine.nvme_swap import check_async_io, check_swap_folder
+from utils.errors import UserError, join_problems
+from utils.logging.trackers import check_reports
+from utils.machine.precision import resolve_dtype
+from utils.model.model_utils import has_weights, load_model_config, max_positions
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.module.lora import check_lora_module_name
+from utils.module.sequence_parallel import check_sequence_parallel
+from utils.module.tiled_mlp import check_tiled_mlp
+from utils.run_config import parse_gpus
+
+Result = TypeVar("Result")
+PROBE_TEXT = "Human: How many legs has a spider? Assistant: Eight. 蜘蛛有八条腿。"
+
+
+def check_run(args: Namespace) -> None:
+    """Check arguments (their `local_rank` resolved) against machine, model, tokenizer and data.
+
+    Raises:
+        UserError: everything that is wrong, in one message.
+    """
+    problems = check_values(args)
+    can_split = not any(problem.startswith(("--seed", "--data_split")) for problem in problems)
+
+    def attempt(check: Callable[..., Result], *arguments: Any) -> Result | None:
+        try:
+            return check(*arguments)
+        except UserError as err:
+            if str(err) not in problems:
+                problems.append(str(err))
+            return None
+
+    attempt(check_local_rank, args.local_rank)
+    gpus = attempt(parse_gpus, args.dry_run)
+    if gpus is None:
+        attempt(resolve_dtype, args.dtype)
+    problems += check_scale(args, gpus.count if gpus else launched_ranks())
+    attempt(check_reports, args)
+    attempt(_check_groups, args)
+    attempt(_check_offloading, args)
+    if args.deepspeed_config:
+        attempt(read_deepspeed_config, args.deepspeed_config)
+    if args.output_dir is not None:
+        attempt(_check_writable, args.output_dir, "--output_dir")
+    if not problems:
+        attempt(_check_resume, args)
+    config = attempt(_check_model_folder, args.model_name_or_path, not args.dry_run)
+    if config is not None:
+        attempt(_check_length, args.max_seq_len, config)
+        if args.lora_dim > 0:
+            attempt(_check_lora_names, config, args.lora_module_name)
+        if args.sequence_parallel_size > 1:
+            attempt(check_sequence_parallel, config, args.sequence_parallel_size)
+        if args.tiled_mlp:
+            attempt(check_tiled_mlp, config, args)
+    tokenizer = attempt(_check_tokenizer, args)
+    if args.save_lora_adapter and config is not None and tokenizer is not None:
+        attempt(_check_adapter_base, config, len(tokenizer))
+    columns = attempt(_check_columns, args)
+    chat = None if tokenizer is None else attempt(_chat_format, args, tokenizer)
+    own = OwnOptions(columns or {}, chat or ChatFormat())
+    if attempt(_check_writable, args.data_output_path, "--data_output_path") and can_split:
+        for name in args.data_path:
+            attempt(_check_data, name, args.data_split, args, own)
+        for name in args.sft_only_data_path:
+            attempt(_check_data, name, SFT_ONLY_SPLIT, args, own)
+    if problems:
+        raise UserError(join_problems(problems))
+
+
+def _check_writable(folder: str, argument: str) -> bool:
+    """Try to write where `folder` is or would be made."""
+    existing = os.path.abspath(folder)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return True
+    except OSError as err:
+        raise UserError(f"{argument} {folder} can't be written ({err}): give a folder you may write to.") from err
+
+
+def _check_groups(args: Namespace) -> None:
+    gpus = parse_gpus(args.dry_run)
+    ranks = launched_ranks() if gpus is None else gpus.count
+    if args.sequence_parallel_size > 1 and ranks % args.sequence_parallel_size:
+        raise UserError(
+            f"--sequence_parallel_size {args.sequence_parallel_size} must divide the number of ranks, which is {ranks}."
+        )
+
+
+def _check_offloading(args: Namespace) -> None:
+    if args.activation_offloading and parse_gpus(args.dry_run) is None and get_accelerator().device_name() == "cpu":
+        raise UserError(
+            "--activation_offloading: this run is on a CPU, where activations are in CPU memory anyway: it would "
+            "save nothing. Leave it out."
+        )
+
+
+def _check_resume(args: Namespace) -> None:
+    checkpoint = find_checkpoint(args)
+    if checkpoint is not None:
+        check_same_run(checkpoint, args, launched_ranks() // args.sequence_parallel_size)
+
+
+def _check_model_folder(name: str, needs_weights: bool) -> PretrainedConfig:
+    if os.path.isdir(name):
+        files = os.listdir(name)
+        if "config.json" not in files:
+            raise UserError(f"no config.json in the model folder {name}: give a complete model folder or a hub name.")
+        if needs_weights and not has_weights(name):
+            raise UserError(f"no weights (*.safetensors or *.bin) in the model folder {name}: it is not complete.")
+    return load_model_config(name)
+
+
+def _check_length(max_seq_len: int, config: PretrainedConfig) -> None:
+    limit = max_positions(config)
+    if limit is not None and max_seq_len > limit:
+        raise UserError(f"--max_seq_len {max_seq_len} is more than the model's {limit} positions: use {limit} or less.")
+
+
+def _check_lora_names(config: PretrainedConfig, module_name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    check_lora_module_name(model, module_name)
+
+
+def _check_adapter_base(config: PretrainedConfig, entries: int) -> None:
+    """An adapter is used on the base model as it is published, so that model must have a row for every token."""
+    rows = config.get_text_config().vocab_size
+    if rows < entries:
+        raise UserError(
+            f"--save_lora_adapter: the tokenizer has {entries} entries and the base model {rows} rows of embeddings. "
+            "The rows that would be added are no part of an adapter: leave --add_eot_token out, or grow the base "
+            "model first and train that."
+        )
+
+
+def _check_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
+    """Load it, save it and load that: what would fail after training fails now instead. Returns it."""
+    tokenizer = load_hf_tokenizer(
+        args.model_name_or_path, add_special_tokens=args.eot_token if args.add_eot_token else None
+    )
+    end_of_conversation_token(args, tokenizer)
+    if args.completion_only_loss and not tokenizer.is_fast:
+        raise UserError(
+            f"--completion_only_loss needs a fast tokenizer, which tells where each token stands in the text; "
+            f"{args.model_name_or_path} has none."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        again = load_hf_tokenizer(folder)
+    if again(PROBE_TEXT)["input_ids"] != tokenizer(PROBE_TEXT)["input_ids"]:
+        raise UserError(
+            f"the tokenizer of {args.model_name_or_path} gives other ids after being saved and loaded again: with "
+            "this version of transformers a fine-tuned copy of it would be useless."
+        )
+    return tokenizer
+
+
+def _check_columns(args: Namespace) -> dict[str, str]:
+    columns = parse_columns(args.columns)
+    names = [parse_source(name).name for name in (*args.data_path, *args.sft_only_data_path)]
+    if columns and all(known_name(name) for name in names):
+        raise UserError(f"--columns is for data of your own: the columns of {', '.join(names)} are known.")
+    return columns
+
+
+def _chat_format(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+    return resolve_chat_format(args.chat_template, tokenizer, end_of_conversation_token(args, tokenizer))
+
+
+def _check_data(text: str, data_split: str, args: Namespace, own: OwnOptions) -> None:
+    """The data set is known, readable and well-formed, and phase 1 gets rows of it."""
+    name, weight = parse_source(text)
+    if args.streaming:
+        raw = get_raw_dataset(name, args.data_output_path, args.seed, 1, own, streaming=True)
+        raw.try_rows(args.completion_only_loss)
+        return
+    with cache_lock(args.data_output_path):
+        raw = get_raw_dataset(name, args.data_output_path, args.seed, 1, own)
+        rows = len(raw.get_train_data())
+    raw.try_rows(args.completion_only_loss)
+    # The published rounding can give a zero share one row; nobody who writes 0 wants to train on that.
+    share = split_boundaries(data_split, rows).boundaries[1]
+    if share == 0 or parse_data_split(data_split)[0] == 0:
+        raise UserError(
+            f"the first part of --data_split {data_split} holds none of the {rows} training rows of {name}: "
+            "give it a larger share."
+        )
+    if round(share * weight) == 0:
+        raise UserError(f"--data_path {text} leaves none of {share} training rows: give it a larger weight.")
+
+
+def check_scale(args: Namespace, ranks: int) -> list[str]:
+    """What this machine, or the one of a plan, can't do of the arguments of big models."""
+    problems, size = [], args.zero_hpz_partition_size
+    if size > 1 and ranks % size != 0:
+        problems.append(
+            f"--zero_hpz_partition_size {size} does not divide {ranks} rank(s): give the number of a node's devices."
+        )
+    if args.enable_mixed_precision_lora and args.dtype != "fp16":
+        problems.append(
+            f"--enable_mixed_precision_lora needs --dtype fp16, not {args.dtype}: DeepSpeed's 8-bit kernel reads fp16."
+        )
+    if parse_gpus(args.dry_run) is not None:
+        return problems
+    if args.enable_mixed_precision_lora and get_accelerator().device_name() != "cuda":
+        problems.append(
+            f"--enable_mixed_precision_lora can't be used on {get_accelerator().device_name()}: DeepSpeed's 8-bit "
+            "kernel exists for CUDA alone. Leave it out."
+        )
+    if args.offload == "nvme":
+        for check in (check_async_io, lambda: args.nvme_path is None or check_swap_folder(args.nvme_path)):
+            try:
+                check()
+            except UserError as err:
+                problems.append(str(err))
+    return problems

@@ -1,0 +1,175 @@
+"""What is wrong with the values of the command line, seen by themselves: no file, model or device is looked at."""
+
+import argparse
+from argparse import Namespace
+from contextlib import suppress
+
+from utils.data.formats.custom import parse_columns
+from utils.data.mixture import parse_source
+from utils.data.splits import parse_data_split
+from utils.errors import UserError
+from utils.export.hf_model import parse_size
+from utils.run_config import parse_gpus
+
+
+def check_values(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the arguments' values, seen by themselves."""
+    problems = []
+    at_least = {
+        "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+        "num_train_epochs": 1, "num_warmup_steps": 0, "max_seq_len": 2, "lora_dim": 0, "ddp_timeout": 1, "seed": 0,
+        "max_steps": 1, "eval_steps": 1, "save_steps": 1, "save_total_limit": 0, "early_stopping_patience": 1,
+        "max_bad_steps": 1, "logging_steps": 1, "preprocessing_num_workers": 1, "zero_hpz_partition_size": 1,
+        "streaming": 1,
+    }  # fmt: skip
+    for name, least in at_least.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            problems.append(f"--{name} must be at least {least}, not {getattr(args, name)}.")
+    if args.seed >= 2**32:
+        problems.append(f"--seed must be below 2**32, not {args.seed}.")
+    for name in ("learning_rate", "lora_learning_rate", "weight_decay"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            problems.append(f"--{name} must be a finite number of at least 0, not {getattr(args, name)}.")
+    if args.neftune_noise_alpha is not None and not 0 <= args.neftune_noise_alpha < float("inf"):
+        problems.append(f"--neftune_noise_alpha must be a finite number of at least 0, not {args.neftune_noise_alpha}.")
+    if args.packing and args.padding != "free":
+        problems.append(f"--packing puts samples end to end and needs --padding free, not {args.padding}.")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        problems.append(f"--dropout must be at least 0 and below 1, not {args.dropout}.")
+    if args.dropout and args.disable_dropout:
+        problems.append("--disable_dropout and --dropout contradict each other: give one of them.")
+    if not 0 < args.lora_alpha < float("inf"):
+        problems.append(f"--lora_alpha must be a finite number above 0, not {args.lora_alpha}.")
+    if not 0 <= args.lora_dropout < 1:
+        problems.append(f"--lora_dropout must be at least 0 and below 1, not {args.lora_dropout}.")
+    if args.save_lora_adapter:
+        problems += _check_adapter_arguments(args)
+    if args.only_optimize_lora and args.lora_dim == 0:
+        problems.append("--only_optimize_lora needs --lora_dim above 0: without LoRA nothing would train.")
+    if not args.data_path and not args.sft_only_data_path:
+        problems.append("--data_path is empty: name at least one data set.")
+    if args.add_eot_token and not args.eot_token:
+        problems.append("--eot_token is empty: name the token, or leave --add_eot_token out.")
+    checks = [(parse_data_split, args.data_split), (parse_columns, args.columns), (parse_gpus, args.dry_run)]
+    checks += [(parse_source, name) for name in (*args.data_path, *args.sft_only_data_path)]
+    for check, value in checks:
+        try:
+            check(value)
+        except UserError as err:
+            problems.append(str(err))
+    problems += _check_streaming_values(args)
+    return problems + _check_checkpoint_values(args) + _check_long_context_values(args) + check_scale_values(args)
+
+
+def _check_streaming_values(args: argparse.Namespace) -> list[str]:
+    """What a stream can't do: it has no length, no parts, and is tokenised while it is read."""
+    if args.streaming is None:
+        return []
+    problems = []
+    if args.max_steps is None:
+        problems.append("--streaming needs --max_steps N: how long a stream is, nobody knows before its end.")
+    with suppress(UserError):  # a split that is none is refused by itself
+        if args.data_path and any(parse_data_split(args.data_split)[1:]):
+            problems.append(
+                f"--streaming gives all rows to this phase, since a stream can't be cut as --data_split "
+                f"{args.data_split} says: give --data_split 10,0,0."
+            )
+    if args.preprocessing_num_workers is not None:
+        problems.append(
+            "--preprocessing_num_workers is for data that is prepared before the run: with --streaming each rank "
+            "tokenises in one process. Leave it out."
+        )
+    if args.save_strategy == "epoch":
+        problems.append("--save_strategy epoch: with --streaming there are no epochs; give --save_steps N.")
+    return problems
+
+
+def _check_checkpoint_values(args: argparse.Namespace) -> list[str]:
+    problems = []
+    if args.save_strategy == "steps" and args.save_steps is None:
+        problems.append("--save_strategy steps needs --save_steps N.")
+    if args.save_strategy != "steps" and args.save_steps is not None:
+        problems.append(
+            f"--save_steps {args.save_steps} and --save_strategy {args.save_strategy} contradict each other."
+        )
+    if args.save_strategy == "no" and args.save_only_model:
+        problems.append("--save_only_model needs --save_steps N or --save_strategy epoch.")
+    wanting = {
+        f"--save_strategy {args.save_strategy}": args.save_strategy != "no",
+        "--resume_from_checkpoint": args.resume_from_checkpoint == "latest",
+        "--load_best_model_at_end": args.load_best_model_at_end,
+    }  # fmt: skip
+    if args.output_dir is None:
+        problems += [f"{flag} needs --output_dir." for flag, wants in wanting.items() if wants]
+    return problems
+
+
+def _check_long_context_values(args: argparse.Namespace) -> list[str]:
+    problems = []
+    if args.sequence_parallel_size < 1:
+        problems.append(f"--sequence_parallel_size must be at least 1, not {args.sequence_parallel_size}.")
+    if args.sequence_parallel_size > 1 and args.padding != "free":
+        problems.append(
+            f"--sequence_parallel_size cuts rows of samples that lie end to end and needs --padding free, not "
+            f"{args.padding}."
+        )
+    if args.tiled_mlp and args.lora_dropout > 0:
+        problems.append(
+            "--tiled_mlp computes MLPs again in the backward, where --lora_dropout would draw anew: leave one of them "
+            "out."
+        )
+    if args.activation_offloading and not args.gradient_checkpointing:
+        problems.append(
+            "--activation_offloading moves what --gradient_checkpointing keeps to CPU memory: give that flag too."
+        )
+    return problems
+
+
+def _check_adapter_arguments(args: argparse.Namespace) -> list[str]:
+    """What keeps `--save_lora_adapter` from writing an adapter that gives the trained model."""
+    problems = []
+    if args.lora_dim == 0:
+        problems.append("--save_lora_adapter needs --lora_dim above 0: without LoRA there is no adapter.")
+    elif not args.only_optimize_lora:
+        problems.append(
+            "--save_lora_adapter needs --only_optimize_lora: without it embeddings, norms and biases train too, which "
+            "an adapter does not hold. The merged model in --output_dir always holds everything."
+        )
+    if args.output_dir is None:
+        problems.append("--save_lora_adapter needs --output_dir: the adapter is written to its folder adapter.")
+    return problems
+
+
+def check_scale_values(args: Namespace) -> list[str]:
+    """What is wrong with the arguments of big models, seen by themselves."""
+    problems = []
+    try:
+        parse_size(args.max_shard_size)
+    except UserError as err:
+        problems.append(str(err))
+    if args.offload == "nvme" and args.nvme_path is None:
+        problems.append("--offload nvme needs --nvme_path DIR, a folder on a local disk.")
+    if args.offload == "nvme" and args.zero_stage != 3 and not args.deepspeed_config:
+        problems.append(
+            f"--offload nvme needs --zero_stage 3, not {args.zero_stage}: below it DeepSpeed has no files and would "
+            "keep optimizer states in CPU memory, which is --offload cpu."
+        )
+    if args.offload == "nvme" and args.save_strategy != "no" and not args.save_only_model:
+        problems.append(
+            "--offload nvme writes no checkpoints a run could go on from: DeepSpeed reads back only a part of what "
+            "is in its swap files. Give --save_only_model, which keeps models, or --offload cpu."
+        )
+    if args.offload == "nvme" and args.resume_from_checkpoint is not None:
+        problems.append("--resume_from_checkpoint can't be used with --offload nvme: go on with --offload cpu.")
+    if args.nvme_path is not None and args.offload != "nvme":
+        problems.append("--nvme_path is for --offload nvme.")
+    if args.zero_hpz_partition_size > 1 and args.offload == "nvme":
+        problems.append(
+            "--zero_hpz_partition_size keeps a second copy of the weights in memory, which DeepSpeed can't with "
+            "--offload nvme: give one of them."
+        )
+    if args.zero_hpz_partition_size > 1 and args.zero_stage != 3:
+        problems.append(f"--zero_hpz_partition_size needs --zero_stage 3, not {args.zero_stage}.")
+    if args.enable_mixed_precision_lora and (args.zero_stage != 3 or args.lora_dim == 0):
+        problems.append("--enable_mixed_precision_lora needs --zero_stage 3 and --lora_dim above 0.")
+    return problems

@@ -1,0 +1,272 @@
+"""Checkpoints: everything a run needs to go on, in folders that are complete or absent.
+
+`{output_dir}/checkpoints/step-000100/` holds DeepSpeed's shards of weights and optimizer, the random states of every
+rank, and `complete.json`, written last: position, arguments, layout, versions, and the size of every file. The
+folder is written aside and renamed; one without that file, or with a file of another size, does not count.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import datasets
+import deepspeed
+import numpy as np
+import torch
+import transformers
+from deepspeed.accelerator import get_accelerator
+from transformers import PreTrainedTokenizerBase
+
+from utils.distributed.ranks import global_rank, wait_for_all, world_size
+from utils.errors import UserError
+from utils.export.hf_model import save_model_folder, settled
+from utils.export.model_card import describe_model
+from utils.files import sync
+from utils.machine.device import random_states, set_random_seed
+from utils.train.state import RunState
+
+FOLDER = "checkpoints"
+MARKER = "complete.json"
+FORMAT = 1
+INCOMPLETE = ".incomplete-"
+NAME = re.compile(r"step-(\d{6,})")
+
+
+class Checkpoint(NamedTuple):
+    """A complete checkpoint on disk."""
+
+    folder: str
+    info: dict[str, Any]  # what its marker says
+
+    @property
+    def state(self) -> RunState:
+        """The position it was taken at."""
+        return RunState.from_dict(self.info["state"])
+
+
+def checkpoints_folder(output_dir: str) -> str:
+    """Where the checkpoints of a run are."""
+    return os.path.join(output_dir, FOLDER)
+
+
+def read_checkpoint(folder: str) -> Checkpoint:
+    """The checkpoint in `folder`; UserError says what is wrong when it is not a complete one."""
+    try:
+        with open(os.path.join(folder, MARKER), encoding="utf-8") as file:
+            info = json.load(file)
+        files, version = info["files"], info["format"]
+        RunState.from_dict(info["state"])
+    except FileNotFoundError as err:
+        raise UserError(f"{folder} is no complete checkpoint: it has no {MARKER}.") from err
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise UserError(f"{folder} is no complete checkpoint: its {MARKER} can't be read ({err}).") from err
+    if version != FORMAT:
+        raise UserError(
+            f"{folder} was written in format {version}, not {FORMAT}: resume it with the code that wrote it."
+        )
+    for name, size in files.items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise UserError(f"{folder} is damaged: {name} is missing.")
+        if os.path.getsize(path) != size:
+            raise UserError(f"{folder} is damaged: {name} has {os.path.getsize(path)} bytes where {size} were written.")
+    return Checkpoint(folder, info)
+
+
+def list_checkpoints(root: str) -> tuple[list[Checkpoint], list[str]]:
+    """(complete checkpoints below `root`, oldest first; why each of the others does not count)."""
+    complete, problems = [], []
+    for name in sorted(os.listdir(root), key=lambda name: (len(name), name)) if os.path.isdir(root) else []:
+        if NAME.fullmatch(name):
+            try:
+                complete.append(read_checkpoint(os.path.join(root, name)))
+            except UserError as err:
+                problems.append(str(err))
+    return complete, problems
+
+
+def find_checkpoint(args: Namespace, say: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
+    """The checkpoint `--resume_from_checkpoint` means; None when there is none to go on from.
+
+    Args:
+        say: gets a line on everything decided here.
+
+    Raises:
+        UserError: PATH is no complete checkpoint, or holds a model alone; or `--output_dir` already has checkpoints
+            from further on, which the new ones would be mixed up with.
+    """
+    wanted = args.resume_from_checkpoint
+    complete, problems = list_checkpoints(checkpoints_folder(args.output_dir)) if args.output_dir else ([], [])
+    resumable = [checkpoint for checkpoint in complete if checkpoint.info["kind"] == "full"]
+    if wanted == "latest":
+        for problem in problems:
+            say(f"Not used: {problem}")
+        if not resumable:
+            say(f"No checkpoint in {args.output_dir} to go on from: starting anew")
+        return resumable[-1] if resumable else None
+    found = read_checkpoint(wanted) if wanted is not None else None
+    if found is not None and found.info["kind"] != "full":
+        raise UserError(f"{wanted} holds a model alone (--save_only_model): a run can't go on from it.")
+    later = [checkpoint for checkpoint in complete if found is None or checkpoint.state.step > found.state.step]
+    if later:
+        raise UserError(
+            f"{args.output_dir} holds checkpoints of an earlier run, the last {later[-1].folder}: go on from it with "
+            f"--resume_from_checkpoint latest, or remove {checkpoints_folder(args.output_dir)}, or give another "
+            "--output_dir."
+        )
+    return found
+
+
+# --------------------------------------------------------------------------------------------- writing
+
+
+def save_checkpoint(
+    engine: deepspeed.DeepSpeedEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    state: RunState,
+    args: Namespace,
+    record: dict[str, Any],
+) -> str:
+    """Write a checkpoint of this position and drop those beyond `--save_total_limit`. Every rank must call it.
+
+    Args:
+        record: what else the marker is to hold (`resume.run_record`).
+
+    Returns:
+        its folder.
+
+    Raises:
+        UserError: it can't be written; earlier checkpoints are as they were.
+    """
+    root = checkpoints_folder(args.output_dir)
+    name = f"step-{state.step:06d}"
+    work = os.path.join(root, INCOMPLETE + name)
+    try:
+        if global_rank() == 0:
+            remove_incomplete(root)
+            os.makedirs(work)
+            _check_space(engine, root, args)
+        wait_for_all()
+        if args.save_only_model:
+            save_model_folder(settled(engine), tokenizer, work, describe_model(args, tokenizer), args.max_shard_size)
+        else:
+            # Frozen weights are those of the model the run started from: only what trains is written.
+            engine.save_checkpoint(root, INCOMPLETE + name, save_latest=False, exclude_frozen_parameters=True)
+            torch.save(random_states(), os.path.join(work, _random_file(global_rank())))
+        wait_for_all()
+        if global_rank() == 0:
+            kind = "model" if args.save_only_model else "full"
+            _publish(work, os.path.join(root, name), {**record, "kind": kind, "state": state.to_dict()})
+            _drop_old(root, args.save_total_limit)
+        wait_for_all()
+    except Exception as err:
+        if global_rank() == 0:  # another rank must not take the folder away under those that still write
+            shutil.rmtree(work, ignore_errors=True)
+        if not _is_writing_failure(err):
+            raise
+        raise UserError(_failed_words(root, state.step, err)) from err
+    return os.path.join(root, name)
+
+
+def _is_writing_failure(err: Exception) -> bool:
+    """torch.save says a full disk in its own words, without the operating system's."""
+    known = isinstance(err, (OSError, UserError))
+    return known or any(word in str(err) for word in ("PytorchStreamWriter", "inline_container", "Parent directory"))
+
+
+def _failed_words(root: str, step: int, err: Exception) -> str:
+    complete, _ = list_checkpoints(root)
+    try:
+        free = f"{shutil.disk_usage(root).free / 1e9:.2f} GB are free there"
+    except OSError as gone:
+        free = f"the folder is gone ({gone})"
+    last = f"The last good checkpoint is {complete[-1].folder}" if complete else "There is no earlier checkpoint"
+    return (
+        f"the checkpoint of step {step} can't be written below {root}: {err} ({free}). {last}. Make room (or lower "
+        "--save_total_limit) and start again with --resume_from_checkpoint latest."
+    )
+
+
+def checkpoint_bytes(engine: deepspeed.DeepSpeedEngine, only_model: bool) -> int:
+    """About how large a checkpoint is over all ranks: trained weights, in 16 bits a float32 copy, Adam's moments."""
+    total = 0
+    for parameter in engine.module.parameters():
+        numel = getattr(parameter, "ds_numel", parameter.numel())
+        size = parameter.element_size()
+        if only_model:
+            total += numel * size
+        elif parameter.requires_grad:
+            total += numel * (size + 8 + (4 if size < 4 or engine.zero_optimization_stage() > 0 else 0))
+    return total
+
+
+def _check_space(engine: deepspeed.DeepSpeedEngine, root: str, args: Namespace) -> None:
+    needed, free = checkpoint_bytes(engine, args.save_only_model), shutil.disk_usage(root).free
+    if free < needed:
+        raise UserError(f"it takes about {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left")
+
+
+def _publish(work: str, folder: str, info: dict[str, Any]) -> None:
+    """Sync all files, write the marker, and give the folder its name; an older one of that name makes way."""
+    files = {}
+    for parent, _, names in os.walk(work):
+        for name in names:
+            path = os.path.join(parent, name)
+            sync(path)
+            files[os.path.relpath(path, work)] = os.path.getsize(path)
+    marker = os.path.join(work, MARKER)
+    versions = {module.__name__: module.__version__ for module in (torch, deepspeed, transformers, datasets, np)}
+    with open(marker, "w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, **info, "versions": versions, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync(work)
+    if os.path.isdir(folder):
+        os.rename(folder, work + "-replaced")
+    os.rename(work, folder)
+    sync(os.path.dirname(folder))
+    shutil.rmtree(work + "-replaced", ignore_errors=True)
+
+
+def remove_incomplete(root: str) -> None:
+    """Sweep away what a killed writer left. Nothing else may be writing."""
+    os.makedirs(root, exist_ok=True)
+    for name in os.listdir(root):
+        if name.startswith(INCOMPLETE):
+            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+
+
+def _drop_old(root: str, limit: int | None) -> None:
+    """Remove the oldest complete checkpoints beyond `limit`; renamed first, so that half of one never counts."""
+    complete, _ = list_checkpoints(root)
+    for checkpoint in complete[:-limit] if limit else []:
+        doomed = os.path.join(root, INCOMPLETE + os.path.basename(checkpoint.folder))
+        os.rename(checkpoint.folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------- random states
+
+
+def _random_file(rank: int) -> str:
+    return f"random_rank_{rank}.pt"
+
+
+def restore_random_states(checkpoint: Checkpoint, seed: int) -> None:
+    """Set this rank's random states to the checkpoint's, or, on another number of ranks, to fresh ones."""
+    if checkpoint.info["layout"]["ranks"] != world_size():
+        fresh = np.random.SeedSequence([seed, checkpoint.state.step, global_rank()]).generate_state(1)
+        set_random_seed(int(fresh[0]))
+        return
+    path = os.path.join(checkpoint.folder, _random_file(global_rank()))
+    states = torch.load(path, map_location="cpu", weights_only=False)
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["device"] is not None:
+        get_accelerator().set_rng_state(states["device"])

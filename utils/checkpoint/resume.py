@@ -1,0 +1,166 @@
+"""Going on from a checkpoint: is it the same run, and how do its states get into this one's engine?"""
+
+import hashlib
+import os
+from argparse import Namespace
+from typing import Any
+
+import deepspeed
+
+from utils.checkpoint.checkpoint_folder import Checkpoint, restore_random_states
+from utils.checkpoint.universal import load_full_states
+from utils.data.mixture import parse_source
+from utils.data.prompt_dataset import PromptDataset
+from utils.distributed.ranks import print_rank_0, world_size
+from utils.engine.engine import recount_updates
+from utils.errors import UserError
+from utils.train.plan import RunPlan
+from utils.train.run_file import plain_arguments
+from utils.train.state import RunState
+
+# Arguments that change the mathematics of what is still to come.
+SAME_RUN = (
+    "model_name_or_path", "data_path", "data_split", "sft_only_data_path", "max_seq_len", "packing", "seed",
+    "completion_only_loss", "add_eot_token", "eot_token", "learning_rate", "lora_learning_rate", "weight_decay",
+    "num_train_epochs", "max_steps", "lr_scheduler_type", "num_warmup_steps", "dropout", "disable_dropout",
+    "neftune_noise_alpha", "lora_dim", "lora_module_name", "lora_alpha", "lora_dropout", "only_optimize_lora",
+    "columns", "chat_template", "streaming",
+)  # fmt: skip
+PATHS = ("model_name_or_path", "data_path", "sft_only_data_path")
+
+
+def arguments_record(args: Namespace, ranks: int) -> dict[str, Any]:
+    """The arguments two runs must share to be one, as a JSON file holds them."""
+    record = {}
+    for name in SAME_RUN:
+        value = getattr(args, name)
+        if name in PATHS:
+            value = [_place(path) for path in value] if isinstance(value, list) else _place(value)
+        record[name] = getattr(value, "value", value)
+    record["samples per step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+    return record
+
+
+def _place(path: str) -> str:
+    """A folder by its full path, so that it is the same from another working directory; a hub name as it is."""
+    name, weight = parse_source(path)
+    place = os.path.realpath(name) if os.path.exists(name) else name
+    return place if weight == 1 else f"{place}:{weight:g}"
+
+
+def changed_arguments(checkpoint: Checkpoint, args: Namespace, ranks: int) -> list[str]:
+    """What differs from the run that wrote the checkpoint, one "name: then, now" each."""
+    now, then = arguments_record(args, ranks), checkpoint.info["arguments"]
+    return [
+        f"{name}: {then.get(name)} then, {now[name]} now" for name in now if name in then and then[name] != now[name]
+    ]
+
+
+def data_record(train_data: PromptDataset) -> dict[str, Any]:
+    """What identifies the training data: its size and every sample's length."""
+    lengths = train_data.lengths()
+    return {"samples": len(lengths), "lengths": hashlib.sha256(lengths.tobytes()).hexdigest()[:16]}
+
+
+def layout_record(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
+    """How the states are laid out; the same layout is read back bit for bit."""
+    precision = "fp16" if engine.fp16_enabled() else "bf16" if engine.bfloat16_enabled() else "fp32"
+    basic = engine.basic_optimizer
+    return {
+        "ranks": world_size(),
+        "zero_stage": int(engine.zero_optimization_stage()),
+        "precision": precision,
+        "optimizer": type(basic).__name__,
+        "offload": engine.zero_offload_param() is not None and engine.zero_offload_param().device != "none",
+    }
+
+
+def run_record(
+    engine: deepspeed.DeepSpeedEngine, train_data: PromptDataset, args: Namespace, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """What every checkpoint of this run says beside its position; `arguments` as they were given."""
+    return {
+        "arguments": arguments,
+        "command": plain_arguments(args),
+        "data": data_record(train_data),
+        "layout": layout_record(engine),
+        "optimizer_parameters": optimizer_parameter_names(engine),
+    }
+
+
+def optimizer_parameter_names(engine: deepspeed.DeepSpeedEngine) -> list[str]:
+    """Names of the trained parameters in the order a plain optimizer numbers them: ZeRO 0 saves numbers alone."""
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        return []
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    return [names[id(p)] for group in engine.basic_optimizer.param_groups for p in group["params"] if id(p) in names]
+
+
+def check_same_run(checkpoint: Checkpoint, args: Namespace, ranks: int) -> None:
+    """UserError when arguments that matter have changed, unless `--resume_anyway` says to go on all the same."""
+    changed = changed_arguments(checkpoint, args, ranks)
+    if changed and not args.resume_anyway:
+        raise UserError(
+            f"{checkpoint.folder} was written by a run with other arguments ({'; '.join(changed)}): give the same, or "
+            "--resume_anyway to go on with the new ones."
+        )
+
+
+def restore(
+    engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, train_data: PromptDataset, args: Namespace
+) -> RunState:
+    """Bring weights, optimizer, counters and scaler to the checkpoint's state; returns its position.
+
+    The learning rate is set by the caller, from the position: its schedule belongs to this run's arguments.
+    Every rank must call it.
+    """
+    then, now = checkpoint.info["data"], data_record(train_data)
+    if then != now and not args.resume_anyway:
+        raise UserError(
+            f"the training data is not that of {checkpoint.folder} ({then['samples']} samples then, {now['samples']} "
+            "now, or other lengths): give the same data, or --resume_anyway to go on with the new."
+        )
+    settings = [(group["lr"], group["weight_decay"]) for group in engine.basic_optimizer.param_groups]
+    state, layout, present = checkpoint.state, checkpoint.info["layout"], layout_record(engine)
+    if _reads_as_it_is(layout, present):
+        root, name = os.path.split(os.path.abspath(checkpoint.folder))
+        engine.load_checkpoint(root, name, load_module_strict=False, load_lr_scheduler_states=False)
+    else:
+        other = [f"{key} {layout[key]} then, {present[key]} now" for key in present if layout[key] != present[key]]
+        print_rank_0(f"Resuming in another layout ({', '.join(other)}): full states are read, rounding may differ")
+        load_full_states(engine, checkpoint)
+    for group, (rate, decay) in zip(engine.basic_optimizer.param_groups, settings, strict=True):
+        group["lr"], group["weight_decay"] = rate, decay
+        group.pop("initial_lr", None)  # the schedule is to start from this run's rate
+    recount_updates(engine.basic_optimizer, state.scheduler_steps)
+    return state
+
+
+def _reads_as_it_is(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """DeepSpeed reads its own shards back in the layout they were written in; whole states on any number of ranks."""
+    whole = then["zero_stage"] == 0 and then["precision"] != "bf16"
+    return all(then[key] == now[key] for key in now if not (key == "ranks" and whole))
+
+
+def describe_position(checkpoint: Checkpoint, state: RunState, plan: RunPlan) -> str:
+    """One line on where the run goes on."""
+    if plan.is_done(state):
+        return f"Resuming from {checkpoint.folder}: all {plan.steps} steps are done"
+    where = f"of {plan.units} of epoch {state.epoch}"
+    if state.stream is not None:
+        where = f"of window {state.stream['window'] + 1} of the stream"
+    return (
+        f"Resuming from {checkpoint.folder}: step {state.step} of {plan.steps} is done, {state.units_done} {where} "
+        "are used"
+    )
+
+
+def follow_schedule(engine: deepspeed.DeepSpeedEngine, state: RunState, checkpoint: Checkpoint, seed: int) -> None:
+    """Set the learning rate of the position and, last of all, the random states."""
+    scheduler, done = engine.lr_scheduler, state.scheduler_steps
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": done, "_step_count": done + 1})
+    for group, peak, shape in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = peak * shape(done)
+    restore_random_states(checkpoint, seed)

@@ -1,0 +1,156 @@
+"""Reading a checkpoint into another layout: other ranks, another ZeRO stage, offload or precision.
+
+DeepSpeed's own converter takes the shards apart into whole tensors, one folder a parameter (its universal format,
+https://www.deepspeed.ai/tutorials/universal-checkpointing/). Its loader wants the stage that wrote them and gives
+all parameter groups the first one's settings, so the tensors are put in place by the functions it offers for that
+(`deepspeed.utils.safe_set_*`).
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+from utils.checkpoint.checkpoint_folder import Checkpoint
+from utils.distributed.ranks import answer_of_rank_0, global_rank, wait_for_all
+from utils.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+States = dict[str, torch.Tensor]  # "fp32" and the moments, each in the parameter's shape
+
+
+def load_full_states(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) -> None:
+    """Set weights, moments and counters of `engine` to those of a checkpoint of any layout. Every rank must call it.
+
+    Raises:
+        UserError: the layout it was written in, or this one, can't be taken apart.
+    """
+    if engine.fp16_enabled() and not engine.zero_optimization():
+        raise UserError("fp16 at ZeRO 0 keeps its states in one piece: resume in the layout of the checkpoint.")
+    read, steps, folder = _reader(checkpoint)
+    try:
+        _make_moments(engine)
+        for name, parameter in engine.module.named_parameters():
+            if parameter.requires_grad:
+                _set_states(engine, parameter, read(name))
+        _after_setting(engine, steps)
+    finally:
+        wait_for_all()
+        if folder is not None and global_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    engine.global_steps, engine.skipped_steps = checkpoint.state.step, checkpoint.state.step - steps
+
+
+def _reader(checkpoint: Checkpoint) -> tuple[Callable[[str], States], int, str | None]:
+    """(states of a parameter by name, updates Adam has counted, folder to remove afterwards)."""
+    layout = checkpoint.info["layout"]
+    if layout["zero_stage"] == 0 and layout["precision"] == "fp32":
+        return (*_read_plain(checkpoint), None)
+    if layout["zero_stage"] == 0 and layout["precision"] == "fp16":
+        raise UserError(
+            f"{checkpoint.folder} was written by fp16 at ZeRO 0, which keeps its states in one piece: resume in the "
+            "same layout."
+        )
+    folder = os.path.abspath(checkpoint.folder) + "-universal"
+    fault = answer_of_rank_0(_convert(os.path.abspath(checkpoint.folder), folder) if global_rank() == 0 else "")
+    if fault:
+        raise UserError(f"{checkpoint.folder} can't be converted to DeepSpeed's universal format: {fault}")
+
+    def read(name: str) -> States:
+        place = os.path.join(folder, "zero", name)
+        files = {key: os.path.join(place, f"{key}.pt") for key in ("fp32", *MOMENTS)}
+        loaded = {key: torch.load(file, map_location="cpu", weights_only=False) for key, file in files.items()}
+        return {key: value["param"] if isinstance(value, dict) else value for key, value in loaded.items()}
+
+    return read, checkpoint.state.scheduler_steps, folder
+
+
+def _convert(source: str, target: str) -> str:
+    """Run DeepSpeed's converter in a process of its own; returns what went wrong, "" when nothing did."""
+    shutil.rmtree(target, ignore_errors=True)
+    command = [
+        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", source, "--output_folder",
+        target, "--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "" if result.returncode == 0 else (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+
+
+def _read_plain(checkpoint: Checkpoint) -> tuple[Callable[[str], States], int]:
+    """The states of a checkpoint without ZeRO in float32: DeepSpeed saved model and optimizer as they are."""
+    path = os.path.join(checkpoint.folder, "mp_rank_00_model_states.pt")
+    saved = torch.load(path, map_location="cpu", weights_only=False)
+    numbers = {name: number for number, name in enumerate(checkpoint.info["optimizer_parameters"])}
+
+    def read(name: str) -> States:
+        moments = saved["optimizer"]["state"][numbers[name]]
+        return {"fp32": saved["module"][name], **{key: moments[key] for key in MOMENTS}}
+
+    return read, checkpoint.state.scheduler_steps
+
+
+def _make_moments(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Give ZeRO's flat tensors the moments they would get by a first step."""
+    optimizer = engine.optimizer
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+        for flat in getattr(optimizer, attribute, []):
+            for key in MOMENTS:
+                engine.basic_optimizer.state[flat].setdefault(key, torch.zeros_like(flat, requires_grad=False))
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _set_states(engine: deepspeed.DeepSpeedEngine, parameter: torch.nn.Parameter, states: States) -> None:
+    if hasattr(parameter, "ds_id"):
+        # The part this rank holds; the last rank's is filled up, since parts are of one size.
+        size, rank = parameter.partition_numel(), dist.get_rank()
+        for key, value in states.items():
+            flat = torch.nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+            part = flat.narrow(0, rank * size, size)
+            if key == "fp32":
+                safe_set_local_fp32_param(parameter, part)
+            else:
+                safe_set_local_optimizer_state(parameter, part, key)
+    elif hasattr(parameter, "_hp_mapping"):
+        safe_set_full_fp32_param(parameter, states["fp32"].reshape(parameter.shape))
+        for key in MOMENTS:
+            safe_set_full_optimizer_state(parameter, states[key].reshape(parameter.shape), key)
+    else:
+        parameter.data.copy_(states["fp32"].reshape(parameter.shape))
+        engine.basic_optimizer.state[parameter].update(
+            {key: states[key].reshape(parameter.shape).to(parameter.device, torch.float32) for key in MOMENTS}
+        )
+
+
+def _after_setting(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
+    """Bring the working copies of the weights, and every count of steps, in line."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        optimizer.checkpoint_event_prologue()
+        for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            if flat.numel():
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    for group in engine.basic_optimizer.param_groups:
+        if "step" in group:
+            group["step"] = steps
+    for state in engine.basic_optimizer.state.values():
+        as_tensor = torch.is_tensor(state.get("step")) or ("step" not in state and _counts_in_tensors(engine))
+        state["step"] = torch.tensor(float(steps)) if as_tensor else steps
+
+
+def _counts_in_tensors(engine: deepspeed.DeepSpeedEngine) -> bool:
+    return isinstance(engine.basic_optimizer, torch.optim.AdamW)

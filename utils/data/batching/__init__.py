@@ -1,0 +1,1 @@
+"""Form micro batches: order and sampling, packing, collating."""

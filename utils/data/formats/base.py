@@ -1,0 +1,262 @@
+"""What every data set has in common: from a description to rows, texts and a cache key."""
+
+import hashlib
+import inspect
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import datasets
+
+from utils.data.reading.arrow_files import SplitData, load_files, load_from_path
+from utils.data.reading.hub import load_from_hub
+from utils.data.reading.schema import Columns, Kind, Schema
+from utils.data.reading.streams import stream_files, stream_from_hub, stream_from_path
+from utils.data.splits import get_raw_dataset_split_index
+from utils.errors import UserError
+
+Sample = dict[str, Any]
+TRAIN_EVAL_SPLIT = "9,1"
+# Of a stream: enough for a steady perplexity, and few enough to be kept in memory.
+STREAM_EVAL_ROWS = 1000
+
+# By the text that --data_path must contain; filled as classes are defined.
+RAW_DATASETS: dict[str, type["PromptRawDataset"]] = {}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text at a place in a sample, with fixed words around it; None where the sample has nothing there."""
+
+    path: tuple[str | int, ...]
+    before: str = ""
+    after: str = ""
+
+    def __call__(self, sample: Sample) -> str | None:
+        value: Any = sample
+        for step in self.path:
+            if value is None or (isinstance(step, int) and len(value) <= step):
+                return None
+            value = value[step]
+        return around(value, self.before, self.after)
+
+    def column(self) -> Columns:
+        """The column this text is taken from, with the kind it must have."""
+        kind: Kind = str
+        for step in reversed(self.path[1:]):
+            kind = [kind] if isinstance(step, int) else {step: kind}
+        return {self.path[0]: kind}
+
+
+@cache
+def _source(cls: type) -> str:
+    """The code of a class; Python reads its whole file to find it, which takes a tenth of a second."""
+    return inspect.getsource(cls)
+
+
+def around(text: str | None, before: str, after: str = "") -> str | None:
+    """`before + text + after`, or None for None."""
+    return None if text is None else before + text + after
+
+
+def human(*path: str | int) -> Text:
+    """A question: ` Human: ... Assistant:`."""
+    return Text(path, " Human: ", " Assistant:")
+
+
+def reply(*path: str | int) -> Text:
+    """An answer that follows `Assistant:` after a space."""
+    return Text(path, " ")
+
+
+def as_is(*path: str | int) -> Text:
+    """A text that needs no words around it."""
+    return Text(path)
+
+
+class PromptRawDataset:
+    """A data set as prompts with a chosen and perhaps a rejected answer.
+
+    Subclasses describe one data set with these attributes:
+        dataset_name: its name on the hub.
+        argument: what `--data_path` must contain; the name on the hub unless given.
+        train_split, eval_split: its splits; eval_split None divides the train split 9 to 1.
+        hub_config: which configuration to read where there are several.
+        prompt, chosen, rejected: how to get each text from a sample; None where there is none.
+        columns: columns needed beyond those of `prompt`, `chosen` and `rejected`.
+        optional, not_null: columns that may be missing; columns that must have a value in every row.
+        add_special_tokens: whether the tokenizer puts its own around the texts; not where they already hold them.
+
+    A text is None where the sample has none; a record whose `get_prompt_and_chosen` is None must be left out.
+
+    Args:
+        output_path: folder for files made from the data.
+        seed: decides how a single split is divided.
+        local_rank: rank on this machine, -1 without ranks.
+        dataset_name: what the user gave: a path that exists, or a name on the hub.
+        streaming: rows are read as they are needed, as `datasets.IterableDataset`, and never all of them: there is no
+            fingerprint then, and the first rows stand in for an evaluation split where there is none.
+
+    Raises:
+        UserError: the data cannot be had, or is not what the description says.
+    """
+
+    dataset_name: str
+    dataset_name_clean: str
+    argument: str
+    train_split: str = "train"
+    eval_split: str | None = None
+    hub_config: str | None = None
+    prompt: Callable[[Sample], str | None]
+    chosen: Callable[[Sample], str | None]
+    rejected: Callable[[Sample], str | None] | None = None
+    columns: Columns = {}
+    optional: tuple[str, ...] = ()
+    not_null: tuple[str, ...] = ()
+    add_special_tokens: bool = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "dataset_name" not in cls.__dict__:
+            return
+        cls.dataset_name_clean = re.sub("[/-]", "_", cls.dataset_name)
+        cls.argument = cls.__dict__.get("argument", cls.dataset_name)
+        RAW_DATASETS[cls.argument] = cls
+
+    def __init__(self, output_path: str, seed: int, local_rank: int, dataset_name: str, streaming: bool = False):
+        self.streaming = streaming
+        self.output_path = output_path
+        self.seed = seed
+        self.local_rank = local_rank
+        self.source = self._find_source(dataset_name)
+        self.raw_datasets = self._load()
+
+    def _find_source(self, given: str) -> str:
+        """The path or hub name that the user's text stands for."""
+        # "mirror/mkqa-Chinese" stands for the data set in "mirror/mkqa" when there is no folder of that name.
+        renamed = given.replace(self.argument, self.dataset_name)
+        for candidate in (given, renamed):
+            if os.path.exists(candidate):
+                return candidate
+        if os.path.isabs(given) or given.startswith((".", "~")) or given.count("/") > 1:
+            raise UserError(
+                f"The data folder {given} does not exist. Correct the path, or give {self.argument} alone to "
+                "take it from the Hugging Face hub."
+            )
+        return renamed
+
+    def _load(self) -> dict[str, SplitData]:
+        splits = [split for split in (self.train_split, self.eval_split) if split is not None]
+        is_here = os.path.exists(self.source)
+        if self.streaming and is_here:
+            return stream_from_path(self.source, splits, self.schema(), self.hub_config)
+        if self.streaming:
+            return stream_from_hub(self.source, splits, self.schema(), self.argument, self.hub_config)
+        if is_here:
+            return load_from_path(self.source, splits, self.schema(), self.output_path, self.hub_config)
+        return load_from_hub(self.source, splits, self.schema(), self.argument, self.hub_config)
+
+    def _load_files(self, files: list[str], schema: Schema, root: str) -> SplitData:
+        """The records of one split's files below `root`."""
+        return stream_files(files, schema) if self.streaming else load_files(files, schema, self.output_path, root)
+
+    @classmethod
+    def schema(cls) -> Schema:
+        """Which columns are read and checked."""
+        columns: Columns = {}
+        for text in (cls.prompt, cls.chosen, cls.rejected):
+            columns |= text.column() if isinstance(text, Text) else {}
+        return Schema(columns | cls.columns, cls.optional, cls.not_null)
+
+    def get_train_data(self) -> datasets.Dataset | datasets.IterableDataset:
+        """The training rows, memory-mapped or as a stream."""
+        return self._data("train")
+
+    def get_eval_data(self) -> datasets.Dataset | datasets.IterableDataset:
+        """The evaluation rows, memory-mapped; of a stream, its first ones."""
+        return self._data("eval")
+
+    def _data(self, split: str) -> datasets.Dataset | datasets.IterableDataset:
+        dataset = self._source_split(split).dataset
+        if self.streaming:
+            rows = STREAM_EVAL_ROWS
+            if split == "eval":
+                return dataset.take(rows)
+            return dataset if self.eval_split is not None else dataset.skip(rows)
+        if self.eval_split is not None:
+            return dataset
+        part = ("train", "eval").index(split)
+        index = get_raw_dataset_split_index(
+            self.local_rank,
+            self.output_path,
+            self.dataset_name_clean,
+            self.seed,
+            "train_eval",
+            TRAIN_EVAL_SPLIT,
+            part,
+            len(dataset),
+        )
+        return dataset.select(index)
+
+    def _source_split(self, split: str) -> SplitData:
+        if split not in ("train", "eval"):
+            raise ValueError(f'split is "train" or "eval", not "{split}"')
+        name = self.eval_split if split == "eval" else self.train_split
+        return self.raw_datasets[name or self.train_split]
+
+    def fingerprint(self, split: str) -> str:
+        """A key for anything made from the texts of `split` ("train" or "eval").
+
+        It changes with the content of the data, with the seed where that decides which rows belong to the
+        split, and with the code that makes the texts; it is the same in every process and run.
+        """
+        which = f"{split} {self.seed}" if self.eval_split is None else split
+        rules = [_source(cls) for cls in (Text, *type(self).__mro__[:-1])]
+        parts = [self.dataset_name, self._source_split(split).fingerprint, which, *rules]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def describe(self) -> str | None:
+        """What was decided about this data set, in a line for the user; None where its name says it all."""
+        return None
+
+    def try_rows(self, completion_only: bool, limit: int | None = None) -> None:
+        """Raise UserError where the first rows show that texts can't be made; known sets' texts always can."""
+
+    def get_prompt(self, sample: Sample) -> str | None:
+        """What is said before the answer."""
+        return self.prompt(sample)
+
+    def get_chosen(self, sample: Sample) -> str | None:
+        """The answer to learn."""
+        return self.chosen(sample)
+
+    def get_rejected(self, sample: Sample) -> str | None:
+        """The worse answer."""
+        return None if self.rejected is None else self.rejected(sample)
+
+    def get_prompt_and_chosen(self, sample: Sample) -> str | None:
+        """The prompt with the answer to learn."""
+        return joined(self.get_prompt(sample), self.get_chosen(sample))
+
+    def get_prompt_and_rejected(self, sample: Sample) -> str | None:
+        """The prompt with the worse answer."""
+        return joined(self.get_prompt(sample), self.get_rejected(sample))
+
+    def response_spans(self, sample: Sample, text: str) -> list[tuple[int, int]]:
+        """Where in `text`, the prompt with the answer to learn, answers stand: [start, end) in characters, in order."""
+        return [(_common_prefix(self.get_prompt(sample) or "", text), len(text))]
+
+
+def _common_prefix(prompt: str, text: str) -> int:
+    """How many characters of `text` are the prompt's; all of them, unless a set joins the two in its own way."""
+    if text.startswith(prompt):
+        return len(prompt)
+    return next(at for at, pair in enumerate(zip(f"{prompt}\0", f"{text}\1", strict=False)) if pair[0] != pair[1])
+
+
+def joined(prompt: str | None, response: str | None) -> str | None:
+    """Prompt and response as one text, or None when one of them is None."""
+    return None if prompt is None or response is None else prompt + response

@@ -1,0 +1,89 @@
+"""Which rank of how many this process is, in the variables that torch reads, whichever launcher started it."""
+
+import os
+import re
+import subprocess
+from collections.abc import MutableMapping
+
+from utils.errors import UserError
+from utils.logging.console import say
+
+# The rank, the number of ranks, and both within the node, as mpirun names them.
+MPI_NAMES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
+)
+DEFAULT_PORT = 29500  # torch's and DeepSpeed's
+SLURM_PORTS = 15000  # jobs that share a node must not share a port
+
+
+def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT for what srun or mpirun started.
+
+    Without it each of their processes would take itself for a run of its own. What deepspeed and torchrun have set,
+    and MASTER_ADDR and MASTER_PORT where they are given, stays.
+
+    Raises:
+        UserError: mpirun over several nodes without MASTER_ADDR, or a Slurm that does not name its hosts.
+    """
+    if "RANK" in environment:
+        return
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        launcher = "srun"
+        _adopt_slurm(environment)
+    elif found := [names for names in MPI_NAMES if int(environment.get(names[1], 1)) > 1]:
+        launcher = "mpirun"
+        _adopt_mpi(environment, *found[0])
+    else:
+        return
+    if environment["RANK"] == "0":
+        meeting = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+        say(f"Launcher: {launcher}, {environment['WORLD_SIZE']} ranks that meet at {meeting}")
+
+
+def launched_rank() -> int:
+    """This process's rank over all nodes, before the process group stands."""
+    return int(os.environ.get("RANK", 0))
+
+
+def launched_ranks() -> int:
+    """Number of ranks over all nodes as the launcher says it, before the process group stands."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def _adopt_slurm(environment: MutableMapping[str, str]) -> None:
+    per_node = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["LOCAL_WORLD_SIZE"] = str(per_node[int(environment["SLURM_NODEID"])])
+    if "MASTER_ADDR" not in environment:
+        environment["MASTER_ADDR"] = _first_host(environment["SLURM_STEP_NODELIST"])
+    environment.setdefault("MASTER_PORT", str(DEFAULT_PORT + int(environment["SLURM_JOB_ID"]) % SLURM_PORTS))
+
+
+def tasks_per_node(words: str) -> list[int]:
+    """Slurm's `2(x3),1` as [2, 2, 2, 1]."""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", words)
+    return [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
+
+
+def _first_host(hosts: str) -> str:
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as err:
+        raise UserError(f"Slurm's hosts {hosts} can't be listed ({err}): set MASTER_ADDR to the first one.") from err
+    return done.stdout.split()[0]
+
+
+def _adopt_mpi(environment: MutableMapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> None:
+    on_node = environment.get(local_size, environment[size])
+    if "MASTER_ADDR" not in environment and on_node != environment[size]:
+        raise UserError(
+            "mpirun on several nodes needs MASTER_ADDR, the address of the first node: mpirun -x MASTER_ADDR=... (with "
+            "deepspeed's own launchers: in .deepspeed_env)."
+        )
+    environment.update(RANK=environment[rank], WORLD_SIZE=environment[size], LOCAL_WORLD_SIZE=on_node)
+    environment["LOCAL_RANK"] = environment.get(local_rank, environment[rank])
+    environment.setdefault("MASTER_ADDR", "127.0.0.1")
+    environment.setdefault("MASTER_PORT", str(DEFAULT_PORT))

@@ -1,0 +1,79 @@
+"""Start the process group and choose this rank's device."""
+
+import os
+import socket
+from contextlib import suppress
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from utils.errors import UserError
+from utils.logging.console import chatter_to_log, say
+from utils.machine.compile_locks import clear_stale_build_locks, extension_folder
+from utils.machine.cpu_allocator import limit_kernel_caches
+
+
+def local_rank_of(args_local_rank: int) -> int:
+    """LOCAL_RANK of any launcher (deepspeed, torchrun), else `--local_rank`, else 0."""
+    return int(os.environ.get("LOCAL_RANK", max(args_local_rank, 0)))
+
+
+def check_local_rank(local_rank: int) -> None:
+    """UserError when more processes were started on this node than it has devices (on a CPU: cores)."""
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    available = (os.cpu_count() or 1) if on_cpu else accelerator.device_count()
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", local_rank + 1)))
+    if max(started, local_rank + 1) > available:
+        what = f"CPU core{'s' * (available != 1)}" if on_cpu else f"{accelerator.device_name()} device(s)"
+        raise UserError(
+            f"{max(started, local_rank + 1)} processes were started but this machine has {available} {what}: "
+            f"use `deepspeed --num_gpus {available} main.py ...` (or plain `python main.py ...` for one process)."
+        )
+
+
+@chatter_to_log()
+def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
+    """Join (or, for a plain `python main.py`, make) the process group; returns this rank's device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+    several_nodes = os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    for lock in clear_stale_build_locks(extension_folder(), several_nodes):
+        say(f"Removed {lock}: a run that was killed while compiling left it behind")
+    if os.environ["WORLD_SIZE"] == "1":
+        # On a CPU DeepSpeed compiles an all-reduce through shared memory, about a minute, that one rank has no use for.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    limit_kernel_caches()
+    accelerator = get_accelerator()
+    accelerator.set_device(local_rank)
+    deepspeed.init_distributed(
+        accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout_seconds), verbose=False
+    )
+    _unlink_shared_buffer()
+    name = accelerator.device_name()
+    return torch.device(name if name == "cpu" else accelerator.device_name(local_rank))
+
+
+def _unlink_shared_buffer() -> None:
+    """Take the name from the 69 MB of shared memory DeepSpeed's all-reduce on CPUs maps for this rank.
+
+    It is freed with the last process that maps it then. DeepSpeed never removes it, and memory is full after some
+    hundred runs.
+    """
+    dist.barrier()  # all ranks of the node have opened it by now
+    place = "_".join([str(os.getuid()), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]])
+    with suppress(OSError):  # on GPUs, several nodes, or without that kernel there is none
+        os.unlink(f"/dev/shm/deepspeed_allreduce_buffer_{place}")

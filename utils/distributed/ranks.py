@@ -1,0 +1,57 @@
+"""Rank-0 printing and small collectives: sums, means, barriers and broadcasts."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from utils.logging.console import say
+
+
+def global_rank() -> int:
+    """This process's rank over all nodes, 0 when nothing is distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def print_rank_0(msg: str, rank: int | None = None) -> None:
+    """Print on rank 0 only; `rank` overrides the process group's own answer (<= 0 prints)."""
+    if (global_rank() if rank is None else rank) <= 0:
+        say(msg)
+
+
+def get_all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Average `tensor` over all ranks, in place; returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def wait_for_all() -> None:
+    """Go on when every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def answer_of_rank_0(answer: Any) -> Any:
+    """What rank 0 passes in, on every rank; each must call it."""
+    answers = [answer]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answers, src=0)
+    return answers[0]
+
+
+def all_reduce_sum(values: Iterable[float], device: torch.device | str) -> list[float]:
+    """Sum each of `values` over all ranks (float64 where the device has it)."""
+    dtype = torch.float32 if get_accelerator().device_name() == "mps" else torch.float64
+    tensor = torch.tensor(list(values), dtype=dtype, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor.tolist()
+
+
+def world_size() -> int:
+    """Number of ranks over all nodes."""
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,0 +1,1 @@
+"""`--dry_run`: the plan of a run and its memory estimate."""

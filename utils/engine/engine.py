@@ -1,0 +1,148 @@
+"""AdamW in the fastest form this machine can run, and the DeepSpeed engine around it."""
+
+import subprocess
+from argparse import Namespace
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.runtime.utils import clip_grad_norm_
+
+from utils.distributed.ranks import print_rank_0
+from utils.logging.console import chatter_to_log, phase
+from utils.machine.cpu_allocator import keep_freed_memory
+
+BETAS = (0.9, 0.95)
+
+# DeepSpeed's builders ask twice what processor this is, each time by a Python process of 1.2 s.
+with suppress(ImportError):  # DeepSpeed's requirement, and it does without
+    CPUINFO = import_module("cpuinfo")
+    CPUINFO.get_cpu_info = cache(CPUINFO.get_cpu_info)
+# Spellings of "this parameter is a bias or belongs to a normalisation layer" in the families in use:
+# OPT/GPT-2 `..._layer_norm`, `ln_1`, BLOOM/NeoX `..._layernorm`, Llama/Qwen/Gemma `...norm.weight`, MPT `norm_1`.
+NO_DECAY_NAMES = ("bias", "layer_norm.", "layernorm.", "norm.", "norm_", "norm1.", "norm2.", "ln_")
+LORA_NAMES = ("lora_right_weight", "lora_left_weight")
+
+
+@chatter_to_log()
+def create_optimizer(model: torch.nn.Module, args: Namespace) -> torch.optim.Optimizer:
+    """DeepSpeedCPUAdam with `--offload`, FusedAdam otherwise, torch's AdamW where their kernels don't build.
+
+    All three are AdamW (decoupled weight decay) with betas (0.9, 0.95).
+    """
+    groups = get_optimizer_grouped_parameters(model, args.weight_decay, args.lora_learning_rate)
+    kernel = DeepSpeedCPUAdam if args.offload else FusedAdam
+    try:
+        with phase("preparing the optimizer"):  # compiled the first time
+            optimizer = kernel(groups, lr=args.learning_rate, betas=BETAS)
+    except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError, AssertionError) as err:
+        reason = " ".join(str(err).split())[:200]
+        print_rank_0(f"Optimizer: torch AdamW, since {kernel.__name__} can't be built here ({reason})")
+        return torch.optim.AdamW(groups, lr=args.learning_rate, betas=BETAS)
+    print_rank_0(f"Optimizer: {kernel.__name__}")
+    return optimizer
+
+
+@chatter_to_log()
+def initialize_engine(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], mpu: Namespace | None = None
+) -> deepspeed.DeepSpeedEngine:
+    """`deepspeed.initialize` without the step it takes by itself; `mpu` of `start_sequence_parallel`.
+
+    In 16 bits at ZeRO 0 DeepSpeed (0.19) allocates Adam's moments by a step with zero gradients. It would
+    count in the bias correction, so that the first real update is a quarter too small, and decay the weights.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    with phase("preparing DeepSpeed"):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
+    engine.monitor.enabled = False  # its one event a step would come before ours of earlier steps: see reporting.py
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+        if "step" in group:
+            group["step"] = 0
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"].zero_()
+        elif "step" in state:
+            state["step"] = 0
+    if engine.zero_quantized_nontrainable_weights():
+        engine.optimizer.quantize_nontrainable_params()  # LoRA froze them after they were loaded
+    skip_steps_that_are_not_finite(engine)
+    keep_freed_memory()  # from here on every step allocates what the one before freed
+    return engine
+
+
+def recount_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Bring DeepSpeed's CPU kernels to the count of updates a run that goes on has behind it.
+
+    They keep beta^t as a running product beside the optimizer's state, and start anew from a power: the same
+    number but for its last bits, in which the resumed run would differ from the uninterrupted one.
+    """
+    one = [torch.zeros(1) for _ in range(4)]
+    if isinstance(optimizer, DeepSpeedCPUAdam):
+        for count in range(1, updates + 1):
+            optimizer.ds_opt_adam.adam_update(optimizer.opt_id, count, 0.0, *BETAS, 1e-8, 0.0, True, *one)
+    elif isinstance(optimizer, FusedAdam) and get_accelerator().device_name() == "cpu":
+        lists = [[tensor] for tensor in one]
+        for count in range(1, updates + 1):
+            optimizer.multi_tensor_adam(
+                2048 * 32, optimizer._dummy_overflow_buf, lists, 0.0, *BETAS, 1e-8, count, optimizer.adam_w_mode, 1, 0.0
+            )
+
+
+def get_optimizer_grouped_parameters(
+    model: torch.nn.Module,
+    weight_decay: float,
+    lora_lr: float = 5e-4,
+    no_decay_name_list: Iterable[str] = NO_DECAY_NAMES,
+    lora_name_list: Iterable[str] = LORA_NAMES,
+) -> list[dict[str, Any]]:
+    """Trainable parameters in up to three groups: decayed, LoRA (own rate), not decayed.
+
+    Biases and the weights of all normalisation layers get no decay. Empty groups are left out.
+    """
+    no_decay, lora_names = tuple(no_decay_name_list), tuple(lora_name_list)
+    decayed, lora, plain = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if any(part in name for part in lora_names):
+            lora.append(parameter)
+        elif any(part in name.lower() for part in no_decay):
+            plain.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": lora, "weight_decay": weight_decay, "lr": lora_lr},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def skip_steps_that_are_not_finite(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Make a plain float32 optimizer skip such steps as all of DeepSpeed's own optimizers do.
+
+    Without ZeRO and 16 bits DeepSpeed clips and steps without looking, and one bad gradient ruins every weight.
+    """
+    if engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled():
+        return
+
+    def clip() -> None:
+        parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = clip_grad_norm_(parameters, max_norm=engine.gradient_clipping(), mpu=engine.mpu)
+        engine._global_grad_norm = norm
+        engine.optimizer.overflow = not torch.isfinite(norm).item()
+        if engine.optimizer.overflow:
+            for parameter in parameters:
+                parameter.grad = None
+
+    engine.clip_fp32_gradients = clip

@@ -1,0 +1,277 @@
+"""Write a trained model as a plain Hugging Face folder, whatever it was trained under.
+
+Weights are gathered (ZeRO 3), merged (LoRA, in float32) and written one safetensors shard at a time, so
+rank 0 never holds more than one shard beside its own part. A folder is complete or absent: everything is
+written into a sub-folder first, then moved, `config.json` last, and no loader accepts a folder without it.
+"""
+
+import json
+import os
+import re
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from utils.distributed.zero3 import _is_partitioned, gather
+from utils.errors import UserError
+from utils.files import sync
+from utils.module.lora import LinearLayer_LoRA
+
+INCOMPLETE = ".incomplete-model"
+DEFAULT_SHARD_SIZE = "5GB"
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class SavedTensor(NamedTuple):
+    """One tensor of the saved model and the live parameters it is computed from."""
+
+    name: str
+    source: torch.Tensor
+    lora: LinearLayer_LoRA | None
+    size: int  # bytes
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The bare model inside a DeepSpeed engine (or anything with `.module`)."""
+    return getattr(model, "module", model)
+
+
+def settled(engine: torch.nn.Module) -> torch.nn.Module:
+    """The bare model, with nothing of it under way. Every rank must call it before tensors are gathered.
+
+    After a forward without a backward, as of an evaluation, ZeRO 3 is still fetching what the backward would need,
+    and DeepSpeed refuses to gather a weight it is fetching. Small models never show it: they are whole all the time.
+    """
+    if hasattr(engine, "empty_partition_cache"):
+        engine.empty_partition_cache()
+    return unwrap(engine)
+
+
+def saved_tensors(model: torch.nn.Module) -> list[SavedTensor]:
+    """The tensors a plain copy of `model` has, in order; tied ones once, under their first name."""
+    lora_modules = {name: module for name, module in model.named_modules() if isinstance(module, LinearLayer_LoRA)}
+    tensors, seen = [], set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner, _, leaf = name.rpartition(".")
+        if id(tensor) in seen or (owner in lora_modules and leaf.startswith("lora_")):
+            continue
+        seen.add(id(tensor))
+        lora = lora_modules.get(owner) if leaf == "weight" else None
+        numel = tensor.ds_numel if _is_partitioned(tensor) else tensor.numel()
+        tensors.append(SavedTensor(name, tensor, lora, numel * tensor.element_size()))
+    return tensors
+
+
+def plan_shards(tensors: list[SavedTensor], max_bytes: int) -> list[list[SavedTensor]]:
+    """Cut the tensors, in order, into shards of at most `max_bytes` (a larger tensor stands alone)."""
+    shards: list[list[SavedTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.size
+    return shards
+
+
+def _gathered(entry: SavedTensor) -> torch.Tensor | None:
+    """The whole tensor on the CPU, merged if LoRA sits on it. A collective under ZeRO 3."""
+    sources = [entry.source]
+    if entry.lora is not None:
+        sources += [entry.lora.lora_right_weight, entry.lora.lora_left_weight]
+    with gather(sources):
+        if dist.is_initialized() and dist.get_rank() != 0:
+            return None
+        if entry.lora is None:
+            return entry.source.detach().to("cpu", copy=True).contiguous()
+        merged = entry.source.detach().float() + entry.lora.delta_weight()
+        return merged.to(entry.source.dtype).cpu().contiguous()
+
+
+def write_tensors(content: dict[str, torch.Tensor], path: str) -> None:
+    """One safetensors file. The library makes it for its owner alone; a model is shared like any other file."""
+    save_file(content, path, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
+def write_weights(
+    model: torch.nn.Module, folder: str, is_writer: bool, max_shard_size: str = DEFAULT_SHARD_SIZE
+) -> None:
+    """Write `model.safetensors`, or numbered shards with an index, into `folder`. Every rank must call it.
+
+    Rank 0 holds one shard and the tensor it gathers; the others, under ZeRO 3, that tensor alone.
+    """
+    shards = plan_shards(saved_tensors(model), parse_size(max_shard_size))
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        content = {entry.name: _gathered(entry) for entry in shard}
+        index.update(dict.fromkeys(content, name))
+        if is_writer:
+            write_tensors(content, os.path.join(folder, name))
+        del content  # or it would be there until the next shard is gathered
+    if is_writer and len(shards) > 1:
+        total = sum(entry.size for shard in shards for entry in shard)
+        with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
+            json.dump({"metadata": {"total_size": total}, "weight_map": index}, file, indent=2)
+
+
+def save_model_folder(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str,
+    describe: Callable[[str], None] | None = None,
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
+) -> None:
+    """Save everything `from_pretrained(folder)` needs; complete or absent. Every rank must call it.
+
+    `describe` adds what else is to be in the folder it is given (`utils.export.model_card`), on the rank that writes.
+    """
+
+    def write(work: str, is_writer: bool) -> None:
+        if is_writer:
+            tokenizer.save_pretrained(work)
+            _save_configs(model, work)
+            if describe is not None:
+                describe(work)
+        write_weights(model, work, is_writer, max_shard_size)
+
+    write_folder(folder, "the model", "config.json", write)
+
+
+def write_folder(folder: str, what: str, config: str, write: Callable[[str, bool], None]) -> None:
+    """Write `folder` aside, then move it into place: complete or absent. Every rank must call it.
+
+    Args:
+        what: what is written, for messages.
+        config: the file without which no loader takes the folder; it is moved last.
+        write: fills the folder it is given; its second argument is True on the rank that writes files.
+
+    Raises:
+        UserError: the files can't be written; what was there before still is.
+    """
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    work = os.path.join(folder, INCOMPLETE)
+    try:
+        if is_writer:
+            shutil.rmtree(work, ignore_errors=True)
+            os.makedirs(work)
+        write(work, is_writer)
+        if is_writer:
+            _publish(work, folder, config)
+    except BaseException as err:
+        if is_writer:
+            shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):
+                os.rmdir(folder)  # only if it is empty
+        if not _is_writing_failure(err):
+            raise
+        raise UserError(f"{what} can't be saved to {folder}: {err}. Nothing half-written was left there.") from err
+
+
+def _is_writing_failure(err: BaseException) -> bool:
+    """A full disk or the like: OSError, safetensors' own error, or the bare Exception that tokenizers raises."""
+    return isinstance(err, (OSError, SafetensorError)) or type(err) is Exception
+
+
+def _save_configs(model: torch.nn.Module, folder: str) -> None:
+    """config.json and generation_config.json, with the dtype the weights are written in."""
+    config = model.config
+    config.dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def _publish(work: str, folder: str, config: str = "config.json") -> None:
+    """Move the finished files up, the old configuration away first and the new one in last."""
+    new = sorted(os.listdir(work), key=lambda name: name == config)
+    for parent, _, files in os.walk(work):
+        for name in files:
+            sync(os.path.join(parent, name))
+    for name in os.listdir(folder):
+        if name == config or name.endswith(".safetensors") or name.endswith(".safetensors.index.json"):
+            os.remove(os.path.join(folder, name))
+    for name in new:
+        target = os.path.join(folder, name)
+        if os.path.isdir(target):  # further chat templates: a folder can't replace one that is not empty
+            shutil.rmtree(target)
+        elif os.path.exists(target):  # renaming one link of a file over another would leave both
+            os.remove(target)
+        os.replace(os.path.join(work, name), target)
+    os.rmdir(work)
+
+
+def publish_model(source: str, folder: str, leave_out: tuple[str, ...] = ()) -> None:
+    """Give `folder` the complete model folder `source` holds; linked where the file system can, else copied."""
+    work = os.path.join(folder, INCOMPLETE)
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        shutil.copytree(source, work, ignore=shutil.ignore_patterns(*leave_out), copy_function=_link_or_copy)
+        _publish(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+# ----------------------------------------------------------------------------------------- verification
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size in transformers' spelling: 5GB, 200MB.
+
+    Raises:
+        UserError: it is not of that form, or nothing.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip(), flags=re.IGNORECASE)
+    size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if size < 1:
+        raise UserError(f"--max_shard_size {text}: write a number above 0 with KB, MB, GB or TB, as in 5GB or 200MB.")
+    return size
+
+
+def save_hf_format(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Namespace,
+    sub_folder: str = "",
+    describe: Callable[[str], None] | None = None,
+) -> str:
+    """Save model, configuration, generation configuration and tokenizer so that plain transformers loads them.
+
+    Every rank must call it (ZeRO 3 gathers). LoRA is merged on the way out; live weights stay untouched.
+    `describe` adds what else is to be there. Returns the folder, `args.output_dir` / `sub_folder`.
+    """
+    folder = os.path.join(args.output_dir, sub_folder) if sub_folder else args.output_dir
+    shard_size = getattr(args, "max_shard_size", DEFAULT_SHARD_SIZE)  # callers of the original have no such argument
+    save_model_folder(settled(model), tokenizer, folder, describe, shard_size)
+    return folder
+
+
+def save_zero_three_model(model_ema: torch.nn.Module, global_rank: int, save_dir: str, zero_stage: int = 0) -> None:
+    """Write the weights alone, as safetensors, into `save_dir`; every rank must call it.
+
+    `zero_stage` is kept for callers of the original; how a parameter is partitioned is read off itself.
+    """
+    if global_rank == 0:
+        os.makedirs(save_dir, exist_ok=True)
+    write_weights(settled(model_ema), save_dir, is_writer=global_rank == 0)

@@ -1,0 +1,55 @@
+"""What a run records of itself: the loss of every optimizer step, evaluations, and their picture."""
+
+import json
+import math
+import os
+
+from utils.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Appends one JSON object per record to `{output_dir}/metrics.jsonl`; does nothing without a folder."""
+
+    def __init__(self, output_dir: str | None, is_writer: bool, keep_bytes: int = 0) -> None:
+        """Start the file anew, or, for a run that goes on, cut it to the length it had at the checkpoint."""
+        self.path = os.path.join(output_dir, METRICS_FILE) if output_dir and is_writer else None
+        if self.path:
+            os.makedirs(output_dir, exist_ok=True)
+            with open(self.path, "ab") as file:
+                file.truncate(min(keep_bytes, file.tell()))
+
+    def size(self) -> int:
+        """Bytes written so far."""
+        return os.path.getsize(self.path) if self.path else 0
+
+    def write(self, **record: float | int | str) -> None:
+        """Append one record: `epoch`, `step`, and the figures of one kind of record; the README says which there are.
+
+        A figure that is not finite becomes null: JSON has no word for it.
+        """
+        if self.path:
+            record = {
+                key: value if not isinstance(value, float) or math.isfinite(value) else None
+                for key, value in record.items()
+            }
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as err:
+                raise UserError(
+                    f"{self.path} can't be written any more ({err}): is the folder still there and the disk not full? "
+                    "Checkpoints written so far are as they were."
+                ) from err
+
+
+def read_metrics(output_dir: str) -> list[dict[str, float]]:
+    """The records of a run."""
+    with open(os.path.join(output_dir, METRICS_FILE), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def curve(records: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
+    """(step, value) of every record that has a finite value of this name."""
+    return [(record["step"], record[name]) for record in records if record.get(name) is not None]

@@ -1,0 +1,170 @@
+"""Before training, the real model shows that the fast ways compute what the plain way computes.
+
+Two short documents go through it in one row and one by one. What fails is not used, and the run says so.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from utils.data.batching.batches import collate_for
+from utils.distributed.ranks import print_rank_0
+from utils.errors import UserError
+from utils.machine.device import to_device
+from utils.module.attention import restore_attention, set_documents, use_document_attention
+from utils.module.fused_loss import can_fuse, install_loss, summed_loss
+
+FIRST, SECOND = 19, 11  # lengths: odd, so that no kernel's block edge hides a leak
+
+
+def choose_layout(
+    model: nn.Module, padding: str, vocabulary: int, device: torch.device, part: tuple[int, int] = (0, 1)
+) -> str:
+    """The layout to train with: `padding` as asked, or "longest" where document attention is not right.
+
+    Leaves `model` with the attention that fits, and with the loss installed, fused where that is right. Every
+    rank must call it.
+
+    Args:
+        model: the bare model, on its device.
+        vocabulary: token ids below this are used.
+        part: (k, N) where each rank gets part k of N of a row.
+
+    Raises:
+        UserError: the parts of a row don't give what the whole row gives.
+    """
+    generator = torch.Generator().manual_seed(0)
+    first, other, second = (
+        torch.randint(0, vocabulary, (length,), generator=generator) for length in (FIRST, FIRST, SECOND)
+    )
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        alone = [_logits(model, [document], device) for document in (first, second)]
+        if padding == "free":
+            padding = _check_documents(model, first, other, second, alone, device)
+        _check_loss(model, [first, second], alone, padding, device)
+        if part[1] > 1:
+            _check_parts(model, [first, second], alone, padding, device, part)
+    set_documents(None)
+    model.train(training)
+    return padding
+
+
+def _samples(documents: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": ids, "labels": ids.clone()} for ids in documents]
+
+
+def _batch(documents: list[torch.Tensor], padding: str, device: torch.device) -> dict[str, Any]:
+    return to_device(collate_for(padding, 0, FIRST)(_samples(documents)), device)
+
+
+def _logits(model: nn.Module, documents: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """[tokens, vocabulary] float32 on the host; a single document goes in as any text would."""
+    row = _batch(documents, "free", device)
+    if len(documents) == 1:
+        set_documents(None)
+        return model(input_ids=row["input_ids"], use_cache=False).logits[0].float().cpu()
+    set_documents(row["document_lengths"], row["cumulative"])
+    return model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits[0].float().cpu()
+
+
+def _check_documents(
+    model: nn.Module,
+    first: torch.Tensor,
+    other: torch.Tensor,
+    second: torch.Tensor,
+    alone: list[torch.Tensor],
+    device: torch.device,
+) -> str:
+    """Turn document attention on and answer "free", or leave the model's own and answer "longest"."""
+    before = use_document_attention(model)
+    exact = next(model.parameters()).dtype == torch.float32
+    try:
+        together = _logits(model, [first, second], device)
+        changed = _logits(model, [other, second], device)
+        difference = _relative(together, torch.cat(alone))
+        # Another first document must not move the second one's logits at all, whatever the dtype's rounding.
+        leak = _relative(changed[FIRST:], together[FIRST:])
+        right = difference < (1e-4 if exact else 5e-2) and leak < (1e-6 if exact else 1e-3)
+        detail = f"logits differ by {difference:.1e} of the largest, {leak:.1e} with another neighbour"
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError) as err:  # a torch or a GPU without the kernel says so by the first
+        right, detail = False, " ".join(str(err).split())[:300]
+    if _any_rank(not right, device):
+        restore_attention(model, before)
+        print_rank_0(
+            f"Padding: longest, not free: documents in one row are not kept apart by model type "
+            f"{model.config.model_type!r} ({detail})"
+        )
+        return "longest"
+    print_rank_0(f"Padding: free, no token is padding (checked on this model: {detail})")
+    return "free"
+
+
+def _check_loss(
+    model: nn.Module, documents: list[torch.Tensor], alone: list[torch.Tensor], padding: str, device: torch.device
+) -> None:
+    """Install the fused loss if it gives what plain cross-entropy gives, else the plain one."""
+    if padding == "max_length":
+        install_loss(model, fused=False)
+        print_rank_0("Padding: all to max_seq_len, and the loss from full logits: the original's way, for comparison")
+        return
+    if not can_fuse(model):
+        install_loss(model, fused=False)
+        print_rank_0("Loss: plain cross-entropy; the head is not a plain Linear, so it can't be fused")
+        return
+    install_loss(model, fused=True)
+    expected = sum(
+        nn.functional.cross_entropy(logits[:-1], document[1:], reduction="sum").item()
+        for logits, document in zip(alone, documents, strict=True)
+    )
+    actual = summed_loss(model, _batch(documents, padding, device)).item()
+    difference = abs(actual - expected) / expected
+    if _any_rank(not difference < (1e-4 if next(model.parameters()).dtype == torch.float32 else 1e-2), device):
+        install_loss(model, fused=False)
+        print_rank_0(f"Loss: plain cross-entropy; fused it would differ by {difference:.1e} in this model")
+        return
+    print_rank_0(f"Loss: fused with the vocabulary projection (checked on this model: differs by {difference:.1e})")
+
+
+def _check_parts(
+    model: nn.Module,
+    documents: list[torch.Tensor],
+    alone: list[torch.Tensor],
+    padding: str,
+    device: torch.device,
+    part: tuple[int, int],
+) -> None:
+    """Logits of every rank's part of a row against those of the documents one by one."""
+    difference, detail = math.inf, "its documents can't lie in one row"
+    if padding == "free":
+        row = to_device(collate_for("free", 0, FIRST, part)(_samples(documents)), device)
+        set_documents(row["document_lengths"], row["cumulative"], part)
+        logits = model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits[0]
+        start = part[0] * len(logits)
+        expected = torch.cat(alone)[start : start + len(logits)]
+        difference = _relative(logits[: len(expected)].float().cpu(), expected) if len(expected) else 0.0
+        detail = f"logits differ by {difference:.1e} of the largest"
+    if _any_rank(not difference < (1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2), device):
+        raise UserError(
+            f"--sequence_parallel_size {part[1]}: the parts of a row don't give what the whole row gives with model "
+            f"type {model.config.model_type!r} ({detail}): leave it out."
+        )
+    print_rank_0(f"Sequence parallelism: {part[1]} ranks share a row (checked on this model: {detail})")
+
+
+def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+
+
+def _any_rank(failed: bool, device: torch.device) -> bool:
+    """True on all ranks if any says so: they must take the same way."""
+    flag = torch.tensor(float(failed), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return flag.item() > 0

@@ -1,0 +1,128 @@
+"""Load the model's tokenizer from its folder or the hub."""
+
+import json
+import os
+from argparse import Namespace
+from importlib.util import find_spec
+
+from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+
+from utils.data.tokenization.tokenize_rows import end_of_conversation_token
+from utils.distributed.ranks import print_rank_0
+from utils.errors import UserError
+
+
+def create_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, with `--eot_token` added if asked for."""
+    tokenizer = load_hf_tokenizer(args.model_name_or_path, True, args.eot_token if args.add_eot_token else None)
+    print_rank_0(
+        f"Tokenizer: {type(tokenizer).__name__}, {len(tokenizer)} entries; every sample ends with "
+        f"{end_of_conversation_token(args, tokenizer)!r}; padding is {tokenizer.pad_token!r}"
+    )
+    return tokenizer
+
+
+def load_hf_tokenizer(
+    model_name_or_path: str,
+    fast_tokenizer: bool = True,
+    add_special_tokens: str | list[str] | None = None,
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to `model_name_or_path`: a folder is never looked up elsewhere.
+
+    Args:
+        model_name_or_path: a local folder, or a name on the hub.
+        fast_tokenizer: use the Rust implementation where there is one.
+        add_special_tokens: extra special tokens to add (the end-of-conversation token).
+
+    Raises:
+        UserError: the folder holds no tokenizer, or the hub name can't be reached.
+    """
+    tokenizer = _read_tokenizer(model_name_or_path, fast_tokenizer)
+    if add_special_tokens:
+        extra = [add_special_tokens] if isinstance(add_special_tokens, str) else list(add_special_tokens)
+        tokenizer.add_special_tokens({"additional_special_tokens": extra})
+    if tokenizer.eos_token is None:
+        _adopt_eos_of_config(tokenizer, model_name_or_path)
+    if tokenizer.pad_token is None:
+        # Masks come from lengths here, never from ids, so sharing eos is safe and the vocabulary stays
+        # as it is; a new token is made only where there is no eos to share.
+        if tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+        else:
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _read_tokenizer(path: str, fast: bool) -> PreTrainedTokenizerBase:
+    local = os.path.isdir(path)
+    if local:
+        files = set(os.listdir(path))
+        known = {
+            "tokenizer.json",
+            "tokenizer.model",
+            "vocab.json",
+            "vocab.txt",
+            "spiece.model",
+            "tekken.json",
+        }
+        if not files & known:
+            raise UserError(
+                f"no tokenizer in the folder {path}: it has none of {', '.join(sorted(known))}. "
+                "Put the model's tokenizer files there (tokenizer.save_pretrained(folder) writes them)."
+            )
+    try:
+        if local and _is_bare_opt_vocabulary(path, files):
+            return _opt_tokenizer(path)
+        if local and _is_bare_llama_vocabulary(path, files):
+            return LlamaTokenizer.from_pretrained(path, add_bos_token=True, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, use_fast=fast, local_files_only=local)
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as err:
+        reason = " ".join(str(err).split())[:300]
+        if not local:
+            advice = "is the name right and the hub reachable? Offline, give the path of a downloaded folder"
+        elif "tokenizer.model" in files and find_spec("sentencepiece") is None:
+            advice = "tokenizer.model wants `pip install sentencepiece protobuf`"
+        else:
+            advice = "check that the folder's tokenizer files are complete"
+        raise UserError(f"the tokenizer of {path} can't be loaded ({reason}): {advice}.") from err
+
+
+def _is_bare_opt_vocabulary(path: str, files: set[str]) -> bool:
+    """True for OPT's vocab.json + merges.txt without the configuration that says how OPT uses them."""
+    if "vocab.json" not in files or "tokenizer.json" in files or "tokenizer_config.json" in files:
+        return False
+    with open(os.path.join(path, "vocab.json"), encoding="utf-8") as file:
+        vocab = json.load(file)
+    return (vocab.get("<s>"), vocab.get("<pad>"), vocab.get("</s>")) == (0, 1, 2)
+
+
+def _is_bare_llama_vocabulary(path: str, files: set[str]) -> bool:
+    """True for a Llama's tokenizer.model without the configuration that says it starts with BOS and a space."""
+    if "tokenizer.model" not in files or "tokenizer.json" in files or "tokenizer_config.json" in files:
+        return False
+    return "config.json" in files and AutoConfig.from_pretrained(path).model_type in ("llama", "mistral")
+
+
+def _opt_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """OPT's own way with GPT-2's byte-level BPE: every text starts with `</s>`, which also ends it."""
+    return GPT2Tokenizer.from_pretrained(
+        path,
+        bos_token="</s>",
+        eos_token="</s>",
+        unk_token="</s>",
+        pad_token="<pad>",
+        add_bos_token=True,
+        local_files_only=True,
+    )
+
+
+def _adopt_eos_of_config(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Use the model configuration's eos id where the tokenizer's own files name none."""
+    try:
+        eos = AutoConfig.from_pretrained(path, local_files_only=os.path.isdir(path)).eos_token_id
+    except (OSError, ValueError):
+        return
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    if isinstance(eos, int) and eos < len(tokenizer):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)

@@ -1,0 +1,168 @@
+"""The loss of a batch as a float32 sum over its label tokens; averaging is the caller's, over the whole step.
+
+The fused way projects to the vocabulary only at label positions and a chunk of them at a time, so the full
+[tokens, vocabulary] logits never exist. Gradients are worked out in the same pass over a chunk.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from utils.module.attention import set_documents
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+CHUNK_BYTES = 2**27  # logits held at once: large enough for the matrix kernels, small beside a model
+CACHE_BYTES = 2**22  # float32 logits worked on at once on a CPU
+HALF_SCALE = 1024.0  # fp16 probabilities of a large vocabulary are below its smallest normal number
+
+
+def summed_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Sum of the negative log-likelihoods of all label tokens of `batch` (of this rank's part): a float32 scalar.
+
+    `model` (or the model inside the engine) has been through `install_loss`. A batch without a label gives 0
+    with a gradient, so that every rank runs the same backward.
+    """
+    set_documents(batch.get("document_lengths"), batch.get("cumulative"), batch.get("part", (0, 1)))
+    inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+    return model(**inputs, use_cache=False, positions=batch["positions"], targets=batch["targets"])
+
+
+def install_loss(model: PreTrainedModel, fused: bool) -> None:
+    """Let `model(..., positions=, targets=)` return the summed loss; without them it answers as before.
+
+    Being inside the model's own forward, DeepSpeed's hooks (ZeRO 3 gathers the head by them) see it as usual.
+    """
+    original = getattr(model, "forward_without_loss", model.forward)
+    head = model.get_output_embeddings()
+    scale, softcap = logit_scale(model), getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if fused and not hasattr(head, "forward_without_targets"):
+        head.forward_without_targets = head.forward
+        head.forward = lambda hidden, targets=None: (
+            head.forward_without_targets(hidden)
+            if targets is None
+            else _FusedLoss.apply(hidden, head.weight, head.bias, targets, scale, softcap, torch.is_grad_enabled())
+        )
+
+    def forward(*args: Any, positions: torch.Tensor | None = None, targets: Any = None, **inputs: Any) -> Any:
+        if targets is None:
+            return original(*args, **inputs)
+        if fused:
+            hidden = model.base_model(**inputs).last_hidden_state
+            return head(hidden.flatten(0, 1).index_select(0, positions), targets=targets)
+        picked = original(**inputs).logits.flatten(0, 1).index_select(0, positions)
+        return F.cross_entropy(picked.float(), targets, reduction="sum")
+
+    model.forward_without_loss = original
+    model.forward = forward
+
+
+def can_fuse(model: PreTrainedModel) -> bool:
+    """True where the head is a plain Linear on the base model's output (not so with LoRA on the head)."""
+    return type(model.get_output_embeddings()) is nn.Linear and model.base_model is not model
+
+
+def logit_scale(model: PreTrainedModel) -> float:
+    """What the family multiplies its logits by (Cohere's logit_scale, Granite's logits_scaling)."""
+    config = model.config.get_text_config()
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+def _block_loss(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None, with_gradient: bool
+) -> torch.Tensor:
+    """Summed loss of raw float32 `logits` [rows, vocabulary], which turn into their gradient (or into scratch).
+
+    The softmax is worked out in place, by the largest logit of each row, without a second tensor of that size.
+    """
+    if scale != 1.0:
+        logits.mul_(scale)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    slope = 1 - (logits / softcap).square_() if softcap is not None and with_gradient else None
+    picked = logits.gather(1, targets[:, None])
+    largest = logits.amax(-1, keepdim=True)
+    sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    total = (sums.log() + largest - picked).sum()
+    if with_gradient:
+        logits.div_(sums)
+        logits.scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
+        if slope is not None:
+            logits.mul_(slope)
+        if scale != 1.0:
+            logits.mul_(scale)
+    return total
+
+
+def _chunk_loss(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None, half_scale: float | None
+) -> torch.Tensor:
+    """Summed loss of one chunk of raw logits, which turn into `half_scale` times their gradient (None: into scratch).
+
+    Logits in 16 bits go through float32 a block of rows at a time, on a CPU one that stays in its cache.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    rows = max(CACHE_BYTES // (4 * logits.shape[1]), 1) if logits.device.type == "cpu" else len(targets)
+    for block, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
+        exact = block.float()
+        total += _block_loss(exact, wanted, scale, softcap, half_scale is not None)
+        if half_scale is not None and exact is not block:
+            block.copy_(exact.mul_(half_scale) if half_scale != 1.0 else exact)
+    return total
+
+
+def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    """`total` + `part`, kept in float32: in 16 bits the small contributions of many chunks would be lost."""
+    return part.float() if total is None else total.add_(part)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Summed cross-entropy of `hidden @ weight.T + bias`, chunk by chunk, gradients in the same pass.
+
+    The idea is that of Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, https://arxiv.org/abs/2410.10989).
+    hidden [rows, width], weight [vocabulary, width], bias [vocabulary] or None, targets [rows].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        with_gradient: bool,
+    ) -> torch.Tensor:
+        wants_hidden, wants_weight, wants_bias = (wanted and with_gradient for wanted in ctx.needs_input_grad[:3])
+        half_scale = HALF_SCALE if hidden.dtype == torch.float16 else 1.0
+        factor = half_scale if wants_hidden or wants_weight or wants_bias else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_hidden else None
+        grad_weight = grad_bias = None
+        rows = max(CHUNK_BYTES // (hidden.element_size() * weight.shape[0]), 64)
+        for start in range(0, max(len(targets), 1), rows):  # once too without a label: gradients are 0 then
+            part = slice(start, start + rows)
+            logits = F.linear(hidden[part], weight, bias)
+            total += _chunk_loss(logits, targets[part], scale, softcap, factor)
+            if wants_hidden:
+                grad_hidden[part] = logits @ weight
+            if wants_weight:
+                grad_weight = _added(grad_weight, logits.t() @ hidden[part])
+            if wants_bias:
+                grad_bias = _added(grad_bias, logits.sum(0, dtype=torch.float32))
+        ctx.half_scale = half_scale
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        factor = grad_output / ctx.half_scale
+        gradients = (
+            None if saved is None else saved.mul_(factor).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*gradients, None, None, None, None)

@@ -1,0 +1,32 @@
+"""NEFTune (Jain et al. 2023, https://arxiv.org/abs/2310.05914): uniform noise on the embeddings while training."""
+
+import torch
+from torch import nn
+
+from utils.distributed.ranks import print_rank_0
+from utils.module.attention import Documents
+
+
+def add_embedding_noise(model: nn.Module, alpha: float | None) -> None:
+    """Add noise of magnitude alpha / sqrt(length * width) to the input embeddings in training mode.
+
+    The length is the sample's own where samples lie end to end, the row's width where they are padded. Without
+    an alpha nothing is hooked, so it costs nothing.
+    """
+    if not alpha:
+        return
+
+    def noisy(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        lengths = Documents.lengths or [output.shape[1]]
+        lengths = torch.tensor(lengths, dtype=torch.float32)
+        start = Documents.part[0] * output.shape[1]  # a rank may have only a part of the row
+        per_token = lengths.repeat_interleave(lengths.long())[start : start + output.shape[1]]
+        # Not waited for: a plain copy would make the host wait for all of the GPU's work so far.
+        per_token = per_token.to(output.device, non_blocking=True)[None, :, None]
+        magnitude = alpha / (per_token * output.shape[-1]).sqrt()
+        return output + (torch.rand_like(output, dtype=torch.float32) * 2 - 1).mul_(magnitude).to(output.dtype)
+
+    model.get_input_embeddings().register_forward_hook(noisy)
+    print_rank_0(f"NEFTune: noise with alpha {alpha} on the embeddings while training")

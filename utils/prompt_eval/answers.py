@@ -1,0 +1,223 @@
+"""Answers of a model to prompts: how each strategy decodes, batches padded on the left, and where an answer ends."""
+
+import re
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from utils.errors import UserError
+from utils.model.model_utils import max_positions
+from utils.prompt_eval.search import contrastive_search, diverse_beam_search
+
+# What --strategies calls them, and the heading of their answers.
+STRATEGIES = {
+    "greedy": "Greedy",
+    "multinomial": "Multinomial sampling",
+    "beam": "Beam Search",
+    "beam_multinomial": "Beam-search multinomial sampling",
+    "diverse_beam": "Diverse Beam Search",
+    "contrastive": "Contrastive Search",
+}
+ONE_ANSWER = ("greedy", "contrastive")  # deterministic, with a single best answer
+NEXT_TURN = re.compile(r"(?<![A-Za-z])Human:")
+# "Human:" has six characters, so it lies within the last six tokens; a few more show what stands before it.
+TAIL_TOKENS = 12
+
+
+class Answer(NamedTuple):
+    """What a model made of one prompt."""
+
+    prompt: str  # as the tokenizer reads it back, without special tokens
+    text: str
+    tokens: int  # without the end token
+    ended: bool  # by the end token or the next "Human:", not by max_new_tokens
+
+
+Answers = dict[str, list[list[Answer]]]  # strategy -> prompts -> answers
+
+
+class Results(NamedTuple):
+    """What one model said, and its (perplexity, loss) where it was measured."""
+
+    answers: Answers
+    perplexity: tuple[float, float] | None = None
+
+
+def decoding(strategy: str, args: Namespace) -> dict[str, Any]:
+    """The arguments of `generate_ids` for one strategy of `STRATEGIES`."""
+    common = {
+        "max_new_tokens": args.max_new_tokens,
+        "num_return_sequences": args.num_return_sequences,
+        "repetition_penalty": args.repetition_penalty,
+    }
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    return (
+        common
+        | {
+            "greedy": {},
+            "multinomial": sampling,
+            "beam": {"num_beams": args.num_beams},
+            "beam_multinomial": {"num_beams": args.num_beams, **sampling},
+            "diverse_beam": {
+                "num_beams": args.num_beams,
+                "num_beam_groups": args.num_beam_groups,
+                "diversity_penalty": args.diversity_penalty,
+                "custom_generate": diverse_beam_search,
+            },
+            "contrastive": {
+                "top_k": args.top_k,
+                "penalty_alpha": args.penalty_alpha,
+                "custom_generate": contrastive_search,
+            },
+        }[strategy]
+    )
+
+
+class StopAtNextTurn(StoppingCriteria):
+    """Ends a row whose answer has come to the next "Human:"."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """[rows] bool; the prompt's own "Human:" does not count."""
+        tails = input_ids[:, max(self.prompt_length, input_ids.shape[1] - TAIL_TOKENS) :]
+        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
+        return torch.tensor([bool(NEXT_TURN.search(text)) for text in texts], device=input_ids.device)
+
+
+def generate_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Any, max_new_tokens: int, **settings: Any
+) -> torch.Tensor:
+    """Prompts and answers as ids, [rows * num_return_sequences, length].
+
+    What a checkpoint's generation config says about sampling and penalties does not count here: both models shall
+    decode in the same way.
+
+    Args:
+        inputs: `input_ids` and `attention_mask`, both [rows, prompt length], padded on the left.
+        settings: what differs from greedy decoding, see `decoding`.
+    """
+    prompt_length = inputs["input_ids"].shape[1]
+    check_length(model.config, prompt_length, max_new_tokens)
+    ends = end_token_ids(model, tokenizer)
+    plain = {
+        "do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0,
+        "length_penalty": 1.0, "no_repeat_ngram_size": 0, "early_stopping": False,
+    }  # fmt: skip
+    return model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=next(token for token in [tokenizer.pad_token_id, *ends, 0] if token is not None),
+        suppress_tokens=unknown_token_ids(model, tokenizer) or None,
+        stopping_criteria=StoppingCriteriaList([StopAtNextTurn(tokenizer, prompt_length)]),
+        **{**plain, **settings},
+    )
+
+
+def read_answer(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int], ends: Sequence[int]
+) -> Answer:
+    """The answer in a row of generated ids: up to the end token or the next "Human:"."""
+    end = next((place for place, token in enumerate(new_ids) if token in ends), len(new_ids))
+    new_ids, ended = new_ids[:end], end < len(new_ids)
+    prompt = decode(tokenizer, prompt_ids)
+
+    def answer_text(ids: list[int]) -> str:
+        # Decoded with its prompt: alone, some tokenizers drop the first space.
+        whole = decode(tokenizer, prompt_ids + ids)
+        return whole[len(prompt) :] if whole.startswith(prompt) else decode(tokenizer, ids)
+
+    text = answer_text(new_ids)
+    turn = NEXT_TURN.search(text)
+    if turn:
+        text, ended = text[: turn.start()].rstrip(), True
+        while new_ids and answer_text(new_ids[:-1]).startswith(text):
+            new_ids = new_ids[:-1]
+    return Answer(prompt, text, len(new_ids), ended)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text without special tokens, its spaces as they are."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def answer_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Any, **settings: Any
+) -> list[Answer]:
+    """`num_return_sequences` answers for every row of `inputs`, in order; `settings` as in `generate_ids`."""
+    output = generate_ids(model, tokenizer, inputs, **settings)
+    prompt_length, several = inputs["input_ids"].shape[1], len(output) // len(inputs["input_ids"])
+    rows = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
+    prompts = [[token for token, real in zip(ids, mask, strict=True) if real] for ids, mask in rows]
+    ends = end_token_ids(model, tokenizer)
+    return [
+        read_answer(tokenizer, prompts[number // several], row[prompt_length:], ends)
+        for number, row in enumerate(output.tolist())
+    ]
+
+
+def answer_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    settings: dict[str, Any],
+    batch_size: int,
+    progress: Callable[[int], Any] = lambda prompts_done: None,
+) -> list[list[Answer]]:
+    """The answers to each prompt, in the prompts' order; prompts of like length are answered together.
+
+    Raises:
+        UserError: memory ran out.
+    """
+    lengths = [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+    order = sorted(range(len(prompts)), key=lambda number: lengths[number])
+    answers: dict[int, list[Answer]] = {}
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        inputs = encode(tokenizer, [prompts[number] for number in numbers], model.device)
+        try:
+            found = answer_batch(model, tokenizer, inputs, **settings)
+        except torch.OutOfMemoryError as err:
+            raise UserError(f"the device ran out of memory ({err}): lower --batch_size or --num_beams") from err
+        several = len(found) // len(numbers)
+        for place, number in enumerate(numbers):
+            answers[number] = found[place * several : (place + 1) * several]
+        progress(len(numbers))
+    return [answers[number] for number in range(len(prompts))]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], device: torch.device | str) -> Any:
+    """`input_ids` and `attention_mask` of the prompts, [prompts, longest], padded on the left."""
+    return tokenizer(
+        list(prompts), return_tensors="pt", return_attention_mask=True, padding=True, padding_side="left"
+    ).to(device)
+
+
+def unknown_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids the model has a row for and its tokenizer no token: the padding of an embedding, and holes."""
+    rows = model.get_output_embeddings().weight.shape[0]
+    return sorted(set(range(rows)).difference(tokenizer.get_vocab().values()))
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: the tokenizer's, and those the checkpoint's generation config adds."""
+    configured = model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return sorted({end for end in [tokenizer.eos_token_id, *ends] if end is not None})
+
+
+def check_length(config: Any, prompt_tokens: int, max_new_tokens: int, prompt: str = "a prompt") -> None:
+    """Refuses what would run past the model's positions (learned ones fail there with an index error)."""
+    positions = max_positions(config.get_text_config())
+    if positions is not None and prompt_tokens + max_new_tokens > positions:
+        raise UserError(
+            f"{prompt} of {prompt_tokens} tokens and --max_new_tokens {max_new_tokens} exceed the model's "
+            f"{positions} positions: shorten one of them"
+        )

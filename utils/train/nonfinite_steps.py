@@ -1,0 +1,68 @@
+"""Steps that must not be taken: a loss or gradient that is not finite is skipped, named, and soon ends the run."""
+
+import math
+
+import deepspeed
+
+from utils.distributed.ranks import print_rank_0
+from utils.errors import UserError
+
+NAMED_SAMPLES = 16
+
+
+class BadSteps:
+    """Counts skipped steps.
+
+    fp16's overflows, where the loss itself is finite, are the loss scale finding its place as long as it falls.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, limit: int) -> None:
+        self.engine, self.limit = engine, limit
+        self.in_a_row = 0
+        self.overflows = 0
+        self.overflowed_at: float | None = None  # the loss scale after the skipped step just before
+
+    def check(self, step: int, loss: float, samples: list[int], last_checkpoint: str | None) -> None:
+        """Say what is wrong with a step that was skipped. Every rank must call it for the same step.
+
+        Args:
+            loss: mean loss of the step over all ranks.
+            samples: positions in the training data of the step's samples.
+
+        Raises:
+            UserError: it is one of `limit` in a row.
+        """
+        if self.engine.fp16_enabled() and math.isfinite(loss) and self._scale_falls():
+            self.overflows += 1
+            print_rank_0(
+                f"Step {step} skipped: gradients overflowed fp16, the loss scale is now "
+                f"{self.engine.optimizer.loss_scale:g} ({self.overflows} such steps so far)"
+            )
+            return
+        self.in_a_row += 1
+        what = f"its loss is {loss}" if not math.isfinite(loss) else f"its gradients are not finite (loss {loss:.4g})"
+        more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
+        print_rank_0(
+            f"Step {step} skipped: {what}. Its samples, by position in the training data: "
+            f"{', '.join(map(str, samples[:NAMED_SAMPLES]))}{more}"
+        )
+        if self.in_a_row >= self.limit:
+            good = f"The last good checkpoint is {last_checkpoint}" if last_checkpoint else "There is no checkpoint"
+            raise UserError(
+                f"{self.in_a_row} steps in a row, the last step {step}, had a loss or gradients that are not finite "
+                f"({what}). {good}. Lower --learning_rate or add --num_warmup_steps; with --dtype fp16 use bf16; look "
+                "at the samples named above; --max_bad_steps allows more."
+            )
+
+    def _scale_falls(self) -> bool:
+        """Whether the loss scale is lower than after the skipped step just before; True where there was none.
+
+        At its minimum ZeRO ends the run, but without ZeRO DeepSpeed goes on skipping every step.
+        """
+        before, self.overflowed_at = self.overflowed_at, self.engine.optimizer.loss_scale
+        return before is None or self.overflowed_at < before
+
+    def good(self) -> None:
+        """A step was taken."""
+        self.in_a_row = 0
+        self.overflowed_at = None
