@@ -1,9 +1,9 @@
-"""Data preparation: samples/s and peak memory of the cache builder and of a stream against tokenising one by one.
+"""Data preparation: samples/s and peak memory of the cache builder and of a stream against tokenizing one by one.
 
     python benchmarks/data_prep.py --tokenizer FOLDER --source .../Dahoas/rm-static/.../train.parquet
 
-Each measurement is a process of its own, so that its peak memory is its own. The texts are the source's rows,
-repeated to the wanted number with a counter in front, so that no two are the same.
+Each measurement runs in a process of its own, since peak memory is measured per process. The texts are the source's
+rows, repeated up to the wanted number, each with its number in front, so that no two are the same.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--source", required=True, help="a parquet file with the columns prompt and chosen")
     parser.add_argument("--sizes", default="1000,10000,100000", help="numbers of samples")
     parser.add_argument(
-        "--one_by_one_up_to", type=int, default=10_000, help="the old way is too slow, and too large, beyond"
+        "--one_by_one_up_to", type=int, default=10_000, help="for more, one by one takes too much time and memory"
     )
     parser.add_argument("--worker", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -47,7 +47,7 @@ def write_records(source: str, size: int, folder: Path) -> Path:
 
 
 def one_by_one(tokenizer_folder: str, folder: Path) -> int:
-    """What the original does: each text alone, padded to the length, every tensor kept."""
+    """Tokenize as the original scripts do: each text alone, padded to the maximum length, every tensor kept."""
     from utils.model.tokenizer import load_hf_tokenizer
 
     tokenizer = load_hf_tokenizer(tokenizer_folder)
@@ -73,14 +73,18 @@ def cached(tokenizer_folder: str, folder: Path) -> int:
 
 
 def streamed(tokenizer_folder: str, folder: Path) -> int:
-    """All rows in windows of the default size, as a rank of `--streaming` reads them; nothing is written."""
-    from utils.data.streaming import create_prompt_stream
+    """Read all rows in windows of the default size, as a rank of `--streaming` does; nothing is written."""
+    from utils.data.formats.custom import OwnOptions
+    from utils.data.prepare import Preparation
+    from utils.data.streaming import SFT_PHASE, create_prompt_stream
+    from utils.data.tokenization.tokenize_rows import SampleForm
     from utils.model.tokenizer import load_hf_tokenizer
 
     tokenizer = load_hf_tokenizer(tokenizer_folder)
+    sample = SampleForm(tokenizer, tokenizer.eos_token, 512)
+    preparation = Preparation(1, str(folder / "unused"), SFT_PHASE, 1234)
     stream, _ = create_prompt_stream(
-        1, [str(folder / "local" / "jsonfile")], str(folder / "unused"), 1234, tokenizer, 512, tokenizer.eos_token,
-        10_000,
+        [str(folder / "local" / "jsonfile")], sample, OwnOptions(), preparation, 10_000
     )  # fmt: skip
     with open(folder / "local" / "jsonfile" / "train.jsonl", encoding="utf-8") as file:
         rows = sum(1 for _ in file)
@@ -92,9 +96,10 @@ def streamed(tokenizer_folder: str, folder: Path) -> int:
 
 
 def work(args: Namespace) -> None:
-    """One measurement: imports do not count, worker processes' memory does."""
+    """Print one measurement: without the time of imports, with the memory of worker processes."""
+    import utils.data.data_utils
     import utils.data.streaming
-    import utils.utils  # noqa: F401
+    import utils.model.tokenizer  # noqa: F401
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()

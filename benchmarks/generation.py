@@ -1,11 +1,11 @@
-"""Answers per second: 24 prompts at once against one by one, and what each strategy costs.
+"""Tokens per second of prompt_eval.py's answers: 24 prompts at once against one by one, for each strategy.
 
     python benchmarks/generation.py                      # the demo's tiny OPT, and a random OPT of 125m's shape
-    python benchmarks/generation.py --model FOLDER ...   # your own
+    python benchmarks/generation.py --model FOLDER ...   # your own models
 
-Both ways run in the same process, taking turns, after a warm-up of each; the best round of each counts, since other
-work on the machine can only slow one down. Random models seldom end by themselves, so both ways make about
-`--max_new_tokens` per prompt; what is counted is what was really generated.
+Both ways run in the same process, in turns, after a warm-up of each; the best round of each counts, because other
+work on the machine can only slow a round down. Random models seldom end an answer by themselves, so both ways generate
+about `--max_new_tokens` per prompt; the tokens that were really generated are counted.
 """
 
 import argparse
@@ -24,18 +24,21 @@ sys.path.insert(0, str(ROOT))
 PROMPTS = 24
 
 
-def parse_arguments() -> Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="*", help="folders; by default the demo's model and OPT-125m's shape")
-    parser.add_argument("--strategies", default="greedy", help="as prompt_eval.py's")
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
+    parser.add_argument(
+        "--model", nargs="*", help="model folders; by default the demo's, and a random one of OPT-125m's shape"
+    )
+    parser.add_argument("--strategies", default="greedy", help="strategies to time, as in prompt_eval.py")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="maximum number of tokens in an answer")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, of which the best counts")
+    parser.add_argument("--device", default="cpu", help="device to run on: cpu, cuda, ...")
+    return parser
 
 
 def the_prompts() -> list[str]:
-    """The 18 built-in prompts, and the first six of the demo's evaluation records."""
+    """Return the 18 built-in prompts, and those of the first six evaluation records of the demo."""
     from utils.prompt_eval.prompts import PROMPTS as built_in
 
     records = json.loads((ROOT / "data" / "eval.json").read_text(encoding="utf-8"))
@@ -44,7 +47,10 @@ def the_prompts() -> list[str]:
 
 
 def make_models(folder: Path) -> list[str]:
-    """The demo's untrained model, and OPT-125m's shape with random weights and the demo's tokenizer."""
+    """Write the demo's untrained model and a random one of OPT-125m's shape; returns their folders.
+
+    Both have the demo's tokenizer.
+    """
     from demo import make_tiny_opt
 
     make_tiny_opt.make_model(folder / "demo")
@@ -57,25 +63,27 @@ def make_models(folder: Path) -> list[str]:
 
 
 def measure(path: str, args: Namespace) -> None:
-    from utils.prompt_eval.answers import STRATEGIES, answer_prompts, decoding
+    """Print a row of the table for every strategy of one model."""
+    from utils.prompt_eval.answers import answer_prompts
     from utils.prompt_eval.arguments import parse_args
+    from utils.prompt_eval.config import STRATEGIES, EvalConfig
     from utils.prompt_eval.models import load
 
     model, tokenizer = load(path, args.device)
     prompts = the_prompts()
     models = ["--model_name_or_path_baseline", path, "--model_name_or_path_finetune", path]
     flags = ["--strategies", args.strategies, "--max_new_tokens", str(args.max_new_tokens)]
-    settings = parse_args([*models, *flags])
+    config = EvalConfig.resolve(parse_args([*models, *flags]))
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
 
-    for strategy in settings.strategies:
+    for strategy in config.strategies:
         best = dict.fromkeys((1, PROMPTS), 0.0)
         texts = {}
         for number in range(args.rounds + 1):
             for batch in best:
                 torch.manual_seed(0)
                 start = time.perf_counter()
-                answers = answer_prompts(model, tokenizer, prompts, decoding(strategy, settings), batch)
+                answers = answer_prompts(model, tokenizer, prompts, config.decoding(strategy), batch)
                 rate = sum(answer.tokens for of_one in answers for answer in of_one) / (time.perf_counter() - start)
                 best[batch] = max(best[batch], rate if number else 0.0)
                 texts[batch] = answers
@@ -87,7 +95,8 @@ def measure(path: str, args: Namespace) -> None:
 
 
 def main() -> None:
-    args = parse_arguments()
+    """Print the table."""
+    args = build_parser().parse_args()
     with tempfile.TemporaryDirectory() as folder:
         paths = args.model or make_models(Path(folder))
         print(f"\n| model | strategy | tokens/s one by one | {PROMPTS} at once | x | same answers |")

@@ -1,4 +1,4 @@
-"""What `utils.dry_run.memory` foresees beside what training takes: peak resident memory above the start, on this CPU.
+"""Compare the memory estimate with what training takes: peak resident memory above the start, on this CPU.
 
     python benchmarks/memory_estimate.py [--only NAME;...]
 
@@ -137,7 +137,7 @@ def train(name: str) -> None:
     device = start_process_group(int(os.environ.get("LOCAL_RANK", 0)), 600)
     tiny = torch.nn.Linear(64, 64)  # what libraries load at first use is no part of training
     tiny(torch.randn(64, 64)).sum().backward()
-    create_optimizer(tiny, args).step()
+    create_optimizer(tiny, args.learning_rate, offload=bool(args.offload)).step()
     config = get_train_ds_config(args.offload, args.zero_stage, args.dtype)
     config["train_micro_batch_size_per_gpu"] = args.micro
     start, peaks = process_memory("VmRSS"), {}
@@ -150,7 +150,8 @@ def train(name: str) -> None:
             model = make_model_gradient_checkpointing_compatible(only_optimize_lora_parameters(model))
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    engine = initialize_engine(model, create_optimizer(model, args), config)
+    optimizer = create_optimizer(model, args.learning_rate, offload=bool(args.offload))
+    engine = initialize_engine(model, optimizer, config)
     peaks["start"] = process_memory("VmHWM") - start
     choose_layout(engine.module, args.padding, 32000, device)
     engine.train()
@@ -180,19 +181,24 @@ def measured(name: str) -> dict[str, int]:
     return {key: max(result[key] for result in results) for key in results[0]}
 
 
-def foreseen(name: str) -> Any:
+def estimated(name: str) -> Any:
     """The estimate for a setting."""
-    from utils.dry_run.activation_memory import Layout, count, meta_model
+    from utils.dry_run.activation_memory import Layout, count, simulated_model
     from utils.dry_run.zero_memory import Sizes, estimate, setting_from_config
     from utils.ds_utils import get_train_ds_config
     from utils.machine.precision import DTYPES
+    from utils.model.build import ModelForm
 
     args, lengths = run_arguments(name), sample_lengths(run_arguments(name))
     if args.padding == "free":
         layout = Layout(1, sum(lengths), sum(lengths) - len(lengths), on_cpu=True)
     else:
         layout = Layout(len(lengths), args.max_seq_len, sum(lengths) - len(lengths), on_cpu=True)
-    counts = count(meta_model(model_config(args), args, args.dtype), layout, args.padding != "max_length")
+    form = ModelForm(
+        lora_dim=args.lora_dim, only_optimize_lora=args.only_optimize_lora,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )  # fmt: skip
+    counts = count(simulated_model(model_config(args), form, args.dtype), layout, args.padding != "max_length")
     config = get_train_ds_config(args.offload, args.zero_stage, args.dtype)
     return estimate(Sizes(*counts), setting_from_config(config, args.ranks, DTYPES[args.dtype].itemsize, on_cpu=True))
 
@@ -215,7 +221,7 @@ def main() -> None:
             peaks[name] = measured(name)
             if args.peaks:
                 args.peaks.write_text(json.dumps(peaks, indent=1))
-        real, guess = peaks[name], foreseen(name)
+        real, guess = peaks[name], estimated(name)
         peak = max(real[moment] for moment in ("start", "backward", "step"))
         errors.append(guess.peak / peak - 1)
         print(f"| {name} | {peak / 1e6:.0f} | {guess.peak / 1e6:.0f} | {errors[-1]:+.1%} |", flush=True)

@@ -1,8 +1,8 @@
-"""The demo's last page: perplexity before and after, where the picture is, and answers side by side.
+"""The closing page of the demo: answers side by side, perplexity before and after, and the paths of all results.
 
     python evaluation_scripts/demo_report.py OUTPUT
 
-OUTPUT holds a run's metrics.jsonl, and in report/ what prompt_eval.py wrote about the prompts below.
+OUTPUT holds a run's metrics.jsonl, and in report/ the answers of prompt_eval.py to the prompts of `demo_prompts`.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERY = 25  # of the 200 evaluation records one in so many is asked
+EVERY = 25  # every 25th of the 200 evaluation records is asked
 WIDTH = 88
 
 
 class Answers(NamedTuple):
-    """The greedy answers of the two models to one question, each on one line."""
+    """The two models' greedy answers to one question, each as one line."""
 
     before: str
     after: str
 
 
 def demo_records() -> list[dict[str, str]]:
-    """The evaluation records the demo asks: none of them is in the training data."""
+    """Return the evaluation records that the demo asks; none of them is in the training data."""
     return json.loads((ROOT / "data" / "eval.json").read_text(encoding="utf-8"))[::EVERY]
 
 
 def demo_prompts() -> list[str]:
-    """Their prompts, with the space in front that the `local/jsonfile` data set trains with."""
+    """Return the prompts of `demo_records`, each after a space, as the `local/jsonfile` data set trains them."""
     return [f" {record['prompt']}" for record in demo_records()]
 
 
 def read_answers(output: Path) -> list[Answers]:
-    """The two models' greedy answers to each prompt, in the prompts' order."""
+    """Return the two models' greedy answers to each prompt, in the prompts' order."""
     lines = (output / "report" / "results.jsonl").read_text(encoding="utf-8").splitlines()
     greedy = [record for record in map(json.loads, lines) if record["strategy"] == "greedy"]
     by_model = {
@@ -46,12 +46,12 @@ def read_answers(output: Path) -> list[Answers]:
 
 
 def shortened(line: str) -> str:
-    """At most `WIDTH` characters: an untrained model does not know when to stop."""
+    """Return at most `WIDTH` characters of a line; an untrained model's answers are long."""
     return line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
 
 
 def report(output: Path) -> str:
-    """The whole page."""
+    """Return the text of the page."""
     evaluations = [
         record
         for record in map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
@@ -81,10 +81,10 @@ def report(output: Path) -> str:
 
 
 def main() -> None:
-    """Entry point."""
-    parser = argparse.ArgumentParser(description="The demo's last page.")
-    parser.add_argument("output", nargs="?", type=Path, help="folder of the run")
-    parser.add_argument("--prompts", action="store_true", help="print the prompts to ask, one a line, and stop")
+    """Print the page, or with `--prompts` the prompts."""
+    parser = argparse.ArgumentParser(description="Print the closing page of the demo.")
+    parser.add_argument("output", nargs="?", type=Path, help="folder of the demo's run")
+    parser.add_argument("--prompts", action="store_true", help="print the demo's prompts instead, one per line")
     args = parser.parse_args()
     if args.prompts:
         print("\n".join(demo_prompts()))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Talk to a fine-tuned model in the terminal, and to the model it came from beside it when BASELINE is given too.
-# Both may come from the environment instead.
+# Talk to a fine-tuned model in the terminal and, with BASELINE, to the model before fine-tuning at the same time.
+# FINETUNED and BASELINE may be environment variables instead.
 #
 # usage: bash evaluation_scripts/run_chat.sh [FINETUNED] [BASELINE] [further prompt_eval.py arguments]
 set -euo pipefail

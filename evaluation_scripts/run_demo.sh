@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# The closing part of the demo: eight held-out questions to the tiny model before and after training, with every
-# decoding strategy, by run_report.sh, then perplexity before and after, the greedy answers side by side, and where
-# the report is.
-# OUTPUT is the folder training_scripts/single_cpu/run_tiny.sh wrote.
+# Run the closing part of the demo: ask the tiny model before and after training eight held-out questions by every
+# decoding strategy (run_report.sh), then print the greedy answers side by side, both perplexities and the path of the
+# report. OUTPUT is the folder that training_scripts/single_cpu/run_tiny.sh wrote.
 #
 # usage: bash evaluation_scripts/run_demo.sh [OUTPUT] [further prompt_eval.py arguments]
 set -euo pipefail

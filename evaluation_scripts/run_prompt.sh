@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Answers of two models to the same prompts, side by side: BASELINE (a hub name or a folder) and FINETUNED
-# (the --output_dir of a training run). Both may come from the environment instead; BASELINE is
-# facebook/opt-1.3b unless given.
+# Show the answers of two models to the same prompts, side by side: BASELINE (a hub name or a folder, by default
+# facebook/opt-1.3b) and FINETUNED (the --output_dir of a training run). Both may be environment variables instead.
 #
 # usage: bash evaluation_scripts/run_prompt.sh [BASELINE] [FINETUNED] [further prompt_eval.py arguments]
 set -euo pipefail

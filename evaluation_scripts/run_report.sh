@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A report to share: answers of two models with every decoding strategy, side by side, with numbers, as report.html,
-# report.md and results.jsonl in REPORT. BASELINE is a hub name or a folder, FINETUNED the --output_dir of a training
-# run. All three may come from the environment instead; BASELINE is facebook/opt-1.3b and REPORT is FINETUNED/report
-# unless given. With --data_path and the other data arguments of training both perplexities are in it.
+# Write a report to share: answers of two models by every decoding strategy, side by side, with figures, as report.html,
+# report.md and results.jsonl in REPORT (by default FINETUNED/report). BASELINE is a hub name or a folder (by default
+# facebook/opt-1.3b), FINETUNED the --output_dir of a training run; all three may be environment variables instead.
+# With --data_path and the other data arguments of training, the report has both perplexities.
 #
 # usage: bash evaluation_scripts/run_report.sh [BASELINE] [FINETUNED] [REPORT] [further prompt_eval.py arguments]
 set -euo pipefail

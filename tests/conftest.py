@@ -150,7 +150,7 @@ def run_inside(monkeypatch, capfd) -> Callable[[list[str]], tuple[int, str, str]
 
     def start(arguments: list[str]) -> tuple[int, str, str]:
         import main
-        from utils.module.attention import set_documents
+        from utils.module.attention import clear_documents
 
         capfd.readouterr()
         status = 0
@@ -160,7 +160,7 @@ def run_inside(monkeypatch, capfd) -> Callable[[list[str]], tuple[int, str, str]
         except SystemExit as stop:
             status = int(stop.code or 0)
         finally:
-            set_documents(None)  # of a run that ended in mid-step
+            clear_documents()  # of a run that ended in mid-step
             # A plain start makes itself rank 0 of one; processes started later must not take that for theirs.
             os.environ.clear()
             os.environ.update(environment)

@@ -1,4 +1,4 @@
-"""Throughput lines: FLOPs by the published formula, parameters once, no share of an unknown peak."""
+"""Throughput: FLOPs equal the published formula, parameters are counted once, an unknown peak gives no share."""
 
 import re
 from argparse import Namespace

@@ -7,7 +7,6 @@ import random
 import re
 import subprocess
 import sys
-from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from utils.logging.metrics_file import MetricsFile, read_metrics
 from utils.machine.device import set_random_seed, to_device
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.fused_loss import install_loss
+from utils.run_config import BatchCut
 from utils.train.perplexity import evaluate
 from utils.train.progress import StepLosses
 
@@ -52,7 +52,7 @@ def test_perplexity_is_the_same_for_any_batch_size(tiny_opt, data_set):
     install_loss(model, fused=False)
     collate = partial(collate_padded, pad_token_id=tokenizer.pad_token_id)
     found = [
-        evaluate(model, eval_batches(evaluation, collate, size, 1, 0), CPU)[1]
+        evaluate(model, eval_batches(evaluation, collate, BatchCut(size)), CPU)[1]
         for size in (1, 2, 7, 16, len(evaluation))
     ]
     assert model.training, "left as it was found"
@@ -66,7 +66,7 @@ def test_perplexity_is_the_same_for_any_batch_size(tiny_opt, data_set):
         labels += len(ids) - 1
     assert found == pytest.approx([total / labels] * 5, rel=1e-5)
     # Batches of unequal length: a mean of their means is another number.
-    means = [evaluate(model, [batch], CPU)[1] for batch in eval_batches(evaluation, collate, 7, 1, 0)]
+    means = [evaluate(model, [batch], CPU)[1] for batch in eval_batches(evaluation, collate, BatchCut(7))]
     assert sum(means) / len(means) != pytest.approx(total / labels, rel=1e-4)
 
 
@@ -75,11 +75,11 @@ def test_what_stands_in_for_a_missing_batch_weighs_nothing(tiny_opt, data_set):
     model = AutoModelForCausalLM.from_pretrained(tiny_opt, dtype=torch.float32)
     install_loss(model, fused=False)
     collate = partial(collate_padded, pad_token_id=tokenizer.pad_token_id)
-    batches = list(eval_batches(evaluation, collate, 8, 1, 0))
-    stand_in = (batches[0][0], False)
-    assert evaluate(model, [*batches, stand_in], CPU) == evaluate(model, batches, CPU)
+    batches = list(eval_batches(evaluation, collate, BatchCut(8)))
+    dummy = (batches[0][0], False)
+    assert evaluate(model, [*batches, dummy], CPU) == evaluate(model, batches, CPU)
     # Two ranks, an odd number of samples: as many forwards on both, each sample on one of them.
-    parts = [list(eval_batches(evaluation, collate, 4, 2, rank)) for rank in range(2)]
+    parts = [list(eval_batches(evaluation, collate, BatchCut(4, ranks=2, rank=rank))) for rank in range(2)]
     assert len(parts[0]) == len(parts[1])
     counted = sum(len(batch["input_ids"]) for part in parts for batch, counts in part if counts)
     assert counted == len(evaluation)
@@ -119,9 +119,8 @@ def test_torch_adamw_where_the_kernel_cannot_be_built(offload, monkeypatch, caps
         raise RuntimeError("no compiler on this machine")
 
     monkeypatch.setattr(OpBuilder, "load", fails)
-    args = Namespace(offload=offload, learning_rate=1e-2, weight_decay=0.1, lora_learning_rate=1e-3)
     model = trainable()
-    optimizer = create_optimizer(model, args)
+    optimizer = create_optimizer(model, 1e-2, 0.1, 1e-3, offload)
     assert type(optimizer) is torch.optim.AdamW
     line = capsys.readouterr().out
     kernel = "DeepSpeedCPUAdam" if offload else "FusedAdam"
@@ -194,7 +193,7 @@ def test_step_losses_are_means_over_label_tokens():
     losses = StepLosses(CPU)
     losses.add(torch.tensor(6.0), True)
     losses.add(torch.tensor(4.0), True)
-    losses.add(torch.tensor(99.0), False)  # a stand-in
+    losses.add(torch.tensor(99.0), False)  # a dummy batch
     losses.finish_step(5)
     losses.add(torch.tensor(3.0), True)
     losses.finish_step(2)

@@ -12,11 +12,12 @@ from typing import Any
 from transformers import OPTConfig, PretrainedConfig
 
 from utils.distributed.failures import end_run
-from utils.dry_run.activation_memory import Layout, count, meta_model
-from utils.dry_run.memory import CHOICES, GB, ROOM, _name
+from utils.dry_run.activation_memory import Layout, count, simulated_model
+from utils.dry_run.memory import CHOICES, GB, USABLE, stage_name
 from utils.dry_run.zero_memory import Sizes, estimate, setting_from_config
 from utils.ds_utils import get_train_ds_config
 from utils.errors import UserError
+from utils.model.build import ModelForm
 from utils.model.model_utils import load_model_config
 
 # Layers, width, heads (Zhang et al. 2022, https://arxiv.org/abs/2205.01068, table 1; 350m has post-norms, left out).
@@ -27,7 +28,7 @@ OPT = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `python -m tools.memory_table`; names and meanings are main.py's where it has them."""
+    """Build the parser of `python -m tools.memory_table`; names and meanings are main.py's where it has them."""
     parser = argparse.ArgumentParser(
         description="What fits: memory per GPU by ZeRO stage and offload, and the largest OPT.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(args: Namespace) -> None:
-    """UserError on values that mean nothing."""
+    """Raise a UserError on values that are out of range."""
     names = ("gpus", "gpu_memory", "per_device_train_batch_size")
     wrong = [f"--{name} must be above 0, not {getattr(args, name)}." for name in names if getattr(args, name) <= 0]
     wrong += [f"--max_seq_len must be at least 2, not {args.max_seq_len}."] if args.max_seq_len < 2 else []
@@ -58,7 +59,7 @@ def check(args: Namespace) -> None:
 
 
 def opt_config(name: str) -> OPTConfig:
-    """The configuration of a published OPT."""
+    """Return the configuration of a published OPT."""
     layers, width, heads = OPT[name]
     return OPTConfig(
         hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width, num_hidden_layers=layers,
@@ -67,22 +68,24 @@ def opt_config(name: str) -> OPTConfig:
 
 
 def sizes_of(config: PretrainedConfig, args: Namespace, **changes: Any) -> Sizes:
-    """Counts of a model on GPUs when all samples are of the full length."""
-    options = {"disable_dropout": False, "dropout": None, "lora_alpha": 1.0, "lora_dropout": 0.0}
-    wanted = Namespace(**{**vars(args), **options, **changes})
+    """Count a model on GPUs when all samples have the full length; `changes` replace fields of its form."""
+    form = ModelForm(
+        lora_dim=args.lora_dim, lora_module_name=args.lora_module_name, only_optimize_lora=args.only_optimize_lora,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )  # fmt: skip
     tokens = args.per_device_train_batch_size * args.max_seq_len
     layout = Layout(1, tokens, tokens - args.per_device_train_batch_size)
-    return Sizes(*count(meta_model(config, wanted, args.dtype), layout))
+    return Sizes(*count(simulated_model(config, form._replace(**changes), args.dtype), layout))
 
 
 def table(args: Namespace) -> str:
-    """The table, as Markdown, and the rule of thumb below it."""
-    room = ROOM * args.gpu_memory * GB
+    """Return the table, as Markdown, and the rule of thumb below it."""
+    usable = USABLE * args.gpu_memory * GB
     own = sizes_of(load_model_config(args.model_name_or_path), args)
     family = {name: sizes_of(opt_config(name), args) for name in OPT}
     checkpointing = "on" if args.gradient_checkpointing else "off"
     lines = [
-        f"{args.gpus} GPUs of {args.gpu_memory:g} GB, of which tensors can have {ROOM:.0%}; {own.parameters / GB:.3g}B "
+        f"{args.gpus} GPUs of {args.gpu_memory:g} GB, {USABLE:.0%} of it for tensors; {own.parameters / GB:.3g}B "
         f"parameters, {own.trainable / GB:.3g}B train;\n{args.per_device_train_batch_size} samples of "
         f"{args.max_seq_len} tokens per GPU, {args.dtype}, checkpointing {checkpointing}\n",
         "| ZeRO | GB per GPU | fits | CPU GB per GPU | largest OPT that fits |\n| --- | --- | --- | --- | --- |",
@@ -91,22 +94,22 @@ def table(args: Namespace) -> str:
         setting = setting_from_config(
             get_train_ds_config(offload, stage, args.dtype), args.gpus, 4 if args.dtype == "fp32" else 2, on_cpu=False
         )
-        guess = estimate(own, setting)
-        fitting = [name for name, sizes in family.items() if estimate(sizes, setting).peak <= room]
+        memory = estimate(own, setting)
+        fitting = [name for name, sizes in family.items() if estimate(sizes, setting).peak <= usable]
         lines.append(
-            f"| {_name(stage, offload)} | {guess.peak / GB:.1f} | {'yes' if guess.peak <= room else 'no'} | "
-            f"{guess.host / GB:.1f} | {fitting[-1] if fitting else 'none'} |"
+            f"| {stage_name(stage, offload)} | {memory.peak / GB:.1f} | {'yes' if memory.peak <= usable else 'no'} | "
+            f"{memory.host / GB:.1f} | {fitting[-1] if fitting else 'none'} |"
         )
-    return "\n".join([*lines, "", rule_of_thumb(args, room)])
+    return "\n".join([*lines, "", rule_of_thumb(args, usable)])
 
 
-def rule_of_thumb(args: Namespace, room: float) -> str:
-    """GPU gigabytes / 3 in billions of parameters, beside what the estimate says under the rule's conditions."""
+def rule_of_thumb(args: Namespace, usable: float) -> str:
+    """Return the rule of thumb, GPU gigabytes / 3 in billions of parameters, beside the estimate for it."""
     lora = {"lora_dim": args.lora_dim or 128, "only_optimize_lora": True, "gradient_checkpointing": True}
     size = 4 if args.dtype == "fp32" else 2
     setting = setting_from_config(get_train_ds_config(False, 3, args.dtype), args.gpus, size, on_cpu=False)
     from_large = reversed(OPT)
-    fits = (name for name in from_large if estimate(sizes_of(opt_config(name), args, **lora), setting).peak <= room)
+    fits = (name for name in from_large if estimate(sizes_of(opt_config(name), args, **lora), setting).peak <= usable)
     return (
         f"Rule of thumb, ZeRO 3 with checkpointing and LoRA: {args.gpus} x {args.gpu_memory:g} GB / 3 = up to "
         f"{args.gpus * args.gpu_memory / 3:.0f}B parameters; by the estimate the largest OPT is {next(fits, 'none')} "

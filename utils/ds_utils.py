@@ -1,18 +1,13 @@
-"""DeepSpeed: its configuration, and starting and checking the process group and device."""
+"""DeepSpeed's configuration of a training run."""
 
-import json
 import os
-from argparse import Namespace
 from typing import Any
 
-import torch.distributed as dist
-
-from utils.engine.nvme_swap import _swap_folder
+from utils.distributed.ranks import print_rank_0
+from utils.engine.nvme_swap import open_swap_folder
 from utils.errors import UserError
-from utils.logging.console import say
 from utils.logging.trackers import monitor_blocks
-from utils.machine.precision import planned_dtype, resolve_dtype
-from utils.run_config import parse_gpus
+from utils.run_config import RunConfig, merge_config, overrides_precision
 
 STEPS_PER_PRINT = 10
 SWAP_BUFFERS = 8  # a module's own weights (LoRA has three of a size) and those read ahead
@@ -34,7 +29,7 @@ def get_train_ds_config(
     tb_path: str = "",
     tb_name: str = "",
 ) -> dict[str, Any]:
-    """The DeepSpeed configuration of a training run (batch sizes are added by the caller).
+    """Return the DeepSpeed configuration of a training run; the caller adds the batch sizes.
 
     Args:
         offload: keep parameters (ZeRO 3) and optimizer states (ZeRO 1 and up) in CPU memory; "nvme" means files.
@@ -88,102 +83,51 @@ def get_train_ds_config(
     return config
 
 
-def read_deepspeed_config(path: str) -> dict[str, Any]:
-    """The user's `--deepspeed_config` file; UserError when it is no JSON object or holds what flags decide."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError) as err:
-        raise UserError(f"--deepspeed_config {path} can't be read as JSON: {err}") from err
-    if not isinstance(config, dict):
-        raise UserError(f"--deepspeed_config {path} must hold one JSON object, not a {type(config).__name__}.")
-    owned = {
-        "optimizer": "--learning_rate, --weight_decay",
-        "scheduler": "--lr_scheduler_type, --num_warmup_steps",
-        "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
-        "gradient_accumulation_steps": "--gradient_accumulation_steps",
-        "sequence_parallel_size": "--sequence_parallel_size",
-        "train_batch_size": "--per_device_train_batch_size and --gradient_accumulation_steps",
-    }
-    clash = [f"{key} (use {flag})" for key, flag in owned.items() if config.get(key, "auto") != "auto"]
-    if clash:
-        raise UserError(f"--deepspeed_config {path} sets what this program's flags decide: {'; '.join(clash)}.")
-    return config
+def build_ds_config(config: RunConfig) -> dict[str, Any]:
+    """Build the run's DeepSpeed configuration, with `--deepspeed_config` laid over it.
 
-
-def merge_config(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `override` laid over it key by key, nested objects too; the value "auto" keeps base's."""
-    merged = dict(base)
-    for key, value in override.items():
-        if isinstance(value, dict):
-            below = merged.get(key)
-            merged[key] = merge_config(below if isinstance(below, dict) else {}, value)
-        elif value != "auto":
-            merged[key] = value
-    return merged
-
-
-def build_ds_config(args: Namespace, ranks: int) -> dict[str, Any]:
-    """The run's DeepSpeed configuration from its arguments, `--deepspeed_config` laid over it.
-
-    `args.zero_stage` and `args.offload` are set to what the merged configuration says.
+    With `--offload nvme` this opens the process's folder for swap files.
     """
-    dtype, reason = resolve_dtype(args.dtype) if parse_gpus(args.dry_run) is None else planned_dtype(args.dtype)
-    if args.offload and args.zero_stage == 0:
-        args.zero_stage = 1
-        _say("--offload with ZeRO 0: DeepSpeed offloads only what ZeRO shards, so stage 1 is used (same mathematics)")
-    config = get_train_ds_config(
-        args.offload, args.zero_stage, dtype, enable_tensorboard=args.enable_tensorboard,
+    args, overrides = config.args, config.overrides
+    # The precision of --deepspeed_config replaces that of --dtype.
+    dtype = "fp32" if overrides_precision(overrides) else config.dtype
+    ds_config = get_train_ds_config(
+        args.offload, config.zero_stage, dtype, enable_tensorboard=args.enable_tensorboard,
         tb_path=args.tensorboard_path, tb_name="step1_model",
     )  # fmt: skip
-    config = merge_config(config, monitor_blocks(args))
-    config["zero_optimization"] |= scale_settings(args)
-    config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
-    config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-    if args.deepspeed_config:
-        override = read_deepspeed_config(args.deepspeed_config)
-        if "fp16" in override or "bf16" in override:  # its precision replaces --dtype's, not adds to it
-            config.pop("fp16", None)
-            config.pop("bf16", None)
-        config = merge_config(config, override)
-        args.zero_stage = config["zero_optimization"]["stage"]
-        device = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
-        args.offload = None if device == "none" else device
-        _say(f"DeepSpeed configuration: {args.deepspeed_config} laid over the generated one: {', '.join(override)}")
-    groups = ranks // args.sequence_parallel_size
-    config["train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * groups
+    ds_config = merge_config(ds_config, monitor_blocks(args.report_to, args.enable_tensorboard))
+    ds_config["zero_optimization"] |= scale_settings(config)
+    ds_config["train_micro_batch_size_per_gpu"] = config.batches.micro_batch
+    ds_config["gradient_accumulation_steps"] = config.batches.accumulation
+    ds_config = merge_config(ds_config, overrides)
+    ds_config["train_batch_size"] = config.batches.global_batch
     if args.sequence_parallel_size > 1:  # read where weights are partitioned while they load
-        config["sequence_parallel_size"] = args.sequence_parallel_size
-        if args.zero_stage == 3 and not config["zero_optimization"].get("reduce_scatter", True):
+        ds_config["sequence_parallel_size"] = args.sequence_parallel_size
+        if config.zero_stage == 3 and not ds_config["zero_optimization"].get("reduce_scatter", True):
             raise UserError(
                 f"--deepspeed_config {args.deepspeed_config}: reduce_scatter false at ZeRO 3 scales some gradients of "
                 "ranks that share rows and not others. Leave it true with --sequence_parallel_size."
             )
-    precision = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
-    _say(f"Precision: {precision} ({reason if precision == dtype else 'as the DeepSpeed configuration says'})")
-    if args.offload == "nvme":
-        # A stop on a signal saves too, and a checkpoint whose states are in swap files is no use to anyone.
-        args.save_only_model = True
-        folder = config["zero_optimization"]["offload_optimizer"]["nvme_path"]
-        _say(f"Swap files: below {folder}, removed when the run ends; what is saved on the way are models alone")
-    _say(f"DeepSpeed: ZeRO stage {args.zero_stage}, offload {args.offload or 'off'}, {ranks} rank(s)")
-    return config
+    if config.offload == "nvme":
+        folder = ds_config["zero_optimization"]["offload_optimizer"]["nvme_path"]
+        print_rank_0(
+            f"Swap files: below {folder}, removed when the run ends; checkpoints hold models alone (--save_only_model)"
+        )
+    return ds_config
 
 
-def _say(line: str) -> None:
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        say(line)
-
-
-def scale_settings(args: Namespace) -> dict[str, Any]:
-    """What these arguments add to DeepSpeed's block `zero_optimization`."""
+def scale_settings(config: RunConfig) -> dict[str, Any]:
+    """Return what the arguments of big models add to DeepSpeed's block `zero_optimization`."""
+    args = config.args
     settings: dict[str, Any] = {}
     if args.zero_hpz_partition_size > 1:
         settings["zero_hpz_partition_size"] = args.zero_hpz_partition_size
     if args.enable_mixed_precision_lora:
         settings["zero_quantized_nontrainable_weights"] = True
     if args.offload == "nvme":
-        folder = {"device": "nvme", "nvme_path": _swap_folder(args)}
+        # A plan for other GPUs needs no files on this machine.
+        path = open_swap_folder(args.nvme_path) if config.gpus is None else args.nvme_path
+        folder = {"device": "nvme", "nvme_path": path}
         # No weights are to stay in CPU memory; buffers are sized when the model is known.
         settings["offload_param"] = {**folder, "buffer_count": SWAP_BUFFERS, "max_in_cpu": 0}
         settings["offload_optimizer"] = {**folder, "buffer_count": 4}

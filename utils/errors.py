@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend."""
+"""`UserError`: a mistake that the user can correct."""
 
 
 class UserError(Exception):
@@ -9,7 +9,7 @@ class UserError(Exception):
 
 
 def join_problems(problems: list[str]) -> str:
-    """One message for one problem, a list for several."""
+    """Return one message: the problem itself, or a list of several."""
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)

@@ -1,5 +1,10 @@
-"""Write files and folders so that they are complete or absent; flush them to disk; checksums."""
+"""Write files and folders so that they are complete or absent, and have them on the disk before going on.
 
+Everything is written beside its place, under a name that begins with `.incomplete-`, and moved into place when it is
+whole. A reader never sees half of it; what a killed writer left can be told by its name.
+"""
+
+import json
 import os
 import shutil
 import uuid
@@ -7,20 +12,21 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-WORK_PREFIX = ".incomplete-"
+INCOMPLETE = ".incomplete-"
 
 
 @contextmanager
 def write_aside(path: str) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` in one step, once it is complete.
+    """Open a binary file that takes the place of `path` in one step, once it is complete.
 
-    It is written under a name of its own in the same folder (made if missing), so any number of processes may
-    write the same path at once, and a reader never sees half a file.
+    It is written under a name of its own in the same folder (made if missing), so any number of processes may write
+    the same path at once.
     """
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    aside = f"{path}.{uuid.uuid4().hex}.tmp"
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    aside = os.path.join(folder, f"{INCOMPLETE}{name}-{uuid.uuid4().hex[:8]}")
     try:
         with open(aside, "xb") as file:
             yield file
@@ -30,28 +36,71 @@ def write_aside(path: str) -> Iterator[BinaryIO]:
             os.remove(aside)
 
 
+def write_json(path: str, value: Any) -> None:
+    """Write `value` as an indented JSON file, whole or not at all."""
+    with write_aside(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
 def build_folder(path: str, build: Callable[[str], None]) -> None:
     """Make the folder `path` with `build(work_folder)`, written aside and renamed. Call it under the lock.
 
-    What an earlier, killed writer left aside is swept away first.
+    Folders that killed writers left beside it are removed first.
     """
     parent = os.path.dirname(path)
-    for name in os.listdir(parent):
-        if name.startswith(WORK_PREFIX):
-            shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
-    work = os.path.join(parent, f"{WORK_PREFIX}{os.path.basename(path)}-{uuid.uuid4().hex[:8]}")
+    remove_incomplete(parent)
+    work = os.path.join(parent, f"{INCOMPLETE}{os.path.basename(path)}-{uuid.uuid4().hex[:8]}")
     os.makedirs(work)
     try:
         build(work)
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(work, path)
+        replace_folder(work, path)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
 
 
+def replace_folder(work: str, path: str) -> None:
+    """Give the complete folder `work` the name `path`; a folder of that name makes way and is removed."""
+    sync(work)
+    replaced = f"{work}-replaced"
+    if os.path.isdir(path):
+        os.rename(path, replaced)
+    os.rename(work, path)
+    sync(os.path.dirname(os.path.abspath(path)))
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def move_files(work: str, folder: str, last: str, is_replaced: Callable[[str], bool]) -> None:
+    """Move the complete files of `work` into `folder`, which may hold others; `work` is removed.
+
+    Args:
+        last: the file without which no reader takes the folder: removed first, moved in last.
+        is_replaced: whether an older file of this name in `folder` is removed.
+    """
+    sync_tree(work)
+    for name in os.listdir(folder):
+        if name == last or is_replaced(name):
+            os.remove(os.path.join(folder, name))
+    for name in sorted(os.listdir(work), key=lambda name: name == last):
+        target = os.path.join(folder, name)
+        if os.path.isdir(target):  # further chat templates: a folder can't replace one that is not empty
+            shutil.rmtree(target)
+        elif os.path.exists(target):  # renaming one link of a file over another would leave both
+            os.remove(target)
+        os.replace(os.path.join(work, name), target)
+    os.rmdir(work)
+
+
+def remove_incomplete(parent: str) -> None:
+    """Remove the folders that killed writers left in `parent` (made if missing). Nothing else may be writing there."""
+    os.makedirs(parent, exist_ok=True)
+    for name in os.listdir(parent):
+        if name.startswith(INCOMPLETE):
+            shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
+
+
 def checksum(file: str | Path) -> int:
-    """CRC-32 of a file's bytes: about a second a gigabyte, and what a bad disk or a stray write did shows."""
+    """Return the CRC-32 of a file's bytes, which shows damage by a bad disk; about a second a gigabyte."""
     value = 0
     with open(file, "rb") as stream:
         while chunk := stream.read(1 << 24):
@@ -66,3 +115,14 @@ def sync(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: str) -> dict[str, int]:
+    """Have every file below `folder` on the disk; returns the size of each by its path within the folder."""
+    sizes = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            sync(path)
+            sizes[os.path.relpath(path, folder)] = os.path.getsize(path)
+    return sizes

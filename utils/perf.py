@@ -1,4 +1,4 @@
-"""Throughput lines: real tokens, FLOPs by the Megatron-LM formula, share of the device's known peak."""
+"""Throughput: real tokens and samples per second, FLOPs by the Megatron-LM formula, share of the device's peak."""
 
 import re
 from argparse import Namespace
@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from utils.logging.console import say
+from utils.distributed.ranks import print_rank_0
+from utils.distributed.zero3 import whole_numel, whole_shape
 
-# Dense 16-bit matrix rate in TFLOP/s by the vendors' data sheets; the longest name contained wins.
+# Peak rate of dense 16-bit matrix products in TFLOP/s by the vendors' data sheets. Of several names that are contained
+# in a device's name the longest counts.
 PEAK_TFLOPS = {
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "H800": 989, "B200": 2250, "GB200": 2500,
     "A100": 312, "A800": 312, "A10G": 70, "A10": 125, "A30": 165, "A40": 150, "A6000": 155,
@@ -18,41 +20,39 @@ PEAK_TFLOPS = {
 
 
 class ModelShape(NamedTuple):
-    """What the FLOP count needs to know of a model."""
+    """The sizes of a model that its FLOPs depend on."""
 
-    hidden: int
+    hidden: int  # width
     layers: int
     vocabulary: int
     block_weights: int  # weights of the transformer blocks, each counted once
 
 
 def model_shape(model: torch.nn.Module) -> ModelShape:
-    """Read the shape off any decoder-only model; LoRA's own weights are not part of it."""
+    """Return the shape of any decoder-only model, without LoRA's weights."""
     config = model.config.get_text_config()
     embeddings = {
         id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module
     }
     total = 0
     for name, parameter in model.named_parameters():
-        numel = getattr(parameter, "ds_numel", parameter.numel())
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         is_table = id(parameter) in embeddings or "embed_positions" in name or name.endswith("wpe.weight")
-        if dimensions > 1 and not is_table and "lora_" not in name:
-            total += numel
-    vocabulary = getattr(model.get_input_embeddings().weight, "ds_shape", model.get_input_embeddings().weight.shape)[0]
+        if len(whole_shape(parameter)) > 1 and not is_table and "lora_" not in name:
+            total += whole_numel(parameter)
+    vocabulary = whole_shape(model.get_input_embeddings().weight)[0]
     return ModelShape(config.hidden_size, config.num_hidden_layers, vocabulary, total)
 
 
 def flops_per_token(shape: ModelShape, length: float, passes: float = 3.0) -> float:
-    """FLOPs to train on one token of a sequence of `length` tokens.
+    """Return the FLOPs to train on one token of a sequence of `length` tokens.
 
-    Megatron-LM (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, appendix): for B sequences of
-    length s, l layers of width h and vocabulary V, `72 B s l h^2 (1 + s/6h + V/12lh)` with 3 passes (one
-    forward, two backward). Written here per token with the blocks' true weight count in place of 12 l h^2,
-    so that grouped-query attention and gated MLPs count as they are.
+    Megatron-LM (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, appendix): for B sequences of length s, l
+    layers of width h and vocabulary V, `72 B s l h^2 (1 + s/6h + V/12lh)` with 3 passes (one forward, two backward).
+    Here it is per token, with the actual number of the blocks' weights in place of 12 l h^2, so it also holds for
+    grouped-query attention and gated MLPs.
 
     Args:
-        passes: 3; 4 when checkpointing computes the forward twice; less when weights are frozen.
+        passes: forward-equivalents, as of `training_passes`.
     """
     blocks = 2 * shape.block_weights
     attention = 4 * shape.layers * shape.hidden * length
@@ -61,40 +61,53 @@ def flops_per_token(shape: ModelShape, length: float, passes: float = 3.0) -> fl
 
 
 def training_passes(model: torch.nn.Module, gradient_checkpointing: bool) -> float:
-    """Forward-equivalents per step: the forward, the activations' gradient, and the trainable weights' own."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    """Return the forward-equivalents of a step: 3 where all weights train and nothing is checkpointed.
+
+    They are the forward, the gradient of the activations, that of the weights (for the share of them that trains), and
+    with checkpointing the second forward.
+    """
+    sizes = [(whole_numel(p), p.requires_grad) for p in model.parameters()]
     trainable = sum(numel for numel, trains in sizes if trains) / max(sum(numel for numel, _ in sizes), 1)
     return 2.0 + trainable + (1.0 if gradient_checkpointing else 0.0)
 
 
 def device_peak(name: str) -> int | None:
-    """Known 16-bit peak of the device called `name` in TFLOP/s; None when it is not in the table."""
-    # Whole words: a T400 is no T4, an RTX A4000 no A40; and an RTX 4090 Laptop GPU shares only the name.
+    """Return the 16-bit peak of the device called `name` in TFLOP/s; None when it is not in the table."""
+    # Whole words only: a T400 is no T4, an RTX A4000 no A40. An RTX 4090 Laptop GPU is another chip.
     found = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b(?! (?:Ti|D|Laptop)\b)", name)]
     return PEAK_TFLOPS[max(found, key=len)] if found else None
 
 
-class Throughput(NamedTuple):
-    """What all ranks did in a span of time."""
+class Work(NamedTuple):
+    """What all ranks together trained on in a span of time."""
 
-    tokens_per_second: float  # real (unpadded) ones
-    samples_per_second: float
-    tflops: float  # per device
-    peak_share: float | None  # of the device's 16-bit peak, None where that is unknown
+    tokens: int  # real ones: padding is not counted
+    samples: int
+    seconds: float
+
+
+class Throughput(NamedTuple):
+    """The rates of some work."""
+
+    tokens_per_second: float  # of all ranks; padding is not counted
+    samples_per_second: float  # of all ranks
+    tflops: float  # TFLOP/s per device
+    peak_share: float | None  # of the device's 16-bit peak; None where that is unknown
 
 
 def measure_throughput(
-    hf_model: torch.nn.Module,
-    args: Namespace,
-    seconds: float,
-    *,
-    tokens: int,
-    samples: int,
-    world_size: int,
-    device_name: str,
+    hf_model: torch.nn.Module, gradient_checkpointing: bool, work: Work, *, world_size: int, device_name: str
 ) -> Throughput:
-    """The rates of work all ranks did in `seconds`; arguments as of `print_throughput`."""
-    passes = training_passes(hf_model, args.gradient_checkpointing)
+    """Return the rates of `work`.
+
+    Args:
+        hf_model: the bare model.
+        gradient_checkpointing: the forward is computed twice.
+        world_size: the number of ranks that did the work.
+        device_name: their device's name, for its peak.
+    """
+    tokens, samples, seconds = work
+    passes = training_passes(hf_model, gradient_checkpointing)
     flops = tokens * flops_per_token(model_shape(hf_model), tokens / max(samples, 1), passes)
     tflops = flops / seconds / world_size / 1e12
     peak = device_peak(device_name)
@@ -102,7 +115,7 @@ def measure_throughput(
 
 
 def throughput_line(rates: Throughput, world_size: int, device_name: str) -> str:
-    """The rates in words."""
+    """Return a line with the rates, the number of ranks and the share of the device's peak."""
     share = f"peak of {device_name} unknown"
     if rates.peak_share is not None:
         share = f"{rates.peak_share:.1%} of {device_name}'s {device_peak(device_name)}"
@@ -123,18 +136,18 @@ def print_throughput(
     world_size: int,
     device_name: str,
 ) -> str:
-    """Print (rank 0) and return one throughput line for the work all ranks did in `e2e_time` seconds.
+    """Print (on rank 0) and return one throughput line for the work all ranks did in `e2e_time` seconds.
 
     Args:
         hf_model: the bare model.
-        args: `gradient_checkpointing` is read.
-        tokens: real (unpadded) tokens over all ranks.
+        args: its `gradient_checkpointing` is read.
+        tokens: tokens over all ranks; padding is not counted.
         samples: samples over all ranks.
     """
+    work = Work(tokens, samples, e2e_time)
     rates = measure_throughput(
-        hf_model, args, e2e_time, tokens=tokens, samples=samples, world_size=world_size, device_name=device_name
+        hf_model, args.gradient_checkpointing, work, world_size=world_size, device_name=device_name
     )
     line = throughput_line(rates, world_size, device_name)
-    if rank <= 0:
-        say(line)
+    print_rank_0(line, rank)
     return line

@@ -1,4 +1,4 @@
-"""The checks of `gpu_check.py`: what each runs, and how it is judged."""
+"""The checks of the GPU check (`check.py`): what each runs, and how its result is judged."""
 
 import itertools
 import json
@@ -15,13 +15,13 @@ from benchmarks.gpu.random_models import make_dialogues, make_records, make_shap
 REFERENCE = "reference: float32 on the CPU"
 # Largest difference of a step's loss from the reference, relative to it, over twenty steps of a small model.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 5e-3}
-RESUMED_TOLERANCE = 5e-3  # where a resumed run is not the same bit for bit: flash attention adds in any order
+RESUMED_TOLERANCE = 5e-3  # a resumed run may not be equal bit for bit: flash attention adds in no fixed order
 ESTIMATE_TOLERANCE = 0.15
 LORA = ["--lora_dim", 16, "--lora_module_name", "auto", "--only_optimize_lora", "--gradient_checkpointing"]
 
 
 class Context:
-    """Where checks find models, data, each other's results, and the way to run main.py."""
+    """What checks share: models, data, each other's results, and running main.py."""
 
     def __init__(self, device: str, folder: Path, limit: float, data_path: Path | None, results: dict) -> None:
         self.device, self.folder, self.limit, self.data_path, self.results = device, folder, limit, data_path, results
@@ -41,18 +41,18 @@ class Context:
             return read_dialogues(self.data_path, self.folder / "dialogues", 64 if on_cpu else 2000)
         return make_dialogues(self.folder / "dialogues", 24 if on_cpu else 2000, 64 if on_cpu else 512)
 
-    @cache  # noqa: B019 - one context a run
+    @cache  # noqa: B019 - a process has one context
     def shape(self, name: str) -> Path:
         return make_shape(self.folder / name, name)
 
     def run(self, *flags: Any, untrained: bool = False, device: str | None = None) -> Finished:
-        """main.py with these arguments, watched."""
+        """Run main.py with these arguments by `watched_run.py`."""
         places = ["--data_split", "10,0,0", "--data_output_path", self.folder / "cache"]
         command = ["benchmarks/gpu/watched_run.py", *(["--untrained"] if untrained else []), "--", *places, *flags]
         return run_process(command, device or self.device, self.limit)
 
     def train_small(self, *flags: Any, device: str | None = None) -> Finished:
-        """Twenty steps of eight short samples: what `tests/reference_run.py` computes, unless flags say otherwise."""
+        """Run twenty steps of eight short samples, as `tests/reference_run.py` does, unless flags change that."""
         settings = [
             "--model_name_or_path", self.small, "--data_path", self.records, "--max_seq_len", 64, "--print_loss",
             "--per_device_train_batch_size", 8, "--num_train_epochs", 2, "--learning_rate", 1e-3,
@@ -60,14 +60,14 @@ class Context:
         return self.run(*settings, *flags, device=device)
 
     def reference(self) -> dict[str, list[float]]:
-        """Losses of the plain float32 loop; run now unless an earlier call of the program did."""
+        """Return the losses of the reference, which is run now unless a check has run it."""
         if self.results.get(REFERENCE, {}).get("verdict") != RIGHT:
             self.results[REFERENCE] = {**vars(reference(self)), "seconds": 0.0}
         return self.results[REFERENCE]["figures"]
 
 
 def reference(context: Context) -> Outcome:
-    """One document at a time, plain torch and transformers, none of the code under test."""
+    """Run the reference: plain torch and transformers, one document at a time, none of the code under test."""
     done = run_process(["tests/reference_run.py", context.small, context.records], "cpu", context.limit)
     if done.failure():
         return done.failure()
@@ -80,7 +80,7 @@ def falls(losses: list[float]) -> str:
 
 
 def largest_difference(losses: list[float], expected: list[float]) -> float:
-    """Relative to what is expected; infinite where the number of steps differs or a loss is no number."""
+    """Return the largest relative difference; infinite where the number of steps differs or a loss is NaN."""
     if len(losses) != len(expected):
         return float("inf")
     differences = [abs(loss - right) / right for loss, right in zip(losses, expected, strict=True)]
@@ -88,7 +88,7 @@ def largest_difference(losses: list[float], expected: list[float]) -> float:
 
 
 def curve(context: Context, dtype: str, flags: Sequence[Any] = (), optimizer: str = "FusedAdam") -> Outcome:
-    """Training losses and perplexities within the precision's tolerance of the float32 reference."""
+    """Check that training and evaluation losses are within the precision's tolerance of the float32 reference."""
     done = context.train_small("--dtype", dtype, "--disable_dropout", *flags)
     if done.failure():
         return done.failure()
@@ -107,7 +107,7 @@ def curve(context: Context, dtype: str, flags: Sequence[Any] = (), optimizer: st
 
 
 def overflow(context: Context) -> Outcome:
-    """fp16 from a loss scale no gradient survives: steps are skipped and counted, the scale falls, and rises again."""
+    """Check fp16 from a loss scale too large for gradients: steps are skipped, the scale falls and rises again."""
     config = context.folder / "overflow.json"
     scaling = {"enabled": True, "initial_scale_power": 32, "loss_scale_window": 3, "hysteresis": 1}
     config.write_text(json.dumps({"fp16": scaling}), encoding="utf-8")
@@ -134,7 +134,7 @@ def overflow(context: Context) -> Outcome:
 
 
 def kernels(context: Context, what: str, dtype: str) -> Outcome:
-    """Every case of `kernel_checks.py`, one row a case in the file, the largest differences in the table."""
+    """Check the cases of `kernel_checks.py`; the table has their largest differences, the results file every case."""
     command = ["benchmarks/gpu/kernel_checks.py", what, "--dtype", dtype, "--device", context.device]
     done = run_process(command, context.device, context.limit)
     cases, failure = done.cases(), done.failure()
@@ -153,14 +153,14 @@ def kernels(context: Context, what: str, dtype: str) -> Outcome:
 
 
 def lora(context: Context, flags: Sequence[Any] = ()) -> Outcome:
-    """LoRA trains as it does in float32 on the CPU, and is merged, saved and verified."""
+    """Check that LoRA has the losses of float32 on the CPU, and is merged, saved and verified."""
     settings = ["--disable_dropout", "--lora_learning_rate", 1e-2, *LORA, *flags]
     done = context.train_small("--dtype", "bf16", "--output_dir", context.folder / "lora", *settings)
     if done.failure():
         return done.failure()
     figures = {"loss": falls(done.losses()), "saved, logits differ by": done.found(r".*verified: .* by (\S+) of")}
     fell = done.evaluations()[-1] < done.evaluations()[0]
-    if flags:  # ZeRO 3 draws LoRA's weights on the device: another start
+    if flags:  # ZeRO 3 draws LoRA's weights on the device, so losses differ from those on the CPU
         verdict = RIGHT if fell and figures["saved, logits differ by"] else WRONG
         return Outcome(verdict, "", figures)
     plain = context.train_small("--dtype", "fp32", *settings, device="cpu")
@@ -173,7 +173,7 @@ def lora(context: Context, flags: Sequence[Any] = ()) -> Outcome:
 
 
 def resume(context: Context, flags: Sequence[Any] = ()) -> Outcome:
-    """A run that goes on from its checkpoint of step 7, dropout on, has the losses it had without the break."""
+    """Check that a run resumed at step 7, with dropout, has the losses of the uninterrupted run."""
     folder = context.folder / f"resume{len(list(context.folder.glob('resume*')))}"
     keep = ["--output_dir", folder, "--save_strategy", "steps", "--save_steps", 7, "--save_total_limit", 0]
     whole = context.train_small("--dtype", "bf16", *keep, *flags)
@@ -192,7 +192,7 @@ def resume(context: Context, flags: Sequence[Any] = ()) -> Outcome:
 
 
 def speed(context: Context, shape: str, micro: int, flags: Sequence[Any] = (), steps: int = 15) -> Outcome:
-    """The last third of some optimizer steps, by main.py's own throughput line; no weights are read or saved."""
+    """Measure the speed of the last third of `steps`, by main.py's throughput line; no weights are read or saved."""
     report = max(steps // 3, 1)
     done = context.run(
         "--model_name_or_path", context.shape(shape), "--data_path", context.dialogues, "--max_seq_len",
@@ -201,22 +201,22 @@ def speed(context: Context, shape: str, micro: int, flags: Sequence[Any] = (), s
     )  # fmt: skip
     if done.failure():
         return done.failure()
-    rate = done.found(r"Throughput: (\d+) real tokens/s")
-    samples = done.found(r"Throughput: .*, (\S+) samples/s")
-    share = done.found(r"Throughput: .* per device \((\d+\.\d+%) of ")
+    rate = done.found(r".*Throughput: (\d+) real tokens/s")
+    samples = done.found(r".*Throughput: .*, (\S+) samples/s")
+    share = done.found(r".*Throughput: .* per device \((\d+\.\d+%) of ")
     if rate is None:
         return Outcome(WRONG, "no throughput line was printed")
     figures = {
-        "tokens/s": int(rate), "TFLOP/s": done.found(r"Throughput: .*, (\S+) TFLOP/s"), "of peak": share or "unknown",
+        "tokens/s": int(rate), "TFLOP/s": done.found(r".*Throughput: .*, (\S+) TFLOP/s"), "of peak": share or "unknown",
         "tokens a sample": round(int(rate) / max(float(samples), 1e-9)),
-        "padding": done.found(r"Step .* padding (\S+),"),
+        "padding": done.found(r"Step .*? padding (\S+),"),
         **memory_figures(done.watched()),
     }  # fmt: skip
     return Outcome(RIGHT, "", figures)
 
 
 def memory(context: Context, shape: str, micro: int, flags: Sequence[Any] = ()) -> Outcome:
-    """Peak allocated memory of three steps against the estimate: right within 15%."""
+    """Check that the memory estimate is within 15% of the peak allocated memory of three steps."""
     if context.device == "cpu":
         return Outcome(REFUSED, "for a GPU's memory; benchmarks/memory_estimate.py measures a CPU's")
     outcome = speed(context, shape, micro, flags, steps=3)

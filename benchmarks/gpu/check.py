@@ -1,12 +1,12 @@
-"""Is everything right and how fast is it on this machine's GPU? One command, without a network:
+"""The GPU check: correctness, speed and memory on this machine's GPU, by one command that needs no network:
 
     python benchmarks/gpu/check.py --out gpu_check.json
 
 Correctness on CUDA comes first (losses against float32 on the CPU, attention and loss kernels, ZeRO, offload, LoRA,
-checkpoints), then speed and memory by model size. Every check is processes of its own with a time limit, main.py's
-command line where it can be, so neither a crash nor a lack of memory stops the others; running out of memory is a
-result. Models have random weights. Results are written after every check; `--minutes 9 --skip_done` runs it in pieces.
-`--device cpu` runs the same checks with tiny shapes, as far as a CPU can.
+checkpoints), then speed and memory by model size. Every check runs in separate processes with a time limit, by
+main.py's command line where possible, so neither a crash nor a lack of memory stops the others; running out of memory
+is a result. Models have random weights. Results are written after every check, so `--minutes 9 --skip_done` can be
+repeated until all checks are done. `--device cpu` runs the same checks with tiny shapes, as far as a CPU can.
 """
 
 import argparse
@@ -48,19 +48,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny shapes")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="results, written after every check")
     parser.add_argument("--only", default="", metavar="PATTERN", help="checks whose name has a match of this")
-    parser.add_argument("--minutes", type=float, default=None, help="start no further check after so many")
+    parser.add_argument("--minutes", type=float, default=None, help="start no further check after so many minutes")
     parser.add_argument("--limit", type=float, default=400, help="seconds a check's process may take")
     parser.add_argument("--skip_done", action="store_true", help="leave out checks whose result --out already holds")
     parser.add_argument(
         "--data_path", type=Path, default=None,
-        help="parquet file, or folder of train*.parquet, with prompt and chosen: texts for the speeds; none: made up",
+        help="parquet file, or folder of train*.parquet, with columns prompt and chosen, to measure speed on (default: "
+        "made-up texts)",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the names of the checks and stop")
     return parser
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Found in a process of its own, so that this one never holds memory of the GPU."""
+    """Return what hardware and versions this is, found by another process so that this one holds no GPU memory."""
     command = [sys.executable, "-c", MACHINE]
     printed = subprocess.run(command, capture_output=True, text=True, env=environment(device), check=True).stdout
     machine = json.loads(re.search(r"^MACHINE (.*)$", printed, re.MULTILINE)[1])
@@ -69,21 +70,21 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def write_results(file: Path, results: dict[str, Any]) -> None:
-    """Whole or not at all: the command may be cut off at any time."""
+    """Write the results so that the file is complete at any time: the command may be killed."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(json.dumps(results, indent=1), encoding="utf-8")
     os.replace(partial, file)
 
 
 def table_row(name: str, result: dict[str, Any]) -> str:
-    """A row of the table: lists, as losses are, stay in the file."""
+    """Return a row of the printed table; figures that are lists, such as losses, are only in the results file."""
     shown = [f"{key} {value}" for key, value in result["figures"].items() if not isinstance(value, (list, dict))]
     words = [result["words"].replace("|", "/")] if result["words"] else []
     return f"| {name} | {result['verdict']} | {'; '.join([*words, *shown])} | {result['seconds']:.0f} |"
 
 
 def run_checks(args: Namespace, results: dict[str, Any], folder: Path) -> None:
-    """Run what is asked for and there is time for, printing and writing as it goes."""
+    """Run the checks that are asked for, until the time is over; print and write the result of each."""
     checks = results["checks"]
     context = Context(args.device, folder, args.limit, args.data_path, checks)
     begun = time.monotonic()
@@ -96,7 +97,7 @@ def run_checks(args: Namespace, results: dict[str, Any], folder: Path) -> None:
         start = time.perf_counter()
         try:
             outcome = check(context)
-        except Exception as err:  # a fault of a check is its result, and no reason to stop
+        except Exception as err:  # a check that fails by itself must not stop the others
             outcome = Outcome(WRONG, f"the check itself failed: {type(err).__name__}: {err}")
         checks[name] = {**vars(outcome), "seconds": round(time.perf_counter() - start, 1)}
         write_results(args.out, results)
@@ -104,7 +105,7 @@ def run_checks(args: Namespace, results: dict[str, Any], folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, 1 when a result is wrong, 2 without a GPU."""
+    """Run the checks; return the exit status: 0, 1 when a result is wrong, 2 without a GPU."""
     args = build_parser().parse_args(argv)
     if args.list:
         print("\n".join(all_checks(args.device)))

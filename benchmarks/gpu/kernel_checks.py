@@ -1,8 +1,8 @@
-"""What a GPU computes otherwise than a CPU, against float32 and float64 on the CPU: a part of `gpu_check.py`.
+"""Checks of the GPU's attention and loss kernels against float32 and float64 on the CPU: a part of `check.py`.
 
     python benchmarks/gpu/kernel_checks.py attention|loss --dtype bf16 [--device cpu]
 
-One line a case, `CASE` and an object of JSON, as it goes: what came before a crash is not lost.
+Each case prints a line as soon as it is done, `CASE` and a JSON object, so a crash loses no earlier case.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from utils.data.batching.collate import collate_free, collate_padded  # noqa: E4
 from utils.machine.device import to_device  # noqa: E402
 from utils.machine.precision import DTYPES  # noqa: E402
 from utils.model.layout_check import choose_layout  # noqa: E402
-from utils.module.attention import set_documents  # noqa: E402
-from utils.module.fused_loss import summed_loss  # noqa: E402
+from utils.module.attention import clear_documents, set_documents  # noqa: E402
+from utils.module.fused_loss import LogitTransform, fused_loss, summed_loss  # noqa: E402
 
 VOCABULARY = 120
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**SMALL, "intermediate_size": 192, "num_key_value_heads": 2, "max_position_embeddings": 512, "head_dim": 64}
-# Windows shorter than the documents, fewer heads of keys, a head of 80 as in OPT-2.7b, soft-capped scores.
+# They cover windows shorter than the documents, fewer key heads, heads of 80 as in OPT-2.7b, and soft-capped scores.
 FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {**SMALL, "ffn_dim": 256, "word_embed_proj_dim": 128, "max_position_embeddings": 512},
     "opt, heads of 80": {
@@ -47,15 +47,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**LLAMA, "sliding_window": 24, "query_pre_attn_scalar": 64},
     "mistral": {**LLAMA, "sliding_window": 24},
 }  # fmt: skip
-NO_ROWS, SOFT_CAPPED = ("bloom",), ("gemma2",)  # falls back to padding; has no varlen kernel
+NO_ROWS, SOFT_CAPPED = ("bloom",), ("gemma2",)  # trains in padded batches; can't use the varlen kernel
 LENGTHS = (13, 130, 1, 64, 77)
-# Largest difference of the logits relative to the largest, of the loss relative to itself, of the gradients' norm.
-# On a CPU at most 6e-7, 2.5e-3 and 1.5e-2 of the logits; ReLU's kinks make OPT's gradients the furthest off.
+# Largest difference allowed: of the logits relative to the largest one, of the loss relative to itself, and of the
+# gradients relative to their norm. On a CPU the logits differ by at most 6e-7 (fp32), 2.5e-3 and 1.5e-2; gradients
+# differ most for OPT, whose ReLU has a kink.
 LIMITS = {"fp32": (1e-4, 1e-4, 1e-3), "fp16": (1e-2, 1e-3, 6e-2), "bf16": (6e-2, 5e-3, 1.5e-1)}
 
 
 def make(family: str) -> torch.nn.Module:
-    """A random float32 model without dropout; weights large enough that a leak shows."""
+    """Return a random float32 model without dropout, with weights large enough that a leak shows."""
     config = AutoConfig.for_model(family.split(",")[0], **{**FAMILIES[family], "pad_token_id": 0})
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -73,7 +74,7 @@ def documents() -> list[dict[str, torch.Tensor]]:
 
 
 def one_by_one(model: torch.nn.Module) -> tuple[torch.Tensor, float]:
-    """[tokens, vocabulary] logits and the summed loss of plain transformers in float32; gradients are left behind."""
+    """Return [tokens, vocabulary] logits and the summed loss of plain transformers in float32; keep its gradients."""
     rows, total = [], 0.0
     for document in documents():
         ids = document["input_ids"]
@@ -90,12 +91,12 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
 
 
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference, relative to what is expected."""
+    """Return the norm of the difference relative to that of `expected`."""
     return ((actual - expected).norm() / expected.norm()).item()
 
 
 def has_flash(dtype: str, device: torch.device) -> bool:
-    """Whether the varlen kernel is there for this precision on this device, and so has to be used."""
+    """Return whether this device has the varlen kernel for this precision, which must then be used."""
     return (
         device.type == "cuda"
         and dtype != "fp32"
@@ -104,7 +105,7 @@ def has_flash(dtype: str, device: torch.device) -> bool:
 
 
 def count_varlen() -> list[int]:
-    """Counts the calls of the varlen kernel from now on; a list of one number."""
+    """Return a list of one number that from now on counts the calls of the varlen kernel."""
     calls, plain = [0], utils.module.attention._varlen
 
     def counting(*args: Any) -> torch.Tensor:
@@ -116,7 +117,7 @@ def count_varlen() -> list[int]:
 
 
 def train_once(model: torch.nn.Module, batch: dict[str, Any], device: torch.device) -> tuple[float, int | None]:
-    """The loss of a forward and backward, and how often the host had to wait for the GPU in it."""
+    """Return the loss of a forward and backward, and how often the host waited for the GPU (None on a CPU)."""
     if device.type != "cuda":
         loss = summed_loss(model, batch)
         loss.backward()
@@ -132,7 +133,7 @@ def train_once(model: torch.nn.Module, batch: dict[str, Any], device: torch.devi
 
 
 def attention(dtype: str, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Documents in one row on the device against one by one in float32 on the CPU, family by family."""
+    """Check each family: documents in one row on the device against one by one in float32 on the CPU."""
     calls = count_varlen()
     for family in FAMILIES:
         reference = make(family)
@@ -143,7 +144,7 @@ def attention(dtype: str, device: torch.device) -> Iterator[dict[str, Any]]:
         samples = documents()
         batch = collate_free(samples) if layout == "free" else collate_padded(samples, 0)
         batch = to_device(batch, device)
-        set_documents(batch.get("document_lengths"), batch.get("cumulative"))
+        set_documents(batch.get("document_lengths"), batch.get("cu_seqlens"))
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
         with torch.no_grad():
             logits = model(**inputs, use_cache=False).logits.float().cpu()
@@ -152,7 +153,7 @@ def attention(dtype: str, device: torch.device) -> Iterator[dict[str, Any]]:
         else:
             logits = torch.cat([row[:length] for row, length in zip(logits, LENGTHS, strict=True)])
         loss, waits = train_once(model, batch, device)
-        set_documents(None)
+        clear_documents()
         found = {
             "logits": ((logits - expected).abs().max() / expected.abs().max()).item(),
             "loss": abs(loss - expected_loss) / expected_loss,
@@ -171,7 +172,7 @@ LOSS_CASES: dict[str, dict[str, Any]] = {
 
 
 def loss(dtype: str, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The fused loss and its gradients, in many chunks, against float64 on the CPU with the same rounded inputs."""
+    """Check the fused loss and its gradients, in many chunks, against float64 on the CPU with the same inputs."""
     utils.module.fused_loss.CHUNK_BYTES = 2**20  # 87 rows at a time
     rows, width, vocabulary = 700, 64, 3000
     generator = torch.Generator().manual_seed(4)
@@ -192,9 +193,8 @@ def loss(dtype: str, device: torch.device) -> Iterator[dict[str, Any]]:
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         expected = F.cross_entropy(logits, targets, reduction="sum")
         (expected / 1000).backward()
-        actual = utils.module.fused_loss._FusedLoss.apply(
-            here["hidden"], here["weight"], here.get("bias"), targets.to(device), scale, softcap, True
-        )
+        transform = LogitTransform(scale, softcap)
+        actual = fused_loss(here["hidden"], here["weight"], here.get("bias"), targets.to(device), transform)
         (actual / 1000).backward()
         worst = max(
             distance(tensor.grad.double().cpu(), exact[key].grad)

@@ -1,4 +1,4 @@
-"""Which checks `gpu_check.py` runs, and in which order: what matters most comes first."""
+"""The list of checks that the GPU check (`check.py`) runs, in order: the most important come first."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +22,7 @@ Check = Callable[[Context], Outcome]
 
 
 def all_checks(device: str) -> dict[str, Check]:
-    """Every check by its name, in the order they run."""
+    """Return every check by its name, in the order they run."""
     zero = {f"bf16, ZeRO {stage}": partial(curve, dtype="bf16", flags=["--zero_stage", stage]) for stage in (1, 2, 3)}
     offload = {
         f"bf16, ZeRO {stage}, offload": partial(
@@ -55,7 +55,7 @@ def all_checks(device: str) -> dict[str, Check]:
 
 
 def speeds() -> dict[str, Check]:
-    """1.3b first, then what memory is foreseen and taken, then by size."""
+    """Return the checks of speed and memory: speed of 1.3b, memory against its estimate, then speed by size."""
     found: dict[str, Check] = {
         "speed 1.3b, full": partial(speed, shape="1.3b", micro=16),
         "speed 1.3b, LoRA": partial(speed, shape="1.3b", micro=16, flags=LORA),
@@ -86,7 +86,7 @@ def speeds() -> dict[str, Check]:
 
 
 def tiny_speeds() -> dict[str, Check]:
-    """The same code on shapes a CPU can train."""
+    """Return checks of speed and memory on shapes a CPU can train."""
     found = {f"speed tiny, {padding}": ["--padding", padding] for padding in ("free", "longest", "max_length")}
     found |= {"speed tiny, LoRA": LORA, "speed tiny, ZeRO 3": ["--zero_stage", 3]}
     checks: dict[str, Check] = {

@@ -1,4 +1,4 @@
-"""Processes that `gpu_check.py` starts, each with a time limit, and what their output says."""
+"""Processes of the GPU check (`check.py`), each with a time limit, and the figures read from their output."""
 
 import contextlib
 import json
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT_LINES = 3  # of the end of a failed process's output
+KEPT_LINES = 3  # last lines of a failed process's output that its result shows
 RIGHT, WRONG, REFUSED, OUT_OF_MEMORY = "right", "wrong", "refused", "out of memory"
 
 
 @dataclass
 class Outcome:
-    """What a check found: a verdict, one sentence where it needs one, and figures by name."""
+    """The result of a check: a verdict, a sentence where the verdict needs one, and figures by name."""
 
     verdict: str
     words: str = ""
@@ -29,14 +29,14 @@ class Outcome:
 
 @dataclass
 class Finished:
-    """A process that has ended; status None when it was stopped at its time limit."""
+    """A process that has ended; its status is None when it was stopped at its time limit."""
 
     status: int | None
     output: str
     seconds: float
 
     def failure(self) -> Outcome | None:
-        """The outcome of a process that did not do its work; None where it did."""
+        """Return the outcome of a process that failed; None for one that succeeded."""
         if self.status == 0:
             return None
         figures = {} if self.watched() is None else memory_figures(self.watched())
@@ -51,33 +51,33 @@ class Finished:
         return Outcome(WRONG, f"exit status {self.status}: {' / '.join(lines[-KEPT_LINES:])[-500:]}", figures)
 
     def losses(self) -> list[float]:
-        """The loss of every optimizer step (`--print_loss`)."""
+        """Return the loss of every optimizer step, as `--print_loss` prints it."""
         return [float(loss) for loss in re.findall(r"^Epoch: \d+, Step: \d+, loss = (\S+)$", self.output, re.MULTILINE)]
 
     def evaluations(self) -> list[float]:
-        """Every evaluation loss."""
+        """Return every evaluation loss."""
         return [float(loss) for loss in re.findall(r"^ppl: \S+, loss: (\S+)$", self.output, re.MULTILINE)]
 
     def found(self, pattern: str) -> str | None:
-        """The first group of the last match, at the beginning of a line."""
+        """Return the first group of the last match at the beginning of a line; None without a match."""
         found = re.findall(f"^{pattern}", self.output, re.MULTILINE)
         return found[-1] if found else None
 
     def cases(self) -> list[dict[str, Any]]:
-        """What `kernel_checks.py` found."""
+        """Return the cases that `kernel_checks.py` printed."""
         return [json.loads(line[5:]) for line in self.output.splitlines() if line.startswith("CASE ")]
 
     def watched(self) -> dict[str, Any] | None:
-        """What `watched_run.py` saw."""
+        """Return the figures that `watched_run.py` printed; None where it printed none."""
         lines = [line for line in self.output.splitlines() if line.startswith("WATCHED ")]
         return json.loads(lines[-1][8:]) if lines else None
 
 
 def memory_figures(seen: dict[str, Any]) -> dict[str, Any]:
-    """Peak device memory and its estimate in GB (1e9 bytes); the estimate alone where the run ended early."""
+    """Return peak device memory and its estimate in GB (1e9 bytes); the estimate alone where the run ended early."""
     figures: dict[str, Any] = {}
     if "estimate" in seen:
-        figures["foreseen GB"] = round(seen["estimate"] / 1e9, 2)
+        figures["estimated GB"] = round(seen["estimate"] / 1e9, 2)
     if "estimate_error" in seen:
         figures["estimate failed"] = seen["estimate_error"]
     if "allocated" in seen:
@@ -88,10 +88,10 @@ def memory_figures(seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Of a child: no hub, no launcher's ranks, and no GPU where the CPU is meant."""
+    """Return the environment of a child process: without the hub, without a launcher's ranks, and on `device`."""
     ours = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     ours |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    ours["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{ours['PATH']}"  # its ninja compiles the kernels
+    ours["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{ours['PATH']}"  # its ninja builds the kernels
     if device == "cpu":
         ours |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     else:
@@ -100,7 +100,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def run_process(command: list[Any], device: str, limit: float) -> Finished:
-    """Run a command of this Python to its end, or kill it and its children at the limit (seconds)."""
+    """Run a command by this Python until it ends, or kill it and its children at the limit in seconds."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(
@@ -113,7 +113,7 @@ def run_process(command: list[Any], device: str, limit: float) -> Finished:
             status = None
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # readers of data and compilers may outlive their run
+                os.killpg(process.pid, signal.SIGKILL)  # data loaders and compilers may outlive their run
             process.wait()
         output.seek(0)
         return Finished(status, output.read(), time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Models with random weights and data for `gpu_check.py`: nothing is downloaded."""
+"""Models with random weights, and data, for the GPU check (`check.py`): nothing is downloaded."""
 
 import json
 import sys
@@ -17,11 +17,11 @@ SHAPES = {
     "6.7b": (32, 4096, 32), "13b": (40, 5120, 40), "tiny": (2, 64, 4),
 }  # fmt: skip
 TRAIN_RECORDS, EVAL_RECORDS = 77, 37  # nine steps of eight samples and one of five
-MEAN_TOKENS, LONGEST, SPREAD = 160, 512, 0.7  # of dialogues: log-normal lengths
+MEAN_TOKENS, LONGEST, SPREAD = 160, 512, 0.7  # of the dialogues' lengths, which are log-normal
 
 
 def opt_config(name: str, **changes: Any) -> Any:
-    """Configuration of an OPT shape; 350m alone has a narrower embedding and norms after the blocks' parts."""
+    """Return the configuration of an OPT shape; 350m alone has a narrower embedding and norms after a block's parts."""
     from transformers import OPTConfig
 
     layers, width, heads = SHAPES[name]
@@ -34,7 +34,7 @@ def opt_config(name: str, **changes: Any) -> Any:
 
 
 def copy_tokenizer(folder: Path) -> None:
-    """The shipped tokenizer, whose ids are below every vocabulary here."""
+    """Copy the shipped tokenizer, whose ids are below the vocabulary of every model here."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in TOKENIZER.iterdir():
         if file.name != "config.json":
@@ -42,7 +42,7 @@ def copy_tokenizer(folder: Path) -> None:
 
 
 def make_small(folder: Path, on_cpu: bool) -> Path:
-    """A small OPT with random weights; its heads are 64 wide on a GPU, as the large ones' are."""
+    """Save a small OPT with random weights; on a GPU its heads are 64 wide, like those of large models."""
     import torch
     from transformers import OPTForCausalLM
 
@@ -58,15 +58,15 @@ def make_small(folder: Path, on_cpu: bool) -> Path:
 
 
 def make_shape(folder: Path, name: str) -> Path:
-    """A model folder without weights: `watched_run.py --untrained` makes them on the device, where that is fast."""
+    """Save a model without weights: `watched_run.py --untrained` makes them on the device, where that is fast."""
     copy_tokenizer(folder)
     opt_config(name, architectures=["OPTForCausalLM"]).save_pretrained(folder)
-    (folder / "untrained.safetensors").touch()  # main.py wants a folder to have weights
+    (folder / "untrained.safetensors").touch()  # main.py refuses a folder without weights
     return folder
 
 
 def make_records(folder: Path) -> Path:
-    """The first of the shipped records, every third answer longer, as a data set of the repository's own kind."""
+    """Write the first of the shipped records, every third answer longer, as a `local/jsonfile` data set."""
     data = folder / "local" / "jsonfile"
     data.mkdir(parents=True)
     for name, count in (("train", TRAIN_RECORDS), ("eval", EVAL_RECORDS)):
@@ -78,7 +78,7 @@ def make_records(folder: Path) -> Path:
 
 
 def make_dialogues(folder: Path, count: int, longest: int = LONGEST) -> Path:
-    """Texts of the shipped records' words with lengths like those of dialogues: mean 160 tokens of at most 512."""
+    """Write texts of the shipped records' words, as long as dialogues are: 160 tokens on average, at most `longest`."""
     import numpy as np
     from transformers import AutoTokenizer
 
@@ -103,7 +103,7 @@ def make_dialogues(folder: Path, count: int, longest: int = LONGEST) -> Path:
 
 
 def read_dialogues(source: Path, folder: Path, count: int) -> Path:
-    """Rows of a parquet file, or of the first train*.parquet in a folder, with the columns prompt and chosen."""
+    """Write rows of a parquet file, or of the first train*.parquet in a folder, with the columns prompt and chosen."""
     from data_prep import write_records
 
     files = [source] if source.is_file() else sorted(source.rglob("train*.parquet"))

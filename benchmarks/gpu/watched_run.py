@@ -1,9 +1,9 @@
-"""Run main.py in this process; print its peak device memory beside the memory estimate for the same run.
+"""A run of main.py in this process, after which its peak device memory and its memory estimate are printed.
 
     python benchmarks/gpu/watched_run.py [--untrained] -- MAIN_ARGUMENTS
 
-`--untrained` makes the weights at random on the device, in bf16, instead of reading them: a model of 13b would take
-longer to write and read than to measure. What was seen is the last line, `WATCHED` and an object of JSON.
+`--untrained` makes random weights in bf16 on the device instead of reading them: writing and reading a model of 13b
+would take longer than the measurement. The last line is `WATCHED` and a JSON object.
 """
 
 import json
@@ -22,33 +22,37 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 import utils.model.model_utils  # noqa: E402
 from utils.dry_run.dry_run import largest_micro_batch  # noqa: E402
-from utils.dry_run.memory import foresee  # noqa: E402
+from utils.dry_run.memory import estimate_memory  # noqa: E402
+from utils.model.build import model_form  # noqa: E402
 
 
-def foresee_training(seen: dict[str, Any]) -> None:
-    """Let main.py's `train` first note the estimate of its own run."""
+def estimate_before_training(seen: dict[str, Any]) -> None:
+    """Make main.py's `train` note the estimate of the run in `seen` before it trains."""
     train = program.train
 
-    def noting(engine: Any, train_data: Any, eval_data: Any, tokenizer: Any, args: Any, device: Any, *rest: Any) -> Any:
+    def noting(engine: Any, data: Any, config: Any, run: Any, checkpointer: Any) -> None:
         try:
-            layout = largest_micro_batch(args, train_data, device.type == "cpu")
-            guess = foresee(args, engine.config, layout, 1, len(tokenizer)).estimate
-            seen.update(estimate=guess.peak, moments=guess.moments)
+            estimate = estimate_memory(
+                config.args.model_name_or_path, model_form(config.args), engine.config,
+                largest_micro_batch(config, data.train), len(checkpointer.tokenizer),
+                fused=config.layout != "max_length",
+            ).total  # fmt: skip
+            seen.update(estimate=estimate.peak, moments=estimate.moments)
         except Exception as err:  # a fault of the estimate must not end the run that is measured
             seen.update(estimate_error=f"{type(err).__name__}: {err}")
-        train(engine, train_data, eval_data, tokenizer, args, device, *rest)
+        train(engine, data, config, run, checkpointer)
         seen["finished"] = True
 
     program.train = noting
 
 
 def make_weights_on_device() -> None:
-    """Let main.py's `create_model` make its weights in bf16, on the device, at random."""
+    """Make main.py's `create_model` build random weights in bf16 on the device."""
     create = program.create_model
 
-    def untrained(args: Any, tokenizer: Any, ds_config: dict) -> torch.nn.Module:
+    def untrained(*args: Any) -> torch.nn.Module:
         with torch.device(get_accelerator().current_device_name()):
-            return create(args, tokenizer, ds_config, untrained=True)
+            return create(*args, untrained=True)
 
     program.create_model = untrained
     utils.model.model_utils._training_dtype = lambda ds_config: torch.bfloat16
@@ -57,7 +61,7 @@ def make_weights_on_device() -> None:
 def main() -> None:
     own, given = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
     seen: dict[str, Any] = {}
-    foresee_training(seen)
+    estimate_before_training(seen)
     if "--untrained" in own:
         make_weights_on_device()
     try:

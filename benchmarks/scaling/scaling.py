@@ -15,7 +15,6 @@ import json
 import os
 import sys
 import time
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,8 +130,7 @@ def run_steps(setting: dict[str, Any], collectives: Collectives, device: Any) ->
     config["zero_optimization"].update(setting.get("zero", {}))
     config["train_micro_batch_size_per_gpu"] = len(lengths)
     model = make_model(setting)
-    options = Namespace(learning_rate=1e-5, lora_learning_rate=1e-5, weight_decay=0.0, offload=False)
-    engine = initialize_engine(model, create_optimizer(model, options), config)
+    engine = initialize_engine(model, create_optimizer(model, 1e-5), config)
     choose_layout(engine.module, "free", VOCABULARY, device)
     engine.train()
     samples = [{"input_ids": torch.randint(4, VOCABULARY, (length,))} for length in lengths]
@@ -175,7 +173,7 @@ def work(settings: list[dict[str, Any]]) -> None:
     device = start_process_group(int(os.environ.get("LOCAL_RANK", 0)), 600)
     tiny = torch.nn.Linear(64, 64)  # what libraries load at first use is no part of training
     tiny(torch.randn(64, 64)).sum().backward()
-    create_optimizer(tiny, Namespace(learning_rate=1e-5, lora_learning_rate=1e-5, weight_decay=0.0, offload=False))
+    create_optimizer(tiny, 1e-5)
     start = process_memory("VmRSS")
     _reset_peak()
     results = [run_steps(settings[0], collectives, device)]

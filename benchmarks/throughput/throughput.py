@@ -51,7 +51,8 @@ from utils.model.tokenizer import load_hf_tokenizer  # noqa: E402
 from utils.module.attention import NAME as DOCUMENTS  # noqa: E402
 from utils.module.fused_loss import install_loss, summed_loss  # noqa: E402
 from utils.perf import ModelShape, flops_per_token, model_shape  # noqa: E402
-from utils.train.plan import cut_micro_batches  # noqa: E402
+from utils.run_config import BatchCut  # noqa: E402
+from utils.train.plan import cpu_micro_batch  # noqa: E402
 
 LAYOUTS = ("max_length", "longest", "free", "packed")
 WITHOUT_PADDING = ("free", "packed")
@@ -99,17 +100,14 @@ def layout_batches(
 ) -> Batches:
     """Of each turn the steps of `layout`, laid out, weighed and cut into micro batches as main.py does it."""
     collate = collate_for("free" if layout in WITHOUT_PADDING else layout, pad, args.max_seq_len)
-    run = Namespace(
-        per_device_train_batch_size=args.micro_batch, gradient_accumulation_steps=1, zero_stage=0, dry_run=None,
-        padding="free" if layout in WITHOUT_PADDING else layout, packing=layout == "packed",
-        max_seq_len=args.max_seq_len,
-    )  # fmt: skip
-    cut_micro_batches(run, {}, data)
-    parts = run.gradient_accumulation_steps
+    parts = 1
+    if on_cpu and layout in WITHOUT_PADDING:
+        tokens = args.max_seq_len if layout == "packed" else float(data.lengths().mean())
+        parts = args.micro_batch // cpu_micro_batch(args.micro_batch, tokens)
     steps = [[turn.rows] if layout == "packed" else turn.steps for turn in turns]
     return [
         [
-            list(train_batches(data, units, collate, -(-len(units.tokens) // parts), parts, 1, 0, on_cpu))
+            list(train_batches(data, units, collate, BatchCut(-(-len(units.tokens) // parts), parts, on_cpu=on_cpu)))
             for units in turn
         ]
         for turn in steps
@@ -147,8 +145,7 @@ def make_engine(args: Namespace) -> Any:
     config = get_train_ds_config(False, 0, args.dtype)
     config["train_micro_batch_size_per_gpu"] = config["train_batch_size"] = args.micro_batch
     model = make_model(args)
-    options = Namespace(learning_rate=1e-5, lora_learning_rate=1e-5, weight_decay=0.0, offload=False)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=create_optimizer(model, options), config=config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=create_optimizer(model, 1e-5), config=config)
     engine.train()
     keep_freed_memory()
     return engine

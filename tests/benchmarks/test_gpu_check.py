@@ -1,4 +1,4 @@
-"""The check of a GPU, as far as a machine without one can tell: one real check, and how results are judged."""
+"""The GPU check, as far as it can be tested without a GPU: one check is run, and results are judged."""
 
 import json
 import time
@@ -13,13 +13,13 @@ from benchmarks.gpu.plan import all_checks
 from benchmarks.gpu.processes import OUT_OF_MEMORY, REFUSED, RIGHT, WRONG, Finished, run_process
 from benchmarks.gpu.random_models import opt_config
 from utils.perf import Throughput, throughput_line
-from utils.train.nonfinite_steps import BadSteps
+from utils.train.nonfinite_steps import NonfiniteSteps
 
 GPU = "NVIDIA H100 80GB HBM3"
 
 
 def context(tmp_path, *outputs: str) -> gpu_checks.Context:
-    """A context whose runs of main.py print `outputs` one after the other."""
+    """Return a context whose runs of main.py print `outputs` one after the other."""
     made = gpu_checks.Context("cuda", tmp_path, 10, None, {})
     waiting = list(outputs)
     made.run = lambda *flags, **options: Finished(0, waiting.pop(0), 1.0)
@@ -63,7 +63,7 @@ def test_how_a_run_that_failed_is_judged(status, output, verdict, words):
     seen = json.dumps({"estimate": 2e9, "allocated": 1e9, "reserved": 3e9})
     failure = Finished(status, f"{output}\nWATCHED {seen}\n", 7.0).failure()
     assert (failure.verdict, failure.words) == (verdict, words)
-    assert failure.figures == {"foreseen GB": 2.0, "peak GB": 1.0, "reserved GB": 3.0}
+    assert failure.figures == {"estimated GB": 2.0, "peak GB": 1.0, "reserved GB": 3.0}
 
 
 def test_a_process_is_stopped_with_its_children_at_the_limit(tmp_path):
@@ -80,13 +80,13 @@ def test_a_process_is_stopped_with_its_children_at_the_limit(tmp_path):
         if not state.exists() or "zombie" in state.read_text():
             return
         time.sleep(0.1)
-    pytest.fail(f"the child of a stopped process goes on: {state.read_text()}")
+    pytest.fail(f"the child of a stopped process still runs: {state.read_text()}")
 
 
 def overflowing_run(rises: bool, counted: bool, capsys) -> str:
-    """What main.py prints while a loss scale falls from 2^32 to where gradients fit, by its own `BadSteps`."""
+    """Return what main.py's `NonfiniteSteps` prints while a loss scale falls from 2^32 until gradients fit."""
     optimizer = SimpleNamespace(loss_scale=2.0**32)
-    steps = BadSteps(SimpleNamespace(fp16_enabled=lambda: True, optimizer=optimizer), limit=1)
+    steps = NonfiniteSteps(SimpleNamespace(fp16_enabled=lambda: True, optimizer=optimizer), limit=1)
     good = 0
     for step in range(1, 60):
         print(f"Epoch: 1, Step: {step}, loss = {8 - step / 60}")
@@ -95,7 +95,7 @@ def overflowing_run(rises: bool, counted: bool, capsys) -> str:
             steps.check(step, 5.0, [1], None)
             good = 0
         else:
-            steps.good()
+            steps.step_taken()
             good += 1
             optimizer.loss_scale *= 2 if rises and good % 3 == 0 else 1
     printed = capsys.readouterr().out
@@ -109,26 +109,27 @@ def overflowing_run(rises: bool, counted: bool, capsys) -> str:
 def test_how_loss_scaling_is_judged(rises, counted, fault, tmp_path, capsys):
     outcome = gpu_checks.overflow(context(tmp_path, overflowing_run(rises, counted, capsys)))
     assert (outcome.verdict, outcome.words) == (WRONG if fault else RIGHT, fault)
-    assert outcome.figures["lowest scale"] == pytest.approx(2**20, rel=1e-5)  # as it is printed
+    assert outcome.figures["lowest scale"] == pytest.approx(2**20, rel=1e-5)  # as rounded when printed
 
 
 def speed_run(estimate: float) -> str:
-    """The end of a run as main.py prints it on a GPU."""
+    """Return the end of a run as main.py prints it on a GPU."""
+    figures = "loss 8.0000, learning rate 1.00e-05, gradient norm 1.5, padding 12.5%, memory 9.00 GB, 00:01 left."
+    rates = Throughput(100.0, 1.0, 1.0, 0.01), Throughput(43210.0, 270.0, 400.0, 0.404)
     lines = [
-        throughput_line(Throughput(100.0, 1.0, 1.0, 0.01), 1, GPU),
-        "Step 15/15, epoch 1/1: loss 8.0000, learning rate 1.00e-05, gradient norm 1.5, padding 12.5%, memory 9.00 GB",
-        throughput_line(Throughput(43210.0, 270.0, 400.0, 0.404), 1, GPU),
+        f"Step {step}/15, epoch 1/1: {figures} {throughput_line(rate, 1, GPU)}"
+        for step, rate in zip((10, 15), rates, strict=True)
     ]
     seen = {"estimate": estimate, "allocated": 40e9, "reserved": 44e9, "finished": True}
     return "\n".join([*lines, "WATCHED " + json.dumps(seen)])
 
 
-def test_speed_is_the_last_throughput_line_and_the_memory_foreseen_beside_it(tmp_path):
+def test_speed_is_the_last_throughput_line_and_memory_comes_with_its_estimate(tmp_path):
     outcome = gpu_checks.speed(context(tmp_path, speed_run(42e9)), "1.3b", 16)
     assert outcome.verdict == RIGHT
     assert outcome.figures == {
         "tokens/s": 43210, "TFLOP/s": "400", "of peak": "40.4%", "tokens a sample": 160, "padding": "12.5%",
-        "foreseen GB": 42.0, "peak GB": 40.0, "reserved GB": 44.0, "estimate off by": "+5.0%",
+        "estimated GB": 42.0, "peak GB": 40.0, "reserved GB": 44.0, "estimate off by": "+5.0%",
     }  # fmt: skip
     assert gpu_checks.memory(context(tmp_path, speed_run(45e9)), "1.3b", 8).verdict == RIGHT
     assert gpu_checks.memory(context(tmp_path, speed_run(47e9)), "1.3b", 8).verdict == WRONG

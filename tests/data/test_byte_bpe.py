@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from utils.data.data_utils import create_prompt_dataset
+from tests.data.prepared_data import SEED, prepare
+from utils.data.formats.custom import OwnOptions
+from utils.data.prepare import Preparation
 from utils.data.streaming import create_prompt_stream
 from utils.data.tokenization import byte_bpe
 from utils.data.tokenization.byte_bpe import ROWS_WORTH_IT, ByteBpe, quick_tokenizer, unknown_character
+from utils.data.tokenization.tokenize_rows import SampleForm
 from utils.model.tokenizer import load_hf_tokenizer
 
 DEMO = ROOT / "demo" / "tiny_opt"
@@ -32,7 +35,7 @@ def from_rules(rules: dict) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(rules)), eos_token="</s>")
 
 
-def with_words_cut_by(pattern: str, nfc: bool = False) -> PreTrainedTokenizerFast:
+def with_words_split_by(pattern: str, nfc: bool = False) -> PreTrainedTokenizerFast:
     """The demo's vocabulary with another expression."""
     tokenizer = Tokenizer.from_str(json.dumps(demo_rules()))
     cut = pre_tokenizers.Split(Regex(pattern), "isolated")
@@ -44,7 +47,7 @@ def with_words_cut_by(pattern: str, nfc: bool = False) -> PreTrainedTokenizerFas
 
 TOKENIZERS = {
     "demo": lambda: load_hf_tokenizer(str(DEMO)),
-    "qwen's words": lambda: with_words_cut_by(QWEN, nfc=True),
+    "qwen's words": lambda: with_words_split_by(QWEN, nfc=True),
     "opt": lambda: load_hf_tokenizer(str(SHARED / "tokenizers" / "opt-350m")),
     "gpt2": lambda: PreTrainedTokenizerFast(tokenizer_file=str(SHARED / "tokenizers" / "gpt2" / "tokenizer.json")),
     "neox": lambda: PreTrainedTokenizerFast(
@@ -60,7 +63,7 @@ TOKENIZERS = {
     ],
 )
 def pair(request):
-    """A tokenizer and its stand-in."""
+    """A tokenizer and its `ByteBpe`."""
     tokenizer = TOKENIZERS[request.param]()
     quick = quick_tokenizer(tokenizer, ROWS_WORTH_IT)
     assert isinstance(quick, ByteBpe)
@@ -160,8 +163,8 @@ OTHERS = {
     "dropout": lambda: changed(dropout=0.1),
     "whole words first": lambda: changed(ignore_merges=True),
     "a space first": with_prefix_space,
-    "words that leave characters over": lambda: with_words_cut_by(BLOOM),
-    "words that leave one character over": lambda: with_words_cut_by("[^\u0e2a]+"),
+    "words that leave characters over": lambda: with_words_split_by(BLOOM),
+    "words that leave one character over": lambda: with_words_split_by("[^\u0e2a]+"),
     "a token made in two ways": lambda: small([("b", "c"), ("a", "b"), ("a", "bc"), ("ab", "c")]),
     "a token that is never made": lambda: small([("b", "c"), ("a", "b"), ("ab", "c")]),
     "sentencepiece's kind": lambda: AutoTokenizer.from_pretrained(SHARED / "stories260K"),
@@ -186,7 +189,7 @@ def test_a_token_that_is_never_made_would_be_made_by_tiktoken():
     assert isinstance(quick_tokenizer(small([("a", "b"), ("b", "c"), ("ab", "c")]), ROWS_WORTH_IT), ByteBpe)
 
 
-def test_few_rows_are_not_worth_a_stand_in():
+def test_few_rows_are_not_worth_it():
     tokenizer = TOKENIZERS["demo"]()
     assert quick_tokenizer(tokenizer, ROWS_WORTH_IT - 1) is tokenizer
 
@@ -221,11 +224,9 @@ def data(tmp_path) -> Path:
 @pytest.mark.parametrize("phase", [1, 2, 3])
 def test_data_sets_are_the_same(data, tmp_path, monkeypatch, capsys, phase, workers):
     def build(folder: str) -> list:
-        train, evaluation = create_prompt_dataset(
-            0, [str(data)], "4,3,3", str(tmp_path / folder), phase, 1234, load_hf_tokenizer(str(DEMO)), 48, "</s>",
-            num_proc=workers,
-        )  # fmt: skip
-        return [part.table.with_format(None)[:] for part in (train, evaluation)]
+        tokenizer = load_hf_tokenizer(str(DEMO))
+        parts = prepare([data], tmp_path / folder, tokenizer, 48, "4,3,3", phase, num_proc=workers)
+        return [part.table.with_format(None)[:] for part in parts]
 
     expected = build("plain")
     monkeypatch.setattr(byte_bpe, "ROWS_WORTH_IT", 1)
@@ -234,7 +235,7 @@ def test_data_sets_are_the_same(data, tmp_path, monkeypatch, capsys, phase, work
     monkeypatch.setattr(ByteBpe, "__call__", _counting(ByteBpe.__call__, taken))
     assert build("quick") == expected
     assert workers or sum(taken) > 10
-    assert " rows tokenised by tiktoken, with this tokenizer's ids" in capsys.readouterr().out
+    assert " rows tokenized by tiktoken, with this tokenizer's ids" in capsys.readouterr().out
 
 
 def _counting(call, taken: list[int]):
@@ -247,9 +248,9 @@ def _counting(call, taken: list[int]):
 
 def test_streams_are_the_same(data, tmp_path, monkeypatch):
     def window() -> list:
-        stream, _ = create_prompt_stream(
-            0, [str(data)], str(tmp_path / "unused"), 1234, load_hf_tokenizer(str(DEMO)), 48, "</s>", 20
-        )
+        sample = SampleForm(load_hf_tokenizer(str(DEMO)), "</s>", 48)
+        preparation = Preparation(0, str(tmp_path / "unused"), 1, SEED)
+        stream, _ = create_prompt_stream([str(data)], sample, OwnOptions(), preparation, 20)
         return [stream[place]["input_ids"].tolist() for place in range(len(stream))]
 
     expected = window()

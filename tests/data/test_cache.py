@@ -1,4 +1,4 @@
-"""The cache of tokenised data: hit or rebuilt for a reason, one builder at a time, whole or absent."""
+"""The cache of tokenized data: hit or rebuilt for a reason, one builder at a time, whole or absent."""
 
 import json
 import os
@@ -143,7 +143,7 @@ DAMAGES = {
     "report of an older version": lambda folder: (folder / "report.json").write_text(
         (folder / "report.json").read_text().replace("[", "").replace("]", "")
     ),
-    "cut arrow": lambda folder: _truncate(next((folder / "train").glob("*.arrow"))),
+    "truncated arrow": lambda folder: _truncate(next((folder / "train").glob("*.arrow"))),
     "missing arrow": lambda folder: next((folder / "eval").glob("*.arrow")).unlink(),
     "missing state": lambda folder: (folder / "train" / "state.json").unlink(),
     "garbage report": lambda folder: (folder / "report.json").write_bytes(b"\x00\xffgarbage"),
@@ -163,7 +163,7 @@ def test_a_damaged_cache_is_rebuilt(build, damage):
     assert build()[:2] == (first, "hit")
 
 
-def test_a_cut_copy_of_the_rows_is_rebuilt(build, tmp_path):
+def test_a_truncated_copy_of_the_rows_is_rebuilt(build, tmp_path):
     """The rows themselves, kept as Arrow below the cache folder, lost their end."""
     first, _, folder = build()
     for file in (tmp_path / "cache" / "arrow").glob("*.arrow"):
@@ -189,18 +189,18 @@ def test_read_only_source(build, source):
 
 def builder(argv: list[str]) -> None:
     """Build or open the cache `argv` names: source, cache, and how ("slow", "killed")."""
-    import utils.data.data_utils as data_utils
+    from utils.data.tokenization import tokenize_rows
 
     source, cache, how = argv
-    tokenise = data_utils.tokenise
+    tokenize = tokenize_rows.tokenize
 
     def changed(*args, **kwargs):
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.5)  # long enough for the others to come to the lock
-        return tokenise(*args, **kwargs)
+        return tokenize(*args, **kwargs)
 
-    data_utils.tokenise = changed
+    tokenize_rows.tokenize = changed
     train, _ = create_prompt_dataset(0, [source], "2,4,4", cache, 1, 1234, load_hf_tokenizer(DEMO), 64, "</s>")
     print("IDS", [train[i]["input_ids"].tolist() for i in range(len(train))])
 
@@ -227,22 +227,22 @@ SLOW_SECONDS = 10
 
 
 def slow_main(argv: list[str]) -> None:
-    """main.py that takes `SLOW_SECONDS` to tokenise."""
+    """Run main.py so that it takes `SLOW_SECONDS` to tokenize."""
     import main
-    import utils.data.data_utils as data_utils
+    from utils.data.tokenization import tokenize_rows
 
-    tokenise = data_utils.tokenise
+    tokenize = tokenize_rows.tokenize
 
     def slow(*args, **kwargs):
         time.sleep(SLOW_SECONDS / 2)  # once for the training rows, once for the evaluation rows
-        return tokenise(*args, **kwargs)
+        return tokenize(*args, **kwargs)
 
-    data_utils.tokenise = slow
+    tokenize_rows.tokenize = slow
     main.run(argv)
 
 
 def test_a_slow_build_does_not_run_into_the_time_out(tiny_opt, json_data, tmp_path):
-    """Two ranks; one tokenises for longer than `--ddp_timeout` while the other waits, and the run goes through."""
+    """Two ranks; one tokenizes for longer than `--ddp_timeout` while the other waits, and the run goes through."""
     started = time.monotonic()
     printed = finished_run(
         [
@@ -262,16 +262,14 @@ def test_a_slow_build_does_not_run_into_the_time_out(tiny_opt, json_data, tmp_pa
 MEASURE = """
 import re, sys
 from pathlib import Path
-from utils.data.data_utils import create_prompt_dataset
-from utils.utils import load_hf_tokenizer
+from tests.data.prepared_data import prepare
+from utils.model.tokenizer import load_hf_tokenizer
 import main  # all that a run imports
 def kilobytes(name):
     return int(re.search(rf"{name}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 Path("/proc/self/clear_refs").write_text("5")  # a new peak: that of the imports would hide what comes
 before = kilobytes("VmRSS")
-train, _ = create_prompt_dataset(
-    0, [sys.argv[1]], "10,0,0", sys.argv[2], 1, 1234, load_hf_tokenizer(sys.argv[3]), 64, "</s>", num_proc=1
-)
+train, _ = prepare([sys.argv[1]], sys.argv[2], load_hf_tokenizer(sys.argv[3]), 64, num_proc=1)
 count = sum(len(train[i]["input_ids"]) > 1 for i in range(0, len(train), 100))
 assert count == len(range(0, len(train), 100)) and len(train.lengths()) == len(train)
 print("PEAK", len(train), kilobytes("VmHWM") - before)
@@ -279,7 +277,7 @@ print("PEAK", len(train), kilobytes("VmHWM") - before)
 
 
 def test_memory_stays_flat(tmp_path):
-    """Ten times the rows are read, tokenised and opened in about the same memory: nothing holds the set."""
+    """Ten times the rows are read, tokenized and opened in about the same memory: nothing holds the set."""
     growth = {}
     for rows in (10_000, 100_000):
         source = tmp_path / str(rows) / "Dahoas" / "rm-static"

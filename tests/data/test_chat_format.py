@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from utils.data.data_utils import create_prompt_dataset
+from tests.data.prepared_data import prepare
 from utils.data.formats.chat_template import assistant_spans, render, resolve_chat_format
 from utils.errors import UserError
 
@@ -55,9 +55,7 @@ def build(folder, tokenizer, rows, max_seq_len=192, **changes):
     for name in ("train", "eval"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     settings = {"completion_only": True, **changes}
-    return create_prompt_dataset(
-        0, [str(folder)], "10,0,0", f"{folder}_cache", 1, 1, tokenizer, max_seq_len, "</s>", **settings
-    )[0]
+    return prepare([folder], f"{folder}_cache", tokenizer, max_seq_len, **settings)[0]
 
 
 def labelled(item: dict, tokenizer) -> list[str]:
@@ -95,7 +93,7 @@ def test_a_marked_template_gives_the_mask_of_transformers(tmp_path):
     assert train.label_counts().tolist() == [sum(wanted["assistant_masks"])]
 
 
-def test_label_counts_of_several_spans_and_cut_samples(tmp_path):
+def test_label_counts_of_several_spans_and_truncated_samples(tmp_path):
     tokenizer = tokenizer_with(INST)
     rows = [TALK, TALK[:2], [TALK[0], {"role": "assistant", "content": "word " * 100}], TALK * 3]
     train = build(tmp_path / "d", tokenizer, rows, max_seq_len=96)
@@ -104,10 +102,10 @@ def test_label_counts_of_several_spans_and_cut_samples(tmp_path):
     assert train.lengths().max() == 96
 
 
-def test_an_answer_beyond_max_seq_len_is_left_out(tmp_path, capsys):
+def test_an_answer_beyond_max_seq_len_is_dropped(tmp_path, capsys):
     rows = [TALK, [{"role": "user", "content": "word " * 200}, TALK[1]]]
     assert len(build(tmp_path / "d", tokenizer_with(INST), rows)) == 1
-    assert "1 left out (no text, or nothing to label)" in capsys.readouterr().out
+    assert "1 dropped (no text, or nothing to label)" in capsys.readouterr().out
 
 
 def test_human_assistant_labels_every_turn(tmp_path):
@@ -157,9 +155,7 @@ def test_a_row_refused_late_is_named_with_its_file(tmp_path, processes):
         file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     tokenizer = tokenizer_with(INST)
     with pytest.raises(UserError, match=r"train-00001-of-00002\.jsonl, record 5: .*only user and assistant"):
-        create_prompt_dataset(
-            0, [str(tmp_path / "d")], "10,0,0", str(tmp_path / "cache"), 1, 1, tokenizer, 96, "</s>", num_proc=processes
-        )
+        prepare([tmp_path / "d"], tmp_path / "cache", tokenizer, 96, num_proc=processes)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from conftest import ROOT
 from transformers import AutoTokenizer
 
+from tests.data.prepared_data import prepare
 from utils.data.batching.collate import collate_free, collate_padded
-from utils.data.data_utils import create_prompt_dataset
 
 
 def build(folder, records, max_seq_len=64, completion_only=True):
@@ -17,10 +17,7 @@ def build(folder, records, max_seq_len=64, completion_only=True):
     for name in ("train", "eval"):
         (data / f"{name}.json").write_text(json.dumps(records))
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "tiny_opt")
-    train, _ = create_prompt_dataset(
-        0, [str(data)], "10,0,0", str(folder / "cache"), 1, 1, tokenizer, max_seq_len, "</s>",
-        completion_only=completion_only,
-    )  # fmt: skip
+    train, _ = prepare([data], folder / "cache", tokenizer, max_seq_len, completion_only=completion_only)
     return tokenizer, train
 
 
@@ -63,7 +60,7 @@ def test_a_prompt_longer_than_max_seq_len_leaves_no_label_and_is_counted(tmp_pat
     records = [*RECORDS, {"prompt": "Human: " + "very " * 100 + "long? Assistant:", "chosen": "No."}]
     _, only = build(tmp_path, records)
     assert len(only) == 3
-    assert "1 left out (no text, or nothing to label)" in capsys.readouterr().out
+    assert "1 dropped (no text, or nothing to label)" in capsys.readouterr().out
     assert (only.label_counts() > 0).all()
 
 
@@ -74,8 +71,6 @@ def test_an_empty_evaluation_part_has_the_same_columns(tmp_path):
     (data / "train.json").write_text(json.dumps(RECORDS))
     (data / "eval.json").write_text(json.dumps(RECORDS[:1]))
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "tiny_opt")
-    train, evaluation = create_prompt_dataset(
-        0, [str(data)], "4,6,0", str(tmp_path / "cache"), 1, 1, tokenizer, 64, "</s>", completion_only=True
-    )
+    train, evaluation = prepare([data], tmp_path / "cache", tokenizer, 64, "4,6,0", completion_only=True)
     assert len(evaluation) == 0 and len(evaluation.label_counts()) == 0
     assert evaluation.table.column_names == train.table.column_names

@@ -12,9 +12,11 @@ import torch
 from conftest import ROOT, SHARED, needs_shared, write_json_data
 from transformers import AutoTokenizer
 
+from tests.data.prepared_data import prepare
 from utils.data.batching.collate import collate_padded
-from utils.data.data_utils import create_prompt_dataset, end_token_id
+from utils.data.data_utils import create_prompt_dataset
 from utils.data.splits import get_shuffle_idx, split_boundaries
+from utils.data.tokenization.tokenize_rows import SampleForm
 from utils.errors import UserError
 from utils.model.tokenizer import load_hf_tokenizer
 
@@ -38,7 +40,7 @@ def texts(row: dict) -> tuple[str, str, str]:
 
 @pytest.fixture(scope="module")
 def plain():
-    """The shipped tokenizer read by plain transformers: the independent tokenisation."""
+    """The shipped tokenizer read by plain transformers: the independent tokenization."""
     return AutoTokenizer.from_pretrained(ROOT / "demo" / "tiny_opt")
 
 
@@ -196,7 +198,7 @@ def test_every_family_ends_with_its_own_token(build, tmp_path, source, config, a
     data = write_json_data(tmp_path, [row], [row])
     train, _ = build(data, tokenizer=own, end_of_conversation_token=asked or "<|endoftext|>")
     assert ids_of(train) == [ids]
-    assert ids[-1] == own.eos_token_id == end_token_id(own, own.eos_token)
+    assert ids[-1] == own.eos_token_id == SampleForm(own, own.eos_token, LONG).end_id
 
 
 def test_pad_is_eos_and_the_end_is_still_learned(build, tmp_path):
@@ -215,10 +217,10 @@ def test_pad_is_eos_and_the_end_is_still_learned(build, tmp_path):
     assert batch["targets"].tolist().count(2) == 2
 
 
-# ------------------------------------------------------------------------------- cut, left out, empty
+# ------------------------------------------------------------------------------- truncated, dropped, empty
 
 
-def test_cut_samples_are_counted_and_said(build, plain, tmp_path, capsys):
+def test_truncated_samples_are_counted_and_said(build, plain, tmp_path, capsys):
     rows = [record(i) for i in range(6)] + [record(i, words=40) for i in range(6, 8)]
     train, _ = build(write_json_data(tmp_path, rows, rows[:3]))
     lengths = train.lengths().tolist()
@@ -227,10 +229,10 @@ def test_cut_samples_are_counted_and_said(build, plain, tmp_path, capsys):
     assert [ids[-1] == 2 for ids in ids_of(train)] == [length <= LONG for length in whole]
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Data train"))
     assert f"8 samples, {sum(lengths)} tokens" in line
-    assert "2 cut at max_seq_len 64, so 25.0% lost their end token" in line
+    assert "2 truncated at max_seq_len 64, so 25.0% lost their end token" in line
 
 
-def test_records_without_text_or_label_are_left_out(build, tmp_path, capsys):
+def test_records_without_text_or_label_are_dropped(build, tmp_path, capsys):
     folder = tmp_path / "pvduy" / "sharegpt_alpaca_oa_vicuna_format"
     rows = [{"prompt": f"USER: {i} ASSISTANT:", "label": f"answer {i}"} for i in range(8)]
     rows[2]["label"] = rows[5]["label"] = None
@@ -239,7 +241,7 @@ def test_records_without_text_or_label_are_left_out(build, tmp_path, capsys):
         datasets.Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
     train, _ = build(folder)
     assert len(train) == 5
-    assert "5 samples" in (out := capsys.readouterr().out) and "3 left out" in out
+    assert "5 samples" in (out := capsys.readouterr().out) and "3 dropped" in out
 
 
 def test_no_sample_at_all_is_said(build, tmp_path):
@@ -294,10 +296,10 @@ def test_real_dialogues(build, plain):
     assert ids_of(train) == wanted
 
 
-def test_small_and_large_builds_agree(build, tmp_path):
+def test_small_and_large_builds_agree(tokenizer, tmp_path):
     """Several processes give the same rows as one."""
     rows = [record(i) for i in range(200)]
     data = write_json_data(tmp_path, rows, rows[:5])
-    one = build(data, num_proc=1)[0]
-    two = build(data, num_proc=2, reload=True)[0]
+    one = prepare([data], tmp_path / "cache", tokenizer, LONG, num_proc=1)[0]
+    two = prepare([data], tmp_path / "cache", tokenizer, LONG, num_proc=2, rebuild=True)[0]
     assert np.array_equal(one.lengths(), two.lengths()) and ids_of(one) == ids_of(two)

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, write_json_data
 from transformers import AutoTokenizer
 
+from tests.data.prepared_data import SEED, prepare
 from utils.data.data_utils import create_prompt_dataset, get_raw_dataset
 from utils.data.formats.chat_template import ChatFormat
 from utils.data.formats.custom import OwnFormatDataset, OwnOptions, parse_columns
@@ -20,7 +21,6 @@ from utils.data.splits import get_shuffle_idx, split_boundaries
 from utils.errors import UserError
 from utils.model.tokenizer import load_hf_tokenizer
 
-SEED = 1234
 DEMO = str(ROOT / "demo" / "tiny_opt")
 
 
@@ -69,12 +69,8 @@ def build(tmp_path, tokenizer, capsys):
     plain = AutoTokenizer.from_pretrained(DEMO)
 
     def build_it(*paths, **changes):
-        settings = {
-            "data_split": "10,0,0", "output_path": str(tmp_path / "cache"), "train_phase": 1, "seed": SEED,
-            "tokenizer": tokenizer, "max_seq_len": 128, "end_of_conversation_token": "</s>",
-        }  # fmt: skip
         capsys.readouterr()
-        both = create_prompt_dataset(0, [str(path) for path in paths], **{**settings, **changes})
+        both = prepare(paths, tmp_path / "cache", tokenizer, 128, **changes)
         texts = []
         for data in both:
             samples = [data[i]["input_ids"].tolist() for i in range(len(data))]
@@ -283,12 +279,12 @@ def test_a_folder_that_does_not_say_what_to_train_on(tmp_path):
             open_own(folder, tmp_path)
 
 
-def test_blank_prompts_and_answers_are_left_out_and_counted(build, tmp_path):
+def test_blank_prompts_and_answers_are_dropped_and_counted(build, tmp_path):
     rows = [*pairs(4), {"prompt": "p", "response": " \n"}, {"prompt": "", "response": "r"}]
     write(tmp_path / "eval.csv", rows[:2])
     train, _, printed = build(write(tmp_path / "train.csv", rows))
     assert len(train) == 4
-    assert "Data train: 4 samples" in printed and "2 left out (no text, or nothing to label)" in printed
+    assert "Data train: 4 samples" in printed and "2 dropped (no text, or nothing to label)" in printed
 
 
 # ---------------------------------------------------------------------------------------------- weights

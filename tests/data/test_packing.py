@@ -64,7 +64,7 @@ def test_epochs_make_other_rows_the_same_seed_makes_the_same():
 
 @pytest.mark.parametrize("row_length", [None, 64])
 @pytest.mark.parametrize(("micro", "accumulation", "ranks"), [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2)])
-def test_however_a_step_is_cut_up_it_holds_the_same_samples(row_length, micro, accumulation, ranks):
+def test_however_a_step_is_cut_it_holds_the_same_samples(row_length, micro, accumulation, ranks):
     units = epoch_units(SIZES, SIZES - 1, 7, 3, row_length)
     plans = [list(plan_micro_batches(units, micro, accumulation, ranks, rank)) for rank in range(ranks)]
     assert {len(plan) for plan in plans} == {micro_batches_per_epoch(len(units.tokens), micro, accumulation, ranks)}
@@ -84,6 +84,6 @@ def test_however_a_step_is_cut_up_it_holds_the_same_samples(row_length, micro, a
         assert sorted(step_members(units, step * 8, units_of_step)) == sorted(expected)
         rest = remaining_units(units, step * 8)
         assert step_sizes(rest, 8)[0] == size and len(rest.members) == len(members) - step * 8
-    # All ranks agree when the optimizer steps, and a stand-in never counts.
+    # All ranks agree when the optimizer steps, and a dummy batch never counts.
     assert len({tuple(batch.is_last for batch in plan) for plan in plans}) == 1
     assert sum(batch.is_last for batch in plans[0]) == len(sizes)

@@ -14,10 +14,13 @@ from transformers import AutoTokenizer
 from utils.data import streaming as stream
 from utils.data.data_utils import get_raw_dataset
 from utils.data.formats import base as raw_base
+from utils.data.formats.custom import own_options
+from utils.data.prepare import Preparation
 from utils.data.prompt_dataset import PromptDataset
 from utils.data.raw_datasets import RAW_DATASETS
 from utils.data.reading import hub
 from utils.data.splits import get_shuffle_idx
+from utils.data.tokenization.tokenize_rows import SampleForm
 from utils.errors import UserError
 
 SEED = 1234
@@ -53,8 +56,9 @@ def shards(tmp_path_factory):
 
 def open_stream(paths, tokenizer, size=WINDOW, **options):
     paths = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
-    end = tokenizer.eos_token
-    return stream.create_prompt_stream(1, paths, "unused", SEED, tokenizer, 64, end, size, **options)
+    sample = SampleForm(tokenizer, tokenizer.eos_token, 64, options.pop("completion_only", False))
+    own, preparation = own_options(tokenizer, sample.end_id), Preparation(1, "unused", 1, SEED)
+    return stream.create_prompt_stream(paths, sample, own, preparation, size, **options)
 
 
 def texts(data: PromptDataset, tokenizer) -> list[str]:
@@ -204,7 +208,7 @@ def test_hub_rows_are_checked_as_they_come(stub_hub, tokenizer):
     for split, part in (("train", rows), ("test", rows[:5])):
         datasets.Dataset.from_list(part).to_parquet(stub_hub / f"{split}.parquet")
     data, _ = open_stream("Dahoas/rm-static", tokenizer, 20)
-    assert len(data) == 20  # nulls are left out in this set
+    assert len(data) == 20  # nulls are dropped in this set
     assert [len(found) for _, found in windows(data, tokenizer, 3)] == [20, 20, 9]
     datasets.Dataset.from_list([{"question": "q"}]).to_parquet(stub_hub / "train.parquet")
     with pytest.raises(UserError, match='Dahoas/rm-static, split "train", record 1: has no "prompt"'):

@@ -9,7 +9,7 @@ import torch
 
 from utils.distributed.failures import as_user_error
 from utils.errors import UserError
-from utils.train.nonfinite_steps import BadSteps
+from utils.train.nonfinite_steps import NonfiniteSteps
 from utils.train.stop_request import SIGNALS, StopRequest
 
 
@@ -35,12 +35,12 @@ def test_other_failures_keep_their_traceback():
 
 @pytest.fixture
 def fp16_engine():
-    """As much of an engine as BadSteps looks at; no CPU trains in fp16."""
+    """As much of an engine as NonfiniteSteps looks at; no CPU trains in fp16."""
     return SimpleNamespace(fp16_enabled=lambda: True, optimizer=SimpleNamespace(loss_scale=32768.0))
 
 
 def test_overflows_of_fp16_are_counted_and_no_error(fp16_engine, capsys):
-    steps = BadSteps(fp16_engine, limit=1)
+    steps = NonfiniteSteps(fp16_engine, limit=1)
     for step in range(1, 13):
         steps.check(step, 3.5, [1, 2], None)
         fp16_engine.optimizer.loss_scale /= 2
@@ -51,10 +51,10 @@ def test_overflows_of_fp16_are_counted_and_no_error(fp16_engine, capsys):
 
 def test_overflows_at_the_lowest_loss_scale_end_the_run(fp16_engine):
     """Without ZeRO DeepSpeed keeps the scale at its minimum and would skip every step to the end."""
-    steps = BadSteps(fp16_engine, limit=2)
+    steps = NonfiniteSteps(fp16_engine, limit=2)
     for step in (1, 3):
         steps.check(step, 3.5, [1, 2], None)
-        steps.good()  # the scale may be the same after a good step
+        steps.step_taken()  # the scale may be the same after a good step
     assert steps.overflows == 2
     steps.check(5, 3.5, [1, 2], None)
     steps.check(6, 3.5, [1, 2], None)
@@ -63,10 +63,10 @@ def test_overflows_at_the_lowest_loss_scale_end_the_run(fp16_engine):
 
 
 def test_a_loss_that_is_not_finite_is_one_in_fp16_too(fp16_engine, capsys):
-    steps = BadSteps(fp16_engine, limit=2)
+    steps = NonfiniteSteps(fp16_engine, limit=2)
     steps.check(1, float("nan"), list(range(40)), "out/checkpoints/step-000001")
     assert "Step 1 skipped: its loss is nan" in capsys.readouterr().out
-    steps.good()
+    steps.step_taken()
     steps.check(3, float("inf"), list(range(40)), "out/checkpoints/step-000001")
     assert "14, 15 and 24 more" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"2 steps in a row, the last step 4.*step-000001.*--max_bad_steps"):

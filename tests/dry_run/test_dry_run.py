@@ -1,4 +1,4 @@
-"""`--dry_run`: the plan it prints, for this machine and for GPUs that are not here."""
+"""`--dry_run`: the plan it prints, for this machine and for other GPUs."""
 
 import os
 import re
@@ -32,6 +32,9 @@ def test_plan_of_this_machine(run_inside, run_arguments, tmp_path):
     status, out, err = run_inside([*run_arguments, "--per_device_train_batch_size", "8", *further])
     assert status == 0, err
     assert '"max_seq_len": 64' in out and '"train_micro_batch_size_per_gpu": 8' in out
+    order = ["Training data: ", "Plan: ", "Memory per device: ", "Time: ", "Arguments: {", "DeepSpeed configuration: {"]
+    places = [re.search(rf"^{re.escape(begin)}", out, re.MULTILINE).start() for begin in order]
+    assert places == sorted(places), "what a person wants comes first"
     samples, tokens = map(int, re.search(r"Training data: (\d+) samples, (\d+) tokens", out).groups())
     assert samples == 77
     bars = re.findall(r"^ +\d+ to \d+ +#* (\d+)$", out, re.MULTILINE)
@@ -56,7 +59,7 @@ def test_every_token_but_the_first_is_a_label_without_completion_only(run_inside
     assert re.search(r"Time: about .* tokens/s", out)
 
 
-def test_plan_for_gpus_that_are_not_here(run_inside, run_arguments, without_weights):
+def test_plan_for_other_gpus(run_inside, run_arguments, without_weights):
     arguments = replaced(run_arguments, model_name_or_path=without_weights, dtype="auto")
     status, out, err = run_inside([*arguments, "--zero_stage", "2", "--dry_run", "4x16"])
     assert status == 0, err
@@ -65,7 +68,7 @@ def test_plan_for_gpus_that_are_not_here(run_inside, run_arguments, without_weig
     assert "4 GPUs of 16 GB" in out
     # Two buckets of 5e8 elements in 16 bits, whatever the model.
     assert "buffers 2.0 GB" in out
-    assert "Time: not measured, the GPUs of this plan are not here" in out
+    assert "Time: not measured, the plan is for other GPUs than this machine's" in out
     assert f"Weights: none in {without_weights}" in out
 
 
@@ -101,7 +104,7 @@ def test_gpus_in_words(run_inside, run_arguments):
 def test_labels_are_green_in_a_terminal(tiny_opt, monkeypatch):
     import torch
 
-    from utils.dry_run.dry_run import dry_run
+    from utils.dry_run import dry_run
     from utils.model.tokenizer import load_hf_tokenizer
 
     tokenizer = load_hf_tokenizer(str(tiny_opt))

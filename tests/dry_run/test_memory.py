@@ -1,6 +1,4 @@
-"""The memory a plan foresees: against what DeepSpeed's engine really holds, and against sums done by hand."""
-
-from argparse import Namespace
+"""The memory estimate: against what DeepSpeed's engine really holds, and against sums done by hand."""
 
 import pytest
 import torch
@@ -8,21 +6,16 @@ from conftest import ROOT
 
 from tests.module.test_lora import CONFIGS
 from tools.memory_table import build_parser, check, opt_config, table
-from utils.dry_run.activation_memory import Layout, count, meta_model
-from utils.dry_run.memory import foresee
+from utils.distributed.zero3 import whole_numel
+from utils.dry_run.activation_memory import Layout, count, simulated_model
+from utils.dry_run.memory import estimate_memory
 from utils.dry_run.zero_memory import Setting, Sizes, estimate, setting_from_config
 from utils.ds_utils import get_train_ds_config
+from utils.model.build import ModelForm
 from utils.model.model_utils import create_hf_model
 
-OPTIONS = Namespace(
-    dropout=None, disable_dropout=True, lora_dim=0, lora_module_name="auto", lora_alpha=1.0, lora_dropout=0.0,
-    only_optimize_lora=False, gradient_checkpointing=False, padding="free",
-)  # fmt: skip
 LORA = {"lora_dim": 4, "only_optimize_lora": True}
-
-
-def options(**changes) -> Namespace:
-    return Namespace(**{**vars(OPTIONS), **changes})
+NO_DROPOUT = ModelForm(dropout=0.0)
 
 
 def storages(tensors) -> int:
@@ -51,8 +44,7 @@ def engine_after_backward(folder, stage: int, lora: bool):
     if lora:
         model = convert_linear_layer_to_lora(model, "auto", 4, 1.0)
         model = make_model_gradient_checkpointing_compatible(only_optimize_lora_parameters(model))
-    optimizer_options = Namespace(learning_rate=1e-4, lora_learning_rate=1e-4, weight_decay=0.0, offload=False)
-    engine = initialize_engine(model, create_optimizer(model, optimizer_options), config)
+    engine = initialize_engine(model, create_optimizer(model, 1e-4, 0.0, 1e-4), config)
     install_loss(engine.module, fused=True)
     for _ in range(2):
         backward(engine, is_last=True)
@@ -92,12 +84,10 @@ def test_weights_and_optimizer_are_what_the_engine_holds(tiny_opt, monkeypatch, 
     monkeypatch.setenv("RANK", "0")  # undone with everything the process group sets
     monkeypatch.delenv("RANK")
     engine = engine_after_backward(tiny_opt, stage, lora)
-    arguments = options(model_name_or_path=str(tiny_opt), **(LORA if lora else {}))
-    foreseen = foresee(arguments, engine.config, Layout(1, 20, 19, on_cpu=True), 1, 1)
-    guess = foreseen.estimate
-    assert foreseen.counts.trainable == sum(
-        getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad
-    )
+    form = NO_DROPOUT._replace(**(LORA if lora else {}))
+    memory = estimate_memory(str(tiny_opt), form, engine.config, Layout(1, 20, 19, on_cpu=True), 1)
+    guess = memory.total
+    assert memory.counts.trainable == sum(whole_numel(p) for p in engine.module.parameters() if p.requires_grad)
     assert storages(weight_tensors(engine)) == pytest.approx(guess.weights, rel=0.01)
     assert storages(optimizer_tensors(engine)) == pytest.approx(guess.optimizer, rel=0.01)
     if stage == 0:
@@ -127,9 +117,9 @@ def test_gradients_that_wait_for_the_last_micro_batch(tiny_opt, monkeypatch, sta
 def test_every_family_is_simulated(family):
     import copy
 
-    plain = count(meta_model(copy.deepcopy(CONFIGS[family]), options(), "fp32"), Layout(1, 48, 45))
-    saving = options(gradient_checkpointing=True)
-    checkpointed = count(meta_model(copy.deepcopy(CONFIGS[family]), saving, "fp32"), Layout(1, 48, 45))
+    plain = count(simulated_model(copy.deepcopy(CONFIGS[family]), NO_DROPOUT, "fp32"), Layout(1, 48, 45))
+    saving = NO_DROPOUT._replace(gradient_checkpointing=True)
+    checkpointed = count(simulated_model(copy.deepcopy(CONFIGS[family]), saving, "fp32"), Layout(1, 48, 45))
     assert checkpointed.activations < plain.activations
     gradients = 4 * plain.trainable
     assert plain.with_gradients >= gradients
@@ -140,12 +130,12 @@ def test_blocks_beyond_the_simulated_ones_are_extrapolated():
     few, many = opt_config("125m"), opt_config("125m")
     few.num_hidden_layers, many.num_hidden_layers = 6, 12
     layout = Layout(1, 64, 60)
-    small, large = (count(meta_model(config, options(), "bf16"), layout) for config in (few, many))
-    from utils.dry_run.dry_run import activation_memory as simulate
+    small, large = (count(simulated_model(config, NO_DROPOUT, "bf16"), layout) for config in (few, many))
+    from utils.dry_run import activation_memory as simulate
 
     simulate_all, simulate.MANY = simulate.MANY, 99
     try:
-        whole = count(meta_model(many, options(), "bf16"), layout)
+        whole = count(simulated_model(many, NO_DROPOUT, "bf16"), layout)
     finally:
         simulate.MANY = simulate_all
     assert large.parameters == whole.parameters > small.parameters
@@ -159,7 +149,7 @@ def test_activations_of_a_block_by_the_published_formula():
     config = opt_config("125m")
     config.num_hidden_layers, config.hidden_size, config.word_embed_proj_dim, config.ffn_dim = layers, 256, 256, 1024
     config.num_attention_heads = 4
-    got = count(meta_model(config, options(disable_dropout=False), "bf16"), Layout(1, tokens, 60)).activations
+    got = count(simulated_model(config, ModelForm(), "bf16"), Layout(1, tokens, 60)).activations
     # ReLU keeps its result, which the next layer keeps too, where the paper's GeLU keeps 8 s b h more.
     assert 26 * tokens * width * layers <= got <= 36 * tokens * width * layers
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, make_json_data, make_tiny_opt, tiny_setting
 from filelock import FileLock
 from fork_runs import finished_run, losses
@@ -24,6 +25,7 @@ from utils.errors import UserError
 from utils.export.hf_model import parse_size
 from utils.machine.compile_locks import extension_folder
 from utils.model.model_utils import size_swap_buffers
+from utils.run_config import RunConfig
 
 needs_async_io = pytest.mark.skipif(
     not (extension_folder() / "async_io" / "async_io.so").exists(),
@@ -31,6 +33,10 @@ needs_async_io = pytest.mark.skipif(
 )
 NVME = ["--offload", "nvme", "--nvme_path", "/tmp", "--zero_stage", "3"]
 LORA = ["--lora_dim", "4"]
+
+
+def config_of(*more: str) -> RunConfig:
+    return RunConfig.resolve(arguments(*more), torch.device("cpu"))
 
 
 def arguments(*more: str):
@@ -80,27 +86,26 @@ def test_good_values():
 
 def test_what_this_machine_cannot_do(monkeypatch, tmp_path):
     eight_bits = ["--enable_mixed_precision_lora", "--zero_stage", "3", *LORA]
-    problems = check_scale(arguments(*eight_bits), 1)
+    problems = check_scale(arguments(*eight_bits), 1, False)
     assert len(problems) == 2 and "needs --dtype fp16" in problems[0] and "CUDA" in problems[1]
-    assert check_scale(arguments(*eight_bits, "--dtype", "fp16", "--dry_run", "8x80"), 8) == []
+    assert check_scale(arguments(*eight_bits, "--dtype", "fp16"), 8, True) == []
     wrong = arguments("--zero_stage", "3", "--zero_hpz_partition_size", "2")
-    assert "does not divide 3 rank(s)" in check_scale(wrong, 3)[0] and check_scale(wrong, 4) == []
+    assert "does not divide 3 rank(s)" in check_scale(wrong, 3, False)[0] and check_scale(wrong, 4, False) == []
     monkeypatch.setattr("deepspeed.ops.op_builder.cpu.async_io.AsyncIOBuilder.is_compatible", lambda *_, **__: False)
-    assert "libaio-dev (apt)" in check_scale(arguments(*NVME), 1)[0]
+    assert "libaio-dev (apt)" in check_scale(arguments(*NVME), 1, False)[0]
     with pytest.raises(UserError, match="can't hold swap files"):
         check_swap_folder("/proc/swap")
 
 
 def test_settings_of_the_configuration(tmp_path):
-    args = arguments("--offload", "nvme", "--nvme_path", str(tmp_path), "--dry_run", "8x80")
-    settings = scale_settings(args)
+    settings = scale_settings(config_of("--offload", "nvme", "--nvme_path", str(tmp_path), "--dry_run", "8x80"))
     assert settings["offload_param"]["device"] == settings["offload_optimizer"]["device"] == "nvme"
     assert not list(tmp_path.iterdir())  # a plan writes nothing
     config = {"zero_optimization": {"stage": 3, **settings}}
     size_swap_buffers(config, 1_000_001, 4)
     assert 250_001 <= config["zero_optimization"]["offload_param"]["buffer_size"] < 251_000
     plan = {"zero_hpz_partition_size": 8, "zero_quantized_nontrainable_weights": True}
-    assert scale_settings(arguments("--zero_hpz_partition_size", "8", "--enable_mixed_precision_lora")) == plan
+    assert scale_settings(config_of("--zero_hpz_partition_size", "8", "--enable_mixed_precision_lora")) == plan
     # What the estimate reads of it: files in place of memory.
     sizes = Sizes(13_000_000_000, 13_000_000_000, 250_000_000, 0, 0, 0, 0)
     swapped = setting_from_config(config, 8, 2, on_cpu=False)
@@ -173,11 +178,10 @@ def test_saving_while_weights_are_being_fetched(wide, undisturbed, tmp_path):
 
 def count_views(argv: list[str]) -> None:
     """main.py that counts the views of weights which the layers keep from the forward to the backward."""
-    import torch
-
     import main
+    from utils.train import step
 
-    forward = main.summed_loss
+    forward = step.summed_loss
     kept = []
 
     def watched(engine, tensors):
@@ -192,7 +196,7 @@ def count_views(argv: list[str]) -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             return forward(engine, tensors)
 
-    main.summed_loss = watched
+    step.summed_loss = watched
     main.run(argv)
     print("VIEWS", sum(kept), "of", len(kept))
 

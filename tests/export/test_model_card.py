@@ -1,7 +1,6 @@
 """The card and the chat template of a saved model."""
 
 import json
-from argparse import Namespace
 
 import pytest
 from fork_runs import finished_run
@@ -18,7 +17,6 @@ CONVERSATION = [
     {"role": "user", "content": "蜘蛛? \\n {{ x }}"},
     {"role": "assistant", "content": "Yes."},
 ]
-CHOICES = {"add_eot_token": False, "eot_token": "<|endoftext|>"}
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +67,12 @@ def test_which_template_is_saved(tokenizer, tmp_path, tiny_opt):
     own.chat_template = "{{ messages[0]['content'] }}"
     given = tmp_path / "mine.jinja"
     given.write_text("{{ messages }}")
-    assert chat_template(Namespace(chat_template="auto", **CHOICES), own) is None, "the tokenizer's own stays"
-    assert chat_template(Namespace(chat_template="none", **CHOICES), tokenizer) is None
-    assert chat_template(Namespace(chat_template=str(given), **CHOICES), own) == "{{ messages }}"
+    assert chat_template("auto", own) is None, "the tokenizer's own stays"
+    assert chat_template("none", tokenizer) is None
+    assert chat_template(str(given), own) == "{{ messages }}"
     form = human_assistant_template(tokenizer, tokenizer.eos_token)
-    assert chat_template(Namespace(chat_template="auto", **CHOICES), tokenizer) == form
-    assert chat_template(Namespace(chat_template="human_assistant", **CHOICES), own) == form
+    assert chat_template("auto", tokenizer) == form
+    assert chat_template("human_assistant", own) == form
 
 
 def test_tokenizer_that_reads_a_template_in_another_way_gets_none(tokenizer, monkeypatch, capsys):
@@ -83,7 +81,7 @@ def test_tokenizer_that_reads_a_template_in_another_way_gets_none(tokenizer, mon
         type(tokenizer), "apply_chat_template",
         lambda *given, **named: {"input_ids": [5, *rendered(*given, **named)["input_ids"]]},
     )  # fmt: skip
-    assert chat_template(Namespace(chat_template="auto", **CHOICES), tokenizer) is None
+    assert chat_template("auto", tokenizer) is None
     assert "Chat template: none is saved" in capsys.readouterr().out
 
 
@@ -97,6 +95,7 @@ def test_card(saved):
     assert f"| 0 | {figures[0]:.4g} |" in card and f"| {best} | {figures[best]:.4g} |" in card
     assert "![training and evaluation loss over the optimizer steps](loss.png)" in card
     assert "| `learning_rate` | 0.001 |" in card and "| `lora_dim` | 2 |" in card
+    assert "| `packing` | False |" in card and "(given:" not in card, "only what was decided otherwise shows both"
     assert (saved / "loss.png").is_file()
 
 

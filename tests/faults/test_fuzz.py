@@ -161,9 +161,7 @@ def test_mutated_files(tmp_path):
         cache = folder.parent / "cache"
         try:
             with redirect_stdout(StringIO()):
-                train, _ = create_prompt_dataset(
-                    0, [str(folder)], "10,0,0", str(cache), 1, 1234, tokenizer, 64, "</s>", num_proc=1
-                )
+                train, _ = create_prompt_dataset(0, [str(folder)], "10,0,0", str(cache), 1, 1234, tokenizer, 64, "</s>")
             assert 0 < len(train) <= 40
             assert all(len(train[i]["input_ids"]) > 1 for i in range(len(train)))
             counts["read"] += 1

@@ -1,4 +1,4 @@
-"""A lock left by a killed compile is removed; one that is held is not."""
+"""Compile locks: one that a killed process left is removed, one that a process holds is not."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ while time.time() < end:
     except FileExistsError:
         continue
     os.close(held)
-    os.remove(sys.argv[1])  # fails if somebody else removed it: then this test fails
+    os.remove(sys.argv[1])  # fails, and with it the test, if the code under test removed the lock
     taken += 1
 print("took", taken)
 """

@@ -85,7 +85,7 @@ def assert_trained_and_saved(run: tuple[int, str, str], saved: Path, data: Path)
     assert status == 0, out + err
     before, after = perplexities(out)
     assert after < 0.97 * before
-    throughput = re.search(r"^Throughput: (\d+) real tokens/s, (\S+) samples/s, (\S+) TFLOP/s", out, re.MULTILINE)
+    throughput = re.search(r"\bThroughput: (\d+) real tokens/s, (\S+) samples/s, (\S+) TFLOP/s", out, re.MULTILINE)
     assert throughput and all(float(number) > 0 for number in throughput.groups())
     assert re.search(r"verified: reloaded logits differ by (\S+) of the largest", out)
     model = AutoModelForCausalLM.from_pretrained(saved).eval()

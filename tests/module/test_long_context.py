@@ -1,4 +1,4 @@
-"""Rows shared by ranks, tiled MLPs, offloaded activations: the same figures as without them, or a refusal."""
+"""Sequence parallelism, tiled MLPs and offloaded activations: the same figures as without them, or a refusal."""
 
 import json
 import os
@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tests.module.test_padding_free import CPU, FAMILIES, LENGTHS, LLAMA, VOCABULARY, documents, make, one_by_one
 from tests.train.test_training import assert_like_reference
 from utils.data.batching.collate import collate_free, collate_slice
-from utils.dry_run.activation_memory import Layout, count, meta_model
+from utils.dry_run.activation_memory import Layout, count, simulated_model
+from utils.model.build import ModelForm
 from utils.model.layout_check import choose_layout
 from utils.module.fused_loss import summed_loss
 from utils.module.tiled_mlp import tile_mlps
@@ -80,7 +81,7 @@ def assert_same_run(folder: Path, plain: Path) -> None:
 
 
 def without_exchange(module, query, key, value, *args, **kwargs):
-    """Each rank's part attended to by itself, twice over to fill the row: what a broken exchange would give."""
+    """Attend to this rank's part alone, repeated to fill the row: what a broken exchange would give."""
     from utils.module.attention import document_attention
 
     both = [torch.cat([tensor, tensor], dim=2) for tensor in (query, key, value)]
@@ -96,10 +97,10 @@ def engine_norm(rank: int, stage: int, dtype: str, groups: Namespace) -> float:
 
     config = {**get_train_ds_config(False, stage, dtype), "train_micro_batch_size_per_gpu": 1}
     model = make("llama").to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    rates = Namespace(learning_rate=1e-3, lora_learning_rate=1e-3, weight_decay=0.0, offload=False)
-    engine = initialize_engine(model, create_optimizer(model, rates), config, groups)
+    optimizer = create_optimizer(model, 1e-3, weight_decay=0.0, lora_learning_rate=1e-3, offload=False)
+    engine = initialize_engine(model, optimizer, config, groups)
     choose_layout(engine.module, "free", VOCABULARY, CPU, (rank, 2))
-    weight = averaged_over(Namespace(sequence_parallel_size=2, zero_stage=stage, dry_run=None)) / LABELS
+    weight = averaged_over(groups=1, group_size=2, zero_stage=stage) / LABELS
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(summed_loss(engine, collate_slice(documents(), (rank, 2))) * weight)
     engine.step()
@@ -111,7 +112,7 @@ def on_rank(rank: int, port: int, log: str) -> None:
     import torch.distributed as dist
 
     from utils.errors import UserError
-    from utils.module.attention import Documents
+    from utils.module.attention import set_exchange
     from utils.module.sequence_parallel import start_sequence_parallel
 
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
@@ -119,7 +120,7 @@ def on_rank(rank: int, port: int, log: str) -> None:
 
     os.environ["MASTER_PORT"] = str(port)
     deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60), verbose=False)
-    groups = start_sequence_parallel(Namespace(sequence_parallel_size=2, dry_run=None))
+    groups = start_sequence_parallel(2)
     done = []
     for name, changes in SHARED.items():
         family = name.split()[-1]
@@ -135,7 +136,7 @@ def on_rank(rank: int, port: int, log: str) -> None:
             )
         done.append(name)
     done.append([engine_norm(rank, stage, dtype, groups) for stage, dtype in ENGINES])
-    Documents.exchange = without_exchange
+    set_exchange(without_exchange)
     try:
         choose_layout(make("llama"), "free", VOCABULARY, CPU, (rank, 2))
     except UserError as err:
@@ -182,7 +183,7 @@ def test_parts_of_a_row_hold_every_token_and_label_once(parts):
     assert torch.equal(positions, whole["positions"])
     assert torch.equal(torch.cat([part["targets"] for part in slices]), whole["targets"])
     for part in slices:
-        assert sum(part["document_lengths"]) == part["cumulative"][-1] == width * parts
+        assert sum(part["document_lengths"]) == part["cu_seqlens"][-1] == width * parts
 
 
 def test_opt_on_two_ranks_and_going_on_alone(run_arguments, tmp_path):
@@ -303,8 +304,7 @@ def test_memory_of_a_long_row():
             "llama", vocab_size=vocabulary, hidden_size=width, intermediate_size=wide, num_hidden_layers=layers,
             num_attention_heads=8, num_key_value_heads=2,
         )  # fmt: skip
-        args = Namespace(dropout=None, disable_dropout=True, lora_dim=0, gradient_checkpointing=False)
-        model = meta_model(config, Namespace(**{**vars(args), **flags}), "bf16")
+        model = simulated_model(config, ModelForm(dropout=0.0, **flags), "bf16")
         return count(model, Layout(1, tokens // parts, tokens // parts - 1, parts=parts))
 
     plain, tiled, shared = counts(), counts(tiled_mlp=True), counts(parts=4)
@@ -385,9 +385,8 @@ def test_models_that_are_refused(family, changes, flags, words):
     from utils.module.tiled_mlp import check_tiled_mlp
 
     config = AutoConfig.for_model(family, **changes)
-    args = Namespace(disable_dropout=False, dropout=None)
     with pytest.raises(UserError, match=re.escape(words)):
         if flags[0] == "--tiled_mlp":
-            check_tiled_mlp(config, args)
+            check_tiled_mlp(config)
         else:
             check_sequence_parallel(config, int(flags[1]))

@@ -1,4 +1,4 @@
-"""LoRA layers, what they wrap, what trains, and how parameters are grouped for the optimizer."""
+"""LoRA: the layers, which ones are wrapped, what trains, and the optimizer's parameter groups."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def make(family: str) -> nn.Module:
 
 
 def train_lora(model: nn.Module) -> None:
-    """Give every LoRA layer something to add."""
+    """Give every LoRA layer a random left weight, so that it adds something."""
     torch.manual_seed(1)
     for module in model.modules():
         if isinstance(module, LinearLayer_LoRA):
@@ -204,7 +204,7 @@ def test_a_name_that_matches_nothing_lists_what_could(family):
 
 
 def test_a_tied_head_is_not_wrapped():
-    """Merged, it would be lost on saving or would change the embedding too; a head of its own is another matter."""
+    """LoRA merged into a tied head would be lost on saving or change the embedding; an untied head is wrapped."""
     with pytest.raises(UserError, match="lm_head"):
         convert_linear_layer_to_lora(make("opt"), "lm_head", 4)
     untied = make("llama")

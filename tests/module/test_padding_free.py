@@ -1,4 +1,4 @@
-"""Samples end to end in one row: the same losses and gradients as one by one, in every family, or a fall-back."""
+"""Layout "free": samples in one row give the losses and gradients of samples one by one, or padding is used."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils.data.batching.collate import collate_free, collate_padded
 from utils.model.layout_check import choose_layout
-from utils.module.attention import document_attention, row_attention, set_documents
+from utils.module.attention import clear_documents, document_attention, row_attention, set_documents
 from utils.module.fused_loss import install_loss, summed_loss
 
 VOCABULARY = 120
@@ -63,7 +63,7 @@ def test_losses_and_gradients_equal_one_by_one(family, padding, capsys):
     model = make(family)
     chosen = choose_layout(model, padding, VOCABULARY, CPU)
     printed = capsys.readouterr().out
-    # BLOOM's position biases can't be told apart by document: it must fall back, and say so.
+    # BLOOM's position biases can't be given for each document: padding must be used, and a line printed.
     assert chosen == ("longest" if family == "bloom" else padding)
     assert ("'bloom'" in printed) == (family == "bloom" and padding == "free")
     assert "Loss: fused" in printed
@@ -102,7 +102,7 @@ def test_gradient_checkpointing_sees_the_same_documents(family):
 
 @pytest.mark.parametrize("broken", ["leaks", "one off"])
 def test_a_broken_attention_is_caught(broken, monkeypatch, capsys):
-    """Deliberately wrong: one document sees the other, or attention is cut one token too early."""
+    """With attention in which one document sees the other, or that is split one token too early."""
 
     def wrong(module, query, key, value, attention_mask, **kwargs):
         from utils.module.attention import Documents
@@ -137,15 +137,15 @@ def test_what_attention_cannot_honour_is_refused():
         with pytest.raises(NotImplementedError, match="8 tokens in a row of 6"):
             document_attention(module, query, query, query, None)
     finally:
-        set_documents(None)
+        clear_documents()
 
 
 @pytest.mark.parametrize("shared", [1, 2])
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 2.2e-3)])
 def test_attention_of_documents_on_a_cpu(dtype, error, shared):
-    """Against float64 one by one, where `shared` heads of queries share keys and values; and what the backward keeps.
+    """Against float64 one by one, where `shared` query heads share a key-value head; and what the backward saves.
 
-    torch's bf16 kernel is off by 3e-3 and more in the gradients of such documents; they go through float32.
+    torch's bf16 kernel is off by 3e-3 and more in the gradients of documents this short: float32 is used for them.
     """
     lengths = [100, 1, 37, 163]
     generator = torch.Generator().manual_seed(5)
@@ -158,7 +158,7 @@ def test_attention_of_documents_on_a_cpu(dtype, error, shared):
         try:
             output, _ = document_attention(torch.nn.Identity(), *rows, None)
         finally:
-            set_documents(None)
+            clear_documents()
     sums = kept.keys() - {tensor.data_ptr() for tensor in (*rows, output)}
     assert [kept[key].shape for key in sums] == [(1, 4, sum(lengths))]
     output.backward(direction)
@@ -196,7 +196,7 @@ def test_fused_loss_equals_plain_cross_entropy(dtype, variant, monkeypatch):
         logits = torch.tanh(logits / softcap) * softcap
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     (expected * 0.01).backward()
-    actual = loss_module._FusedLoss.apply(*inputs, targets, scale, softcap, True)
+    actual = loss_module.fused_loss(*inputs, targets, loss_module.LogitTransform(scale, softcap))
     (actual * 0.01).backward()
 
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
@@ -220,7 +220,7 @@ def test_fused_loss_leaves_frozen_weights_alone():
 
 
 def test_a_wrong_fused_loss_is_caught(monkeypatch, capsys):
-    """A head with something behind it that nobody told the loss about."""
+    """With a model that changes its logits in a way the fused loss does not know of."""
     model = make("llama")
     original = model.forward
 

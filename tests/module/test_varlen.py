@@ -1,6 +1,6 @@
-"""What is asked of torch's varlen kernel, which only a GPU has: stand-ins with the signatures of torch 2.10 to 2.13.
+"""Calls of torch's varlen kernel, which only a GPU has: tested with fakes of the signatures of torch 2.10 to 2.13.
 
-Each stand-in computes its answer apart from the code under test and refuses what the real one refuses.
+Each fake computes its answer independently of the code under test and refuses what the real kernel refuses.
 """
 
 import pytest
@@ -9,14 +9,14 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import utils.module.attention
 from utils.model.layout_check import choose_layout
-from utils.module.attention import document_attention, set_documents
+from utils.module.attention import clear_documents, document_attention, set_documents
 
 LENGTHS = [13, 5, 21, 2]
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 
 
 def kernel(query, key, value, cu_q, cu_k, max_q, max_k, left, scale):
-    """By a full matrix of scores: a query sees keys of its document, itself and `left` before it (-1: all)."""
+    """Attend by a full matrix of scores: a query sees keys of its document, itself and `left` before it (-1: all)."""
     assert cu_q is cu_k and cu_q.dtype == torch.int32 and max_q == max_k == max(LENGTHS)
     assert all(tensor.dim() == 3 and tensor.is_contiguous() for tensor in (query, key, value))
     place = torch.arange(len(query))
@@ -58,7 +58,7 @@ def tensors():
     shapes = [(1, HEADS, total, SIZE), (1, KEY_HEADS, total, SIZE), (1, KEY_HEADS, total, SIZE)]
     set_documents(LENGTHS, torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32))
     yield [torch.randn(shape, generator=generator) for shape in shapes]
-    set_documents(None)
+    clear_documents()
 
 
 def answer(tensors, **options):
@@ -92,7 +92,7 @@ def test_every_signature_gives_what_document_by_document_gives(signature, option
     ],
 )
 def test_gpus_without_flash_kernels_go_document_by_document(capability, dtype, used, monkeypatch):
-    """On a T4 or V100 the kernel raises an error, so it must not be asked."""
+    """On a T4 or V100 the kernel raises an error, so it must not be called."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     class OnGpu:
@@ -127,4 +127,4 @@ def test_a_kernel_that_is_not_there_means_padding_and_a_full_gpu_does_not(error,
     else:
         with pytest.raises(torch.OutOfMemoryError):
             choose_layout(model, "free", 64, torch.device("cpu"))
-        set_documents(None)
+        clear_documents()

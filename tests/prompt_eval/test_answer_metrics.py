@@ -1,8 +1,8 @@
-"""utils/prompt_eval/answer_metrics.py on texts whose figures can be counted by hand."""
+"""Figures about answers, on texts whose figures can be counted by hand."""
 
 import pytest
 
-from utils.prompt_eval.answer_metrics import compare_scores, distinct_share, repeated_share, summarise, words
+from utils.prompt_eval.answer_metrics import compare_scores, distinct_share, repeated_share, summarize, words
 
 
 def test_words():
@@ -27,8 +27,8 @@ def test_repeated_share_counts_within_each_text():
     assert repeated_share(["a b c"]) is None
 
 
-def test_summarise():
-    assert summarise(["one two", "one"], [4, 1], [True, False]) == {
+def test_summarize():
+    assert summarize(["one two", "one"], [4, 1], [True, False]) == {
         "answers": 2, "mean_tokens": 2.5, "mean_words": 1.5, "ended_share": 0.5, "distinct_1": pytest.approx(2 / 3),
         "distinct_2": 1.0, "repeated_4": None,
     }  # fmt: skip

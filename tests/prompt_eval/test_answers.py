@@ -1,6 +1,7 @@
-"""Batches answer as prompts one by one do, and an answer ends where it should. Prompt files and scorers."""
+"""Answers in batches equal answers one by one and end where they should; prompt files, beams and scorers."""
 
 import sys
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 import prompt_eval
 from tests.model.test_families import CONFIGS
 from utils.errors import UserError
-from utils.prompt_eval.answers import answer_batch, answer_prompts, check_length, decoding, encode, read_answer
+from utils.prompt_eval.answers import answer_batch, answer_prompts, check_length, encode, read_answer
+from utils.prompt_eval.arguments import build_parser
+from utils.prompt_eval.comparison import ask
+from utils.prompt_eval.config import EvalConfig
 from utils.prompt_eval.models import check_fit
 from utils.prompt_eval.prompts import PROMPTS, read_prompt_file
 from utils.prompt_eval.scorer import score_answers
@@ -19,6 +23,11 @@ MODELS = ["--model_name_or_path_baseline=a", "--model_name_or_path_finetune=b"]
 FAMILIES = {**CONFIGS, "mamba": MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=1816, state_size=4)}
 # Of very different lengths, so that the shortest one is mostly padding.
 MANY = [*PROMPTS["English"], "Human: Why? Assistant:", "Human:" + " And how does a telescope work?" * 3 + " Assistant:"]
+
+
+def resolved(*flags):
+    """The configuration of a comparison of two models."""
+    return EvalConfig.resolve(prompt_eval.parse_args([*MODELS, *flags]))
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +59,15 @@ def test_a_batch_answers_greedily_as_one_by_one(family, tokenizer):
 @pytest.mark.parametrize("strategy", ["greedy", "beam", "diverse_beam", "contrastive"])
 def test_a_batch_of_a_pretrained_model_answers_as_one_by_one(strategy):
     model, own = prompt_eval.load(str(SHARED / "stories260K"), "cpu")
-    args = prompt_eval.parse_args([*MODELS, f"--strategies={strategy}", "--max_new_tokens=40"])
+    settings = resolved(f"--strategies={strategy}", "--max_new_tokens=40").decoding(strategy)
     prompts = [
         "Once upon a time",
         "The dog",
         "Lily wanted to play in the park, but her mom said",
         "One day, a big bird",
     ]
-    together = answer_prompts(model, own, prompts, decoding(strategy, args), batch_size=4)
-    assert together == answer_prompts(model, own, prompts, decoding(strategy, args), batch_size=1)
+    together = answer_prompts(model, own, prompts, settings, batch_size=4)
+    assert together == answer_prompts(model, own, prompts, settings, batch_size=1)
     assert ("there was a little" in together[0][0].text) or strategy == "contrastive"
     assert together[0][0].prompt == "Once upon a time" and together[0][0].text.startswith(", ")
 
@@ -99,8 +108,8 @@ def test_generation_stops_at_the_next_human(tokenizer, monkeypatch, strategy):
         return out
 
     monkeypatch.setattr(model, "forward", forward)
-    args = prompt_eval.parse_args([*MODELS, f"--strategies={strategy}", "--max_new_tokens=60", "--penalty_alpha=0"])
-    [answer] = answer_batch(model, tokenizer, encode(tokenizer, [prompt], "cpu"), **decoding(strategy, args))
+    config = resolved(f"--strategies={strategy}", "--max_new_tokens=60", "--penalty_alpha=0")
+    [answer] = answer_batch(model, tokenizer, encode(tokenizer, [prompt], "cpu"), **config.decoding(strategy))
     assert (answer.text, answer.ended) == (" Yes.", True)
     assert max(steps) <= len(rows_of(tokenizer, " Yes. Human:"))
 
@@ -113,13 +122,15 @@ def test_an_answer_that_is_cut_has_not_ended(tokenizer):
 
 def test_samples_depend_on_the_seed_alone(tokenizer):
     model = random_model("gpt2")
-    args = prompt_eval.parse_args([*MODELS, "--strategies=multinomial,beam_multinomial", "--max_new_tokens=6"])
-    once, again = (prompt_eval.ask(args, model, tokenizer, "baseline") for _ in range(2))
+
+    def answers(strategies, *flags):
+        config = resolved(f"--strategies={strategies}", "--max_new_tokens=6", *flags)
+        return ask(config, model, tokenizer, "baseline")
+
+    once, again = (answers("multinomial,beam_multinomial") for _ in range(2))
     assert once == again
-    args.strategies = ["beam_multinomial"]
-    assert prompt_eval.ask(args, model, tokenizer, "baseline") == {"beam_multinomial": once["beam_multinomial"]}
-    args.seed = 5
-    assert prompt_eval.ask(args, model, tokenizer, "baseline")["beam_multinomial"] != once["beam_multinomial"]
+    assert answers("beam_multinomial") == {"beam_multinomial": once["beam_multinomial"]}
+    assert answers("beam_multinomial", "--seed=5")["beam_multinomial"] != once["beam_multinomial"]
 
 
 def test_sampling_follows_temperature_and_top_p(tokenizer):
@@ -127,8 +138,7 @@ def test_sampling_follows_temperature_and_top_p(tokenizer):
     model = random_model("gpt2")
 
     def answers(*flags):
-        args = prompt_eval.parse_args([*MODELS, "--max_new_tokens=8", *flags])
-        return next(iter(prompt_eval.ask(args, model, tokenizer, "baseline").values()))
+        return next(iter(ask(resolved("--max_new_tokens=8", *flags), model, tokenizer, "baseline").values()))
 
     greedy = answers()
     assert answers("--strategies=multinomial", "--temperature=1e-6") == greedy
@@ -140,14 +150,14 @@ def test_sampling_follows_temperature_and_top_p(tokenizer):
 def test_several_answers_stay_with_their_prompt(tokenizer):
     model = random_model("gpt2")
     flags = ["--strategies=multinomial,diverse_beam", "--num_return_sequences=3", "--max_new_tokens=4"]
-    args = prompt_eval.parse_args([*MODELS, *flags, "--num_beams=4", "--num_beam_groups=2"])
-    for found in prompt_eval.ask(args, model, tokenizer, "baseline").values():
-        assert [[answer.prompt for answer in answers] for answers in found] == [[p] * 3 for p in args.prompts]
+    config = resolved(*flags, "--num_beams=4", "--num_beam_groups=2")
+    for found in ask(config, model, tokenizer, "baseline").values():
+        assert [[answer.prompt for answer in answers] for answers in found] == [[p] * 3 for p in config.prompts]
 
 
 def beams_of(*flags):
-    args = prompt_eval.parse_args([*MODELS, *flags])
-    return args.num_beams, args.num_beam_groups
+    config = resolved(*flags)
+    return config.num_beams, config.num_beam_groups
 
 
 def test_beams_that_were_left_at_one_are_chosen_and_said(capsys):
@@ -162,18 +172,28 @@ def test_beams_that_were_left_at_one_are_chosen_and_said(capsys):
     assert beams_of("--strategies=diverse_beam", "--num_beams=6", "--num_beam_groups=3") == (6, 3)
     assert capsys.readouterr().out == ""
     assert beams_of("--num_beams=6") == (6, 1)
-    assert "--num_beams: no strategy with beams" in capsys.readouterr().out
+    assert "--num_beams: no effect, since none of the --strategies uses beams" in capsys.readouterr().out
     with pytest.raises(UserError, match="no multiple of --num_beam_groups 4"):
         beams_of("--strategies=diverse_beam", "--num_beams=6", "--num_beam_groups=4")
-    with pytest.raises(UserError, match="4 beams have no more answers"):
+    with pytest.raises(UserError, match="4 beams give at most 4 answers"):
         beams_of("--strategies=beam", "--num_beams=4", "--num_return_sequences=5")
 
 
+def test_arguments_stay_as_typed():
+    """What is decided from the arguments is in the configuration alone."""
+    flags = [*MODELS, "--strategies=all", "--prompt_file", str(ROOT / "data" / "eval.json")]
+    args = prompt_eval.parse_args(flags)
+    config = EvalConfig.resolve(args)
+    assert vars(args) == vars(build_parser().parse_args(flags)) and config.args is args
+    assert (args.strategies, args.num_beams, args.prompt) == ("all", 1, None)
+    with pytest.raises(FrozenInstanceError):
+        config.num_beams = 8
+
+
 def test_all_strategies_and_each_once():
-    args = prompt_eval.parse_args([*MODELS, "--strategies=all"])
-    assert args.strategies == ["greedy", "multinomial", "beam", "beam_multinomial", "diverse_beam", "contrastive"]
-    args = prompt_eval.parse_args([*MODELS, "--strategies", "beam, greedy,beam"])
-    assert args.strategies == ["beam", "greedy"]
+    every = ("greedy", "multinomial", "beam", "beam_multinomial", "diverse_beam", "contrastive")
+    assert resolved("--strategies=all").strategies == every
+    assert resolved("--strategies", "beam, greedy,beam").strategies == ("beam", "greedy")
     with pytest.raises(UserError, match="greedy and contrastive decoding has one answer"):
         prompt_eval.parse_args([*MODELS, "--strategies=all", "--num_return_sequences=2"])
 
@@ -190,8 +210,8 @@ def test_prompt_files(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
     prompts = ["Human: one? Assistant:", "Human: two? Assistant:"]
     assert read_prompt_file(str(tmp_path / name)) == prompts
-    args = prompt_eval.parse_args([*MODELS, "--prompt", "first", "--prompt_file", str(tmp_path / name)])
-    assert args.prompts == ["first", *prompts]
+    config = resolved("--prompt", "first", "--prompt_file", str(tmp_path / name))
+    assert config.prompts == ("first", *prompts)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prompt_eval
 from utils.errors import UserError
-from utils.prompt_eval.answers import answer_batch, decoding, encode
+from utils.prompt_eval.answers import answer_batch, encode
 from utils.prompt_eval.chat import AnswerPrinter, Speaker, chat, fitting_turns, next_prompt
+from utils.prompt_eval.config import EvalConfig
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +25,9 @@ def model(tmp_path_factory):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def arguments(*flags):
-    return prompt_eval.parse_args(["--interactive", "--model_name_or_path_finetune=b", "--max_new_tokens=6", *flags])
+def make_config(*flags):
+    flags = ["--interactive", "--model_name_or_path_finetune=b", "--max_new_tokens=6", *flags]
+    return EvalConfig.resolve(prompt_eval.parse_args(flags))
 
 
 def talk(speakers, questions, *flags):
@@ -38,7 +40,7 @@ def talk(speakers, questions, *flags):
             raise EOFError
         return left.pop(0)
 
-    chat(speakers, arguments(*flags), ask, output)
+    chat(speakers, make_config(*flags), ask, output)
     return output.getvalue()
 
 
@@ -61,7 +63,7 @@ def test_each_model_remembers_its_own_answers(model, tokenizer, strategy, monkey
     printed = talk(
         speakers, ["Why?", "", "And how?", "/help", "/clear", "Who?", "/quit", "never"], f"--strategies={strategy}"
     )
-    settings = decoding(strategy, arguments(f"--strategies={strategy}"))
+    settings = make_config(f"--strategies={strategy}").decoding(strategy)
 
     def answer(speaker, prompt):
         return answer_batch(speaker.model, tokenizer, encode(tokenizer, [prompt], "cpu"), **settings)[0].text.strip()
@@ -123,5 +125,5 @@ def test_the_oldest_turns_are_forgotten_when_positions_end(model, tokenizer):
 def test_a_conversation_needs_a_model_and_has_no_report():
     with pytest.raises(UserError, match="give a model to talk to"):
         prompt_eval.parse_args(["--interactive"])
-    with pytest.raises(UserError, match="a conversation has none"):
-        arguments("--report=x")
+    with pytest.raises(UserError, match="a conversation has no report"):
+        make_config("--report=x")

@@ -1,10 +1,11 @@
-"""prompt_eval.py: answers of two models, each with its own tokenizer, offline, and every way to ask for them."""
+"""prompt_eval.py with two models that have tokenizers of their own, offline: its functions, arguments and scripts."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import prompt_eval
 from utils.errors import UserError
 from utils.model.tokenizer import load_hf_tokenizer
-from utils.prompt_eval.answers import STRATEGIES, answer_batch
+from utils.prompt_eval.answers import answer_batch, end_token_ids, unknown_token_ids
+from utils.prompt_eval.config import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[2]
 STORIES = ROOT.parent / "shared" / "data" / "stories260K"
@@ -151,7 +153,7 @@ def test_rows_without_a_token_are_never_generated(pairs, monkeypatch):
         assert int(model(**inputs).logits[0, -1].argmax()) >= len(tokenizer)
     ids, _ = generated_ids(monkeypatch, model, tokenizer, inputs, max_new_tokens=20)
     assert max(ids[0]) < len(tokenizer)
-    assert prompt_eval.unknown_token_ids(model, tokenizer) == list(range(300, 312))
+    assert unknown_token_ids(model, tokenizer) == list(range(300, 312))
 
 
 def test_attention_mask_reaches_the_model(pairs):
@@ -181,7 +183,7 @@ def test_answer_ends_at_the_end_token(pairs, monkeypatch, known_to):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     else:
         monkeypatch.setattr(model.generation_config, "eos_token_id", [2, end])
-    assert end in prompt_eval.end_token_ids(model, tokenizer)
+    assert end in end_token_ids(model, tokenizer)
     stopped, _ = generated_ids(monkeypatch, model, tokenizer, inputs, max_new_tokens=8)
     assert stopped == [free[0][:stop]]
 
@@ -207,6 +209,21 @@ def test_each_model_has_its_own_tokenizer(pairs, capsys):
         f"==========finetune: Greedy=========\n\n{answers[1]}\n\n"
         "====================prompt end=============================\n\n\n"
     )
+
+
+def test_the_originals_arguments_are_enough(pairs, capsys):
+    """Callers of the original's `prompt_eval` know its arguments only, and tell both models' tokenizer once."""
+    model, tokenizer = pairs["base"]
+    args = Namespace(
+        model_name_or_path_baseline="a", model_name_or_path_finetune="b", num_beams=1, num_beam_groups=1, top_k=4,
+        penalty_alpha=0.6, num_return_sequences=1, max_new_tokens=5, language="English",
+    )  # fmt: skip
+    typed = dict(vars(args))
+    prompt_eval.prompt_eval(args, model, model, tokenizer, torch.device("cpu"), ["Human: why? Assistant:"])
+    inputs = tokenizer("Human: why? Assistant:", return_tensors="pt")
+    [answer] = prompt_eval.generate(model, tokenizer, inputs, max_new_tokens=5)
+    assert capsys.readouterr().out.count(f"\n\n{answer}\n\n") == 2
+    assert vars(args) == typed
 
 
 @pytest.mark.parametrize("language", ["English", "Chinese", "Japanese"])
@@ -284,7 +301,7 @@ def test_the_end_tokens_of_a_checkpoint_survive_loading(folders, tmp_path):
     file = tmp_path / "base" / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 7]}))
     model, tokenizer = prompt_eval.load(str(tmp_path / "base"), "cpu")
-    assert prompt_eval.end_token_ids(model, tokenizer) == [2, 7]
+    assert end_token_ids(model, tokenizer) == [2, 7]
 
 
 def test_what_a_checkpoint_says_about_sampling_does_not_count(folders, tmp_path):

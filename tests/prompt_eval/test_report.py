@@ -1,18 +1,20 @@
-"""The report: what is in the three files, that nothing a model says becomes markup, and how the page behaves."""
+"""The report: the content of its three files, the escaping of what models say, and the page in a browser."""
 
 import json
 import re
 import shutil
 import subprocess
 from argparse import Namespace
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from utils.errors import UserError
 from utils.logging.loss_curve import loss_curves, nice_ticks, thinned
-from utils.prompt_eval.answer_metrics import compare_scores, summarise
-from utils.prompt_eval.answers import STRATEGIES, Answer, Results
+from utils.prompt_eval.answer_metrics import compare_scores, summarize
+from utils.prompt_eval.answers import Answer, Results
+from utils.prompt_eval.config import STRATEGIES, EvalConfig
 from utils.prompt_eval.report import mark_differences, markdown, page, rows, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -25,13 +27,13 @@ SAID = {
 
 
 def make(folder="", several=1, scores=True, strategies=("greedy", "contrastive")):
-    """args, results and figures of a comparison with two prompts."""
+    """Configuration, results and figures of a comparison with two prompts."""
     args = Namespace(
-        model_name_or_path_baseline="<b>base</b>", model_name_or_path_finetune=str(folder), prompts=PROMPTS,
-        strategies=list(strategies), num_return_sequences=several, max_new_tokens=32, seed=1, num_beams=4,
-        num_beam_groups=2, diversity_penalty=0.5, temperature=1.0, top_p=0.9, top_k=4, penalty_alpha=0.6,
-        repetition_penalty=1.0,
+        model_name_or_path_baseline="<b>base</b>", model_name_or_path_finetune=str(folder),
+        num_return_sequences=several, max_new_tokens=32, seed=1, diversity_penalty=0.5, temperature=1.0, top_p=0.9,
+        top_k=4, penalty_alpha=0.6, repetition_penalty=1.0,
     )  # fmt: skip
+    config = EvalConfig(args, tuple(strategies), tuple(PROMPTS), num_beams=4, num_beam_groups=2)
     results, figures = {}, {strategy: {} for strategy in strategies}
     for name, texts in SAID.items():
         answers = [
@@ -41,12 +43,12 @@ def make(folder="", several=1, scores=True, strategies=("greedy", "contrastive")
         results[name] = Results(dict.fromkeys(strategies, answers), (2014.9, 7.6))
         flat = [answer for of_prompt in answers for answer in of_prompt]
         for strategy in strategies:
-            figures[strategy][name] = summarise([a.text for a in flat], [7] * len(flat), [a.ended for a in flat])
+            figures[strategy][name] = summarize([a.text for a in flat], [7] * len(flat), [a.ended for a in flat])
     if scores:
         for of_strategy in figures.values():
             of_strategy["scores"] = {"baseline": [1.0, 2.0] * several, "finetuned": [3.0, 2.0] * several}
             of_strategy["wins"] = compare_scores(*of_strategy["scores"].values())
-    return args, results, figures
+    return config, results, figures
 
 
 class Page(HTMLParser):
@@ -109,26 +111,27 @@ def test_differences_are_marked():
 
 
 def test_three_files_and_every_answer(tmp_path):
-    args, results, figures = make(tmp_path, several=2)
-    assert write_report(str(tmp_path / "a" / "b"), args, results, figures) == str(tmp_path / "a" / "b" / "report.html")
-    records = [json.loads(line) for line in (tmp_path / "a" / "b" / "results.jsonl").read_text().splitlines()]
-    assert records == rows(args, results, figures) and len(records) == 2 * 2 * 2 * 2
+    config, results, figures = make(tmp_path, several=2)
+    folder = tmp_path / "a" / "b"
+    assert write_report(str(folder), config, results, figures) == str(folder / "report.html")
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert records == rows(config, results, figures) and len(records) == 2 * 2 * 2 * 2
     for record in records:
         text = SAID[record["model"]][record["prompt_number"] - 1] + "!" * (record["answer_number"] - 1)
         assert record["answer"] == text and record["prompt"] == PROMPTS[record["prompt_number"] - 1]
         place = 2 * (record["prompt_number"] - 1) + record["answer_number"] - 1
         assert record["score"] == figures[record["strategy"]]["scores"][record["model"]][place]
-    html = (tmp_path / "a" / "b" / "report.html").read_text(encoding="utf-8")
+    html = (folder / "report.html").read_text(encoding="utf-8")
     assert html.count('class="pair"') == 8 and "Contrastive Search, answer 2" in html
     assert "2 / 2 / 0" in html and "2015" in html
 
 
 def test_markdown_holds_the_same(tmp_path):
-    args, results, figures = make(tmp_path)
-    text = markdown(args, results, figures)
+    config, results, figures = make(tmp_path)
+    text = markdown(config, results, figures)
     assert "* perplexity of baseline: 2014.9 (loss 7.6)" in text
     assert "1 won, 1 tied, 0 lost" in text
-    for strategy in args.strategies:
+    for strategy in config.strategies:
         assert text.count(f"**{STRATEGIES[strategy]}, after**") == 2
     # A block of code ends with a fence of its own only: longer than any in the answer.
     assert f"``````text\n{SAID['finetuned'][1]}\n``````" in text
@@ -137,11 +140,11 @@ def test_markdown_holds_the_same(tmp_path):
 
 
 def test_without_a_scorer_and_perplexity(tmp_path):
-    args, results, figures = make(tmp_path, scores=False)
+    config, results, figures = make(tmp_path, scores=False)
     results = {name: Results(result.answers) for name, result in results.items()}
-    html, text = page(args, results, figures), markdown(args, results, figures)
+    html, text = page(config, results, figures), markdown(config, results, figures)
     assert "wins /" not in html and "perplexity" not in html and "perplexity" not in text and "won" not in text
-    assert all("score" not in record for record in rows(args, results, figures))
+    assert all("score" not in record for record in rows(config, results, figures))
 
 
 def test_training_curves_only_where_there_are_metrics(tmp_path):
@@ -219,11 +222,11 @@ def browse(folder, width, *flags):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (1200, True)])
 def test_the_page_in_a_browser(tmp_path, width, dark):
-    args, results, figures = make(tmp_path)
+    config, results, figures = make(tmp_path)
     same = results["baseline"].answers["greedy"][1]
     results["finetuned"].answers["contrastive"] = [results["finetuned"].answers["greedy"][0], same]
-    args.prompts = [f"{PROMPTS[0]} {'x' * 400}", PROMPTS[1].replace("alert", "evil=alert")]
-    write_report(str(tmp_path), args, results, figures)
+    prompts = (f"{PROMPTS[0]} {'x' * 400}", PROMPTS[1].replace("alert", "evil=alert"))
+    write_report(str(tmp_path), replace(config, prompts=prompts), results, figures)
     dom = browse(tmp_path, width, "--dump-dom", f"--blink-settings=preferredColorScheme={0 if dark else 1}")
     seen = json.loads(re.search(r"<title>(.*?)</title>", dom)[1].replace("&quot;", '"'))
     assert seen["width"] == width, "the page must not scroll sideways"

@@ -93,7 +93,7 @@ def run_cell(flag: str, stage: int, kind: str, ranks: int, place: dict[str, Path
     """Run one cell; what came of it."""
     from fork_runs import start_run
 
-    from utils.train.stop_request import EXIT_INTERRUPTED
+    from utils.distributed.failures import EXIT_INTERRUPTED
 
     output = place["folder"] / "output"
     shutil.rmtree(output, ignore_errors=True)

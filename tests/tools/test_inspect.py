@@ -53,10 +53,10 @@ def test_counts(report, own, tmp_path):
     assert any("prompt, chosen, rejected; texts: the Human/Assistant form" in line for line in lines)
     assert "train: 23 rows, 1 of them with an empty answer or none (row 22)" in lines
     assert "eval: 5 rows, 0 of them with an empty answer or none" in lines
-    cuts = [line for line in lines if line.startswith("--max_seq_len")]
-    assert cuts == [
-        "--max_seq_len 40 cuts 1 rows (4.5%), 0 of them before the last answer",
-        "--max_seq_len 40 cuts 1 rows (20.0%), 1 of them before the last answer",
+    truncated = [line for line in lines if line.startswith("--max_seq_len")]
+    assert truncated == [
+        "--max_seq_len 40 truncates 1 rows (4.5%), 0 of them before the last answer",
+        "--max_seq_len 40 truncates 1 rows (20.0%), 1 of them before the last answer",
     ]
     assert "duplicates: within train 1 (row 21); within eval 1 (row 4)" in lines
     assert "leaks: eval rows that are in train too: 1 (row 1); others with a prompt of train: 1 (row 2)" in lines, lines

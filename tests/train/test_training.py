@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,9 @@ from fork_runs import finished_run
 from reference_run import evaluate, read_documents, reference
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.train.plan import cut_micro_batches
+from utils.arguments.parser import parse_args
+from utils.run_config import RunConfig
+from utils.train.plan import fit_micro_batches
 
 REFERENCE = ROOT / "tests" / "references" / "tiny_opt.json"
 # Seen: 7e-7 between the runs and the reference, mean 2e-7; other processors round differently.
@@ -198,26 +199,27 @@ class OfLengths:
 @pytest.mark.parametrize(
     ("asked", "length", "more", "expected"),
     [
-        (16, 512, {"packing": True}, (4, 12)),
-        (16, 100, {"packing": True}, (16, 3)),  # 1,600 tokens
-        (12, 700, {"packing": True}, (2, 18)),
-        (7, 512, {"packing": True}, (1, 21)),
-        (1, 4096, {"packing": True}, (1, 3)),
-        (2, 4096, {"packing": True}, (1, 6)),
-        (16, 512, {}, (8, 6)),  # 195 tokens a sample
-        (10, 512, {}, (10, 3)),
-        (16, 512, {"padding": "longest"}, (16, 3)),
-        (16, 512, {"zero_stage": 2}, (16, 3)),
-        (16, 512, {"dry_run": "8x80"}, (16, 3)),
+        (16, 512, ["--packing"], (4, 12)),
+        (16, 100, ["--packing"], (16, 3)),  # 1,600 tokens
+        (12, 700, ["--packing"], (2, 18)),
+        (7, 512, ["--packing"], (1, 21)),
+        (1, 4096, ["--packing"], (1, 3)),
+        (2, 4096, ["--packing"], (1, 6)),
+        (16, 512, [], (8, 6)),  # 195 tokens a sample
+        (10, 512, [], (10, 3)),
+        (16, 512, ["--padding", "longest"], (16, 3)),
+        (16, 512, ["--zero_stage", "2"], (16, 3)),
+        (16, 512, ["--dry_run", "8x80"], (16, 3)),
     ],
 )
 def test_which_micro_batches_are_cut(asked, length, more, expected):
-    settings = {"padding": "free", "packing": False, "zero_stage": 0, "dry_run": None, "max_seq_len": length}
-    args = Namespace(per_device_train_batch_size=asked, gradient_accumulation_steps=3, **{**settings, **more})
-    config = {"train_micro_batch_size_per_gpu": asked, "gradient_accumulation_steps": 3}
-    cut_micro_batches(args, config, OfLengths(100, 290))
-    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == expected
-    assert tuple(config.values()) == expected
+    given = ["--max_seq_len", length, "--per_device_train_batch_size", asked, "--gradient_accumulation_steps", 3]
+    args = parse_args(["--model_name_or_path", "opt", *map(str, given), *more])
+    config = RunConfig.resolve(args, torch.device("cpu"))
+    cut = fit_micro_batches(config, OfLengths(100, 290))
+    assert (cut.micro_batch, cut.accumulation) == expected
+    assert cut.global_batch == config.batches.global_batch
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (asked, 3), "arguments stay as typed"
 
 
 @pytest.mark.parametrize(("ranks", "micro", "stage"), [(1, 8, 0), (2, 4, 2), (2, 4, 3)])

@@ -1,4 +1,4 @@
-"""The command line: every argument with its group and its help."""
+"""The command line of main.py: every argument with its group and its help."""
 
 import argparse
 
@@ -13,7 +13,7 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of main.py."""
+    """Build the parser of main.py."""
     parser = argparse.ArgumentParser(
         description="Supervised fine-tuning of a causal language model with DeepSpeed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -36,180 +36,197 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--data_path", nargs="*", default=["Dahoas/rm-static"], metavar="NAME",
-        help="data sets: hub names, folders whose path contains such a name, or any file or folder of json, jsonl, "
-        "parquet or csv; several are mixed; NAME:0.3 trains on that share of the set's rows, NAME:2 on all twice")
+        help="data sets to train on: hub names, folders whose path contains a known name, or files and folders of "
+        "json, jsonl, parquet or csv; several are mixed; NAME:0.3 uses 0.3 of a set's rows, NAME:2 each row twice; "
+        "the default is the original's")
     add("--data_split", default="2,4,4", metavar="A,B,C",
-        help="shares of phases 1, 2 and 3; the default leaves the reward and RLHF phases their data")
+        help="shares of the rows for phases 1, 2 and 3; this program trains on the first; the default leaves rows for "
+        "the reward and RLHF phases")
     add("--sft_only_data_path", nargs="*", default=[], metavar="NAME",
-        help="data sets used whole for this phase, none by default")
+        help="data sets used whole for this phase, beside --data_path; none, as in the original")
     add("--columns", default=None, metavar="ROLE=COLUMN,...",
-        help="columns of your own data by role (messages, prompt, chosen, rejected, response, instruction, input, "
-        "output); none: columns have these names")
+        help="names of the columns of your own data by role (messages, prompt, chosen, rejected, response, "
+        "instruction, input, output); None: the columns have these names")
     add("--chat_template", default="auto", metavar="FORMAT",
-        help="text of your own data: auto, the tokenizer's chat template, else human_assistant, but prompts that end "
-        "in Assistant: as they stand; human_assistant; none, prompts and answers as they stand; or a jinja file")
+        help="how your own data become text: auto, by the tokenizer's chat template, else human_assistant, but "
+        "unchanged where prompts end in Assistant:; human_assistant; none, prompts and answers unchanged; or a jinja "
+        "file; auto, since it is what the model was trained with")
     add("--data_output_path", default=default_cache_folder(), metavar="DIR",
-        help="cache of split indexes and tokenised data; best on a node's own disk")
+        help="cache folder of split indexes and tokenized data; by default per user on the node's own disk, the "
+        "fastest place")
     add("--streaming", type=int, nargs="?", const=10_000, default=None, metavar="N",
-        help="for data larger than the disk: read rows as they are needed and shuffle N samples at a time (10000 "
-        "without N); needs --max_steps and --data_split 10,0,0; None: data is prepared whole, and shuffled whole")
+        help="read rows while training instead of preparing them first, and shuffle N samples at a time (10000 "
+        "without N): for data larger than the disk; needs --max_steps and --data_split 10,0,0; None prepares and "
+        "shuffles all data, the better order")
     add("--max_seq_len", type=int, default=512, metavar="TOKENS",
-        help="longer samples are cut (and counted); 512 holds most dialogues")
+        help="longest sample in tokens; longer ones are truncated and counted; 512 holds most dialogues")
     add("--preprocessing_num_workers", type=int, default=None, metavar="N",
-        help="tokenising processes; by default as many as there are cores and work for them")
+        help="tokenizing processes; None starts as many as there are cores and rows for them")
     add("--padding", choices=["free", "longest", "max_length"], default="free",
-        help="free: samples end to end in one row, none attends to another; longest: pad to the longest in the "
-        "batch; max_length: pad all to --max_seq_len, the original's way. Same loss, free is fastest")
+        help="how samples form a batch: free, end to end in one row, each attending to itself alone; longest, padded "
+        "to the longest of the batch; max_length, padded to --max_seq_len as in the original; the loss is the same, "
+        "free is fastest")
     add("--packing", action="store_true",
-        help="count batches in rows of --max_seq_len filled with whole samples (best fit), not in samples; off, "
-        "since a step then holds more samples")
+        help="count batches in rows of --max_seq_len tokens filled with whole samples (best fit) instead of in "
+        "samples; off, since a step then holds more samples")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", required=True, metavar="NAME",
-        help="a folder with model and tokenizer, or a hub name")
+        help="the model to fine-tune: a folder with weights and tokenizer, or a hub name")
     add("--gradient_checkpointing", action="store_true",
-        help="compute activations twice instead of keeping them: slower, far less memory")
+        help="compute activations again in the backward instead of keeping them: far less memory, about a third more "
+        "time; off, since it is slower")
     add("--disable_dropout", action="store_true",
-        help="turn every dropout of the model off; off by default, as the model was configured")
+        help="turn every dropout of the model off; off, since the model's own configuration decides")
     add("--dropout", type=float, default=None, metavar="P",
-        help="set every dropout of the model; None leaves the model's own")
+        help="set every dropout of the model to P; None leaves the model's own")
     add("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
-        help="auto: bf16 where the device has it, else fp16 on a GPU, else fp32")
+        help="precision of the computation; auto takes bf16 where the device has it, else fp16 on a GPU, else fp32")
     add("--compute_fp32_loss", action="store_true",
-        help="compute the loss in float32; it always is here, the flag keeps old command lines working")
+        help="accepted for old command lines and without effect: the loss is always computed in float32")
     add("--add_eot_token", action="store_true",
-        help="add --eot_token as a special token and end every sample with it; off: the tokenizer's own eos")
+        help="add --eot_token as a special token and end every sample with it; off: the tokenizer's own eos ends "
+        "samples")
     add("--eot_token", default="<|endoftext|>", metavar="TOKEN",
-        help="the token --add_eot_token adds; the default is the one GPT models use")
+        help="the token that --add_eot_token adds; the default is the one of GPT models")
 
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--per_device_train_batch_size", type=int, default=16, metavar="N",
-        help="samples per forward on each device (micro batch); 16 is the original's")
+        help="samples, or packed rows, per forward on each device (micro batch); 16 is the original's")
     add("--per_device_eval_batch_size", type=int, default=16, metavar="N",
-        help="samples per evaluation forward on each device; it changes no figure, 16 is the original's")
+        help="samples per evaluation forward on each device; it changes speed and memory alone, 16 is the original's")
     add("--gradient_accumulation_steps", type=int, default=1, metavar="N",
-        help="micro batches per optimizer step; 1 takes a step after each")
+        help="micro batches per optimizer step; 1 takes a step after each micro batch")
     add("--learning_rate", type=float, default=1e-3, metavar="LR",
-        help="peak rate of all weights but LoRA's; 1e-3 suits small models, full runs of big ones want about 1e-5")
+        help="peak learning rate of all weights but LoRA's; 1e-3 suits small models, full training of large ones "
+        "wants about 1e-5")
     add("--weight_decay", type=float, default=0.0, metavar="W",
-        help="AdamW's decay, never on biases and layer norms; short fine-tuning needs none")
+        help="AdamW's weight decay, never on biases and layer norms; 0, since short fine-tuning needs none")
     add("--num_train_epochs", type=int, default=1, metavar="N",
-        help="passes over the training data; more overfit small sets")
+        help="passes over the training data; 1, since more overfit small sets")
     add("--max_steps", type=int, default=None, metavar="N",
-        help="optimizer steps in all, in place of --num_train_epochs; None counts epochs")
+        help="number of optimizer steps, in place of --num_train_epochs; None counts epochs")
     add("--lr_scheduler_type", type=SchedulerType, default=SchedulerType.COSINE, metavar="NAME",
         choices=[SchedulerType(name) for name in SCHEDULES],
-        help=f"one of {', '.join(SCHEDULES)}; cosine needs no tuning")
+        help=f"shape of the learning rate: {', '.join(SCHEDULES)}; cosine, since it needs no tuning")
     add("--num_warmup_steps", type=int, default=0, metavar="N",
-        help="optimizer steps over which the rate rises from 0; pretrained models do without")
+        help="optimizer steps over which the learning rate rises from 0; 0, since pretrained models do without")
     add("--seed", type=int, default=1234, metavar="N",
-        help="decides splits, order and dropout; 1234 gives the splits of the published runs")
+        help="seed of splits, order and dropout; 1234 gives the splits of the published runs")
     add("--completion_only_loss", action="store_true",
-        help="label only the response; off, as in the original, where the prompt is learned too")
+        help="compute the loss on the response's tokens alone; off, as in the original, where the prompt is learned "
+        "too")
     add("--neftune_noise_alpha", type=float, default=None, metavar="A",
-        help="noise on the embeddings while training (NEFTune), 5 is usual; None adds none")
+        help="add noise of strength A to the embeddings while training (NEFTune; 5 is usual); None adds none")
     add("--print_loss", action="store_true",
-        help="print the loss of every optimizer step; off, since printing waits for the device")
+        help="print the loss of every optimizer step; off, since reading it synchronizes with the device")
     add("--eval_steps", type=int, default=None, metavar="N",
-        help="measure perplexity every N optimizer steps too; None: before training and after each epoch")
+        help="measure perplexity every N optimizer steps too; None: before training and after each epoch, as in the "
+        "original")
     add("--early_stopping_patience", type=int, default=None, metavar="N",
-        help="stop after N evaluations in a row without a lower loss; None never does")
+        help="stop after N evaluations in a row without a lower loss; None never stops early")
     add("--max_bad_steps", type=int, default=3, metavar="N",
-        help="stop after N steps in a row whose loss or gradients are not finite; such steps are skipped, and 3 "
-        "in a row don't mend themselves")
+        help="stop after N steps in a row whose loss or gradients are not finite; such steps are skipped; 3, since "
+        "three in a row rarely recover")
 
 
 def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("checkpoints").add_argument
     add("--save_strategy", choices=["no", "steps", "epoch"], default=None,
-        help="when to write a checkpoint a run can go on from; None: steps with --save_steps, else no (they are large)")
+        help="when to write a checkpoint that a run can resume from; None means steps where --save_steps is given, "
+        "else no, since checkpoints are large")
     add("--save_steps", type=int, default=None, metavar="N",
-        help="a checkpoint every N optimizer steps; None: see --save_strategy")
+        help="write a checkpoint every N optimizer steps; None: see --save_strategy")
     add("--save_total_limit", type=int, default=2, metavar="K",
-        help="keep the newest K; 2, so that one is left should the newest be damaged; 0 keeps all")
+        help="keep the newest K checkpoints, 0 keeps all; 2, so that one is left if the newest is damaged")
     add("--save_only_model", action="store_true",
-        help="write models instead of checkpoints: a fraction of the size, but no run goes on from them")
+        help="write models instead of checkpoints, a fraction of the size; off, since a run can't resume from them")
     add("--resume_from_checkpoint", nargs="?", const="latest", default=None, metavar="PATH",
-        help="go on from this checkpoint; without PATH or with latest, from the newest of --output_dir, and from the "
-        "start where there is none. None starts anew")
+        help="resume from the checkpoint in PATH; without PATH or with latest, from the newest of --output_dir, or "
+        "from the start where there is none; None starts anew")
     add("--resume_anyway", action="store_true",
-        help="go on although arguments or data have changed since; off, since it is then another run")
+        help="resume although arguments or data have changed; off, since the result is then another run")
     add("--load_best_model_at_end", action="store_true",
-        help="save the model of the lowest evaluation loss in place of the last; off: the last, as the original")
+        help="save the model of the lowest evaluation loss as the final one; off: the last one, as in the original")
 
 
 def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora_dim", type=int, default=0, metavar="R",
-        help="rank of the added weights; 0 trains without LoRA")
+        help="rank R of LoRA's added weights; 0 trains without LoRA")
     add("--lora_module_name", default="decoder.layers.", metavar="PART[,PART]",
-        help="wrap linear layers whose name contains this, or one of several; auto: those of the blocks, in any model "
-        "family; the default is OPT's blocks, the original's")
+        help="wrap the linear layers whose name contains PART, or one of several; auto: those of the blocks in any "
+        "model family; the default is OPT's blocks, the original's")
     add("--lora_alpha", type=float, default=1.0, metavar="A",
-        help="LoRA adds its product times A / R, as in PEFT; 1 is the original's, PEFT users often take 2 R")
+        help="scale LoRA's product by A / R, as in PEFT; 1 is the original's, PEFT users often take 2 R")
     add("--lora_dropout", type=float, default=0.0, metavar="P",
-        help="dropout before the added weights; 0, the original's; --disable_dropout and --dropout leave it alone")
+        help="dropout before LoRA's weights, which --disable_dropout and --dropout leave alone; 0 is the original's")
     add("--only_optimize_lora", action="store_true",
-        help="train the added weights alone; off: wrapped weights are frozen, everything else trains")
+        help="train LoRA's weights alone; off: wrapped weights are frozen and everything else trains, as in the "
+        "original")
     add("--lora_learning_rate", type=float, default=5e-4, metavar="LR",
-        help="the added weights' own peak rate; 5e-4, since weights that start from zero want a high one")
+        help="peak learning rate of LoRA's weights; 5e-4, since weights that start from zero want a high rate")
     add("--save_lora_adapter", action="store_true",
-        help="also write the added weights alone, in PEFT's format, to OUTPUT_DIR/adapter; off, since the saved "
-        "model has them merged in; needs --only_optimize_lora")
+        help="also write LoRA's weights alone, in PEFT's format, to OUTPUT_DIR/adapter; needs --only_optimize_lora; "
+        "off, since the saved model has them merged in")
 
 
 def _add_long_context_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("long context").add_argument
     add("--sequence_parallel_size", type=int, default=1, metavar="N",
-        help="ranks that share every row of tokens, each with a share of the attention heads (DeepSpeed Ulysses); a "
-        "micro batch is then one of N ranks; 1, since a row that fits one device is faster there")
+        help="ranks that share every row of tokens, each computing a share of the attention heads (DeepSpeed "
+        "Ulysses); a micro batch is then one of N ranks; 1, since a row that fits one device is faster there")
     add("--tiled_mlp", action="store_true",
         help="compute the blocks' MLPs a piece of the row at a time, and again in the backward: less memory for long "
         "rows; off, since it is slower and short rows gain nothing")
     add("--activation_offloading", action="store_true",
-        help="keep what --gradient_checkpointing keeps in CPU memory until the backward; off, since copying takes time")
+        help="keep the activations that --gradient_checkpointing keeps in CPU memory until the backward; off, since "
+        "copying takes time")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run and DeepSpeed").add_argument
     add("--output_dir", default=None, metavar="DIR",
-        help="where the model, metrics and loss curve go; none: nothing is saved")
+        help="folder of the model, metrics and loss curve; None saves nothing")
     add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=0,
-        help="ZeRO: 1 shards optimizer states, 2 gradients too, 3 weights too; 0 is fastest where it fits")
+        help="ZeRO stage: 1 shards optimizer states over the ranks, 2 gradients too, 3 weights too; 0 is fastest "
+        "where it fits")
     add("--offload", nargs="?", const="cpu", default=None, choices=["cpu", "nvme"],
-        help="keep optimizer states (and weights, with ZeRO 3) in CPU memory, or with nvme in files below --nvme_path; "
-        "off, since both are slower")
+        help="keep optimizer states, and weights at ZeRO 3, in CPU memory, or with nvme in files below --nvme_path; "
+        "None, since both are slower")
     add("--local_rank", type=int, default=-1, metavar="N",
-        help="set by the launcher; -1 for a plain start")
+        help="this process's rank on its node, set by the launcher; -1 for a plain start")
     add("--ddp_timeout", type=int, default=1800, metavar="SECONDS",
-        help="longest wait of one rank for the others; half an hour outlasts a slow disk, not a dead rank")
+        help="longest wait of one rank for the others in seconds; half an hour is enough for a slow disk and ends the "
+        "run when a rank is dead")
     add("--dry_run", nargs="?", const=HERE, default=None, metavar="GPUSxGB",
-        help="check everything, prepare the data, print the plan with its memory and time, and train nothing; with "
-        "64x80 for 64 GPUs of 80 GB each instead of this machine; off")
+        help="check everything, prepare the data, print the plan with its memory and time, and train nothing; 64x80 "
+        "plans for 64 GPUs of 80 GB instead of this machine; None trains")
     add("--logging_steps", type=int, default=10, metavar="N",
-        help="bring figures over from the device and say them every N optimizer steps; 10, since that waits for it")
+        help="log every N optimizer steps; 10, since each log synchronizes with the device")
     add("--report_to", nargs="*", default=["none"], choices=CHOICES,
-        help="send the figures there too, through DeepSpeed's monitor; none: they are in OUTPUT_DIR/metrics.jsonl")
+        help="send the metrics to these services too, through DeepSpeed's monitor; none, since "
+        "OUTPUT_DIR/metrics.jsonl holds them")
     add("--enable_tensorboard", action="store_true",
-        help="the original's name of --report_to tensorboard; off, since few look at them")
+        help="the original's name for --report_to tensorboard; off, as there")
     add("--tensorboard_path", default="step1_tensorboard", metavar="DIR",
-        help="where the curves go; the default is the original's")
+        help="folder of TensorBoard's files; the default is the original's")
 
 
 def _add_scale_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("big models").add_argument
     add("--max_shard_size", default="5GB", metavar="SIZE",
-        help="largest file of weights in a saved model, as 5GB or 200MB: what rank 0 holds while it saves; 5GB is few "
-        "files for a large model, and one for a small")
+        help="largest file of weights in a saved model, as 5GB or 200MB, and the memory rank 0 needs while it saves; "
+        "5GB makes few files")
     add("--nvme_path", default=None, metavar="DIR",
-        help="a folder on a local disk for the swap files of --offload nvme; None: there is no such disk by itself")
+        help="folder on a local disk for the swap files of --offload nvme; None: there is no usual place")
     add("--zero_hpz_partition_size", type=int, default=1, metavar="N",
-        help="ZeRO 3 keeps a second copy of the weights split over N ranks, those of a node, so that the backward "
-        "gathers from them alone; 1 keeps none, since it takes memory")
+        help="split a second copy of ZeRO 3's weights over N ranks, those of a node, so that the backward gathers "
+        "within the node; 1 keeps no copy, since it takes memory")
     add("--enable_mixed_precision_lora", action="store_true",
         help="hold LoRA's frozen weights in 8 bits (ZeRO 3 and fp16 on CUDA GPUs); off, since it rounds them")
 # fmt: on

@@ -1,5 +1,6 @@
-"""What can be known to fail is found here, all at once, before a model is loaded or a file is written."""
+"""Checks before a run: everything that can be known to fail is found, all at once, before a model is loaded."""
 
+import copy
 import os
 import tempfile
 from argparse import Namespace
@@ -10,43 +11,42 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from utils.arguments.values import check_values
+from utils.arguments.values import can_split, check_values
 from utils.checkpoint.checkpoint_folder import find_checkpoint
 from utils.checkpoint.resume import check_same_run
 from utils.data.cache import cache_lock
-from utils.data.data_utils import SFT_ONLY_SPLIT, get_raw_dataset
 from utils.data.formats.chat_template import ChatFormat, resolve_chat_format
 from utils.data.formats.custom import OwnOptions, parse_columns
-from utils.data.mixture import parse_source
+from utils.data.mixture import SFT_ONLY_SPLIT, parse_source
+from utils.data.prepare import get_raw_dataset
 from utils.data.raw_datasets import known_name
 from utils.data.splits import parse_data_split, split_boundaries
 from utils.data.tokenization.tokenize_rows import end_of_conversation_token
 from utils.distributed.launchers import launched_ranks
-from utils.distributed.process_group import check_local_rank
-from utils.ds_utils import read_deepspeed_config
+from utils.distributed.process_group import check_local_rank, local_rank_of
 from utils.engine.nvme_swap import check_async_io, check_swap_folder
 from utils.errors import UserError, join_problems
 from utils.logging.trackers import check_reports
 from utils.machine.precision import resolve_dtype
-from utils.model.model_utils import has_weights, load_model_config, max_positions
+from utils.model.build import model_form
+from utils.model.model_utils import configure_dropout, has_weights, load_model_config, max_positions
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import check_lora_module_name
 from utils.module.sequence_parallel import check_sequence_parallel
 from utils.module.tiled_mlp import check_tiled_mlp
-from utils.run_config import parse_gpus
+from utils.run_config import Gpus, asked_eot_token, parse_gpus, read_deepspeed_config
 
 Result = TypeVar("Result")
 PROBE_TEXT = "Human: How many legs has a spider? Assistant: Eight. 蜘蛛有八条腿。"
 
 
 def check_run(args: Namespace) -> None:
-    """Check arguments (their `local_rank` resolved) against machine, model, tokenizer and data.
+    """Check the arguments against machine, model, tokenizer and data, before a model is loaded or a file written.
 
     Raises:
         UserError: everything that is wrong, in one message.
     """
     problems = check_values(args)
-    can_split = not any(problem.startswith(("--seed", "--data_split")) for problem in problems)
 
     def attempt(check: Callable[..., Result], *arguments: Any) -> Result | None:
         try:
@@ -56,42 +56,56 @@ def check_run(args: Namespace) -> None:
                 problems.append(str(err))
             return None
 
-    attempt(check_local_rank, args.local_rank)
     gpus = attempt(parse_gpus, args.dry_run)
-    if gpus is None:
-        attempt(resolve_dtype, args.dtype)
-    problems += check_scale(args, gpus.count if gpus else launched_ranks())
-    attempt(check_reports, args)
-    attempt(_check_groups, args)
-    attempt(_check_offloading, args)
-    if args.deepspeed_config:
-        attempt(read_deepspeed_config, args.deepspeed_config)
+    ranks = launched_ranks() if gpus is None else gpus.count
+    _check_machine(args, gpus, ranks, attempt)
+    problems += check_scale(args, ranks, gpus is not None)
     if args.output_dir is not None:
         attempt(_check_writable, args.output_dir, "--output_dir")
     if not problems:
         attempt(_check_resume, args)
     config = attempt(_check_model_folder, args.model_name_or_path, not args.dry_run)
     if config is not None:
-        attempt(_check_length, args.max_seq_len, config)
-        if args.lora_dim > 0:
-            attempt(_check_lora_names, config, args.lora_module_name)
-        if args.sequence_parallel_size > 1:
-            attempt(check_sequence_parallel, config, args.sequence_parallel_size)
-        if args.tiled_mlp:
-            attempt(check_tiled_mlp, config, args)
+        _check_model(args, config, attempt)
     tokenizer = attempt(_check_tokenizer, args)
     if args.save_lora_adapter and config is not None and tokenizer is not None:
         attempt(_check_adapter_base, config, len(tokenizer))
     columns = attempt(_check_columns, args)
     chat = None if tokenizer is None else attempt(_chat_format, args, tokenizer)
     own = OwnOptions(columns or {}, chat or ChatFormat())
-    if attempt(_check_writable, args.data_output_path, "--data_output_path") and can_split:
+    if attempt(_check_writable, args.data_output_path, "--data_output_path") and can_split(args.seed, args.data_split):
         for name in args.data_path:
             attempt(_check_data, name, args.data_split, args, own)
         for name in args.sft_only_data_path:
             attempt(_check_data, name, SFT_ONLY_SPLIT, args, own)
     if problems:
         raise UserError(join_problems(problems))
+
+
+def _check_machine(args: Namespace, gpus: Gpus | None, ranks: int, attempt: Callable[..., Any]) -> None:
+    """Try what depends on this machine and its ranks, or on those of the plan."""
+    attempt(check_local_rank, local_rank_of(args.local_rank))
+    if gpus is None:
+        attempt(resolve_dtype, args.dtype)
+    attempt(check_reports, args.report_to, args.enable_tensorboard)
+    attempt(_check_groups, args.sequence_parallel_size, ranks)
+    if args.activation_offloading and gpus is None:
+        attempt(_check_offloading)
+    if args.deepspeed_config:
+        attempt(read_deepspeed_config, args.deepspeed_config)
+
+
+def _check_model(args: Namespace, config: PretrainedConfig, attempt: Callable[..., Any]) -> None:
+    """Try what depends on the model's configuration."""
+    attempt(_check_length, args.max_seq_len, config)
+    if args.lora_dim > 0:
+        attempt(_check_lora_names, config, args.lora_module_name)
+    if args.sequence_parallel_size > 1:
+        attempt(check_sequence_parallel, config, args.sequence_parallel_size)
+    if args.tiled_mlp:
+        own = copy.deepcopy(config)
+        configure_dropout(own, model_form(args).dropout)
+        attempt(check_tiled_mlp, own)
 
 
 def _check_writable(folder: str, argument: str) -> bool:
@@ -106,17 +120,13 @@ def _check_writable(folder: str, argument: str) -> bool:
         raise UserError(f"{argument} {folder} can't be written ({err}): give a folder you may write to.") from err
 
 
-def _check_groups(args: Namespace) -> None:
-    gpus = parse_gpus(args.dry_run)
-    ranks = launched_ranks() if gpus is None else gpus.count
-    if args.sequence_parallel_size > 1 and ranks % args.sequence_parallel_size:
-        raise UserError(
-            f"--sequence_parallel_size {args.sequence_parallel_size} must divide the number of ranks, which is {ranks}."
-        )
+def _check_groups(size: int, ranks: int) -> None:
+    if size > 1 and ranks % size:
+        raise UserError(f"--sequence_parallel_size {size} must divide the number of ranks, which is {ranks}.")
 
 
-def _check_offloading(args: Namespace) -> None:
-    if args.activation_offloading and parse_gpus(args.dry_run) is None and get_accelerator().device_name() == "cpu":
+def _check_offloading() -> None:
+    if get_accelerator().device_name() == "cpu":
         raise UserError(
             "--activation_offloading: this run is on a CPU, where activations are in CPU memory anyway: it would "
             "save nothing. Leave it out."
@@ -124,7 +134,7 @@ def _check_offloading(args: Namespace) -> None:
 
 
 def _check_resume(args: Namespace) -> None:
-    checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:
         check_same_run(checkpoint, args, launched_ranks() // args.sequence_parallel_size)
 
@@ -152,7 +162,7 @@ def _check_lora_names(config: PretrainedConfig, module_name: str) -> None:
 
 
 def _check_adapter_base(config: PretrainedConfig, entries: int) -> None:
-    """An adapter is used on the base model as it is published, so that model must have a row for every token."""
+    """Check that the base model has a row for every token: an adapter is used on it as published."""
     rows = config.get_text_config().vocab_size
     if rows < entries:
         raise UserError(
@@ -163,11 +173,10 @@ def _check_adapter_base(config: PretrainedConfig, entries: int) -> None:
 
 
 def _check_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
-    """Load it, save it and load that: what would fail after training fails now instead. Returns it."""
-    tokenizer = load_hf_tokenizer(
-        args.model_name_or_path, add_special_tokens=args.eot_token if args.add_eot_token else None
-    )
-    end_of_conversation_token(args, tokenizer)
+    """Load the tokenizer, save it and load that: what would fail after training fails now. Returns it."""
+    eot_token = asked_eot_token(args)
+    tokenizer = load_hf_tokenizer(args.model_name_or_path, add_special_tokens=eot_token)
+    end_of_conversation_token(tokenizer, eot_token, args.model_name_or_path)
     if args.completion_only_loss and not tokenizer.is_fast:
         raise UserError(
             f"--completion_only_loss needs a fast tokenizer, which tells where each token stands in the text; "
@@ -193,11 +202,12 @@ def _check_columns(args: Namespace) -> dict[str, str]:
 
 
 def _chat_format(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    return resolve_chat_format(args.chat_template, tokenizer, end_of_conversation_token(args, tokenizer))
+    end_token = end_of_conversation_token(tokenizer, asked_eot_token(args), args.model_name_or_path)
+    return resolve_chat_format(args.chat_template, tokenizer, end_token)
 
 
 def _check_data(text: str, data_split: str, args: Namespace, own: OwnOptions) -> None:
-    """The data set is known, readable and well-formed, and phase 1 gets rows of it."""
+    """Check that a data set is known, readable and well-formed, and gives phase 1 rows."""
     name, weight = parse_source(text)
     if args.streaming:
         raw = get_raw_dataset(name, args.data_output_path, args.seed, 1, own, streaming=True)
@@ -218,8 +228,8 @@ def _check_data(text: str, data_split: str, args: Namespace, own: OwnOptions) ->
         raise UserError(f"--data_path {text} leaves none of {share} training rows: give it a larger weight.")
 
 
-def check_scale(args: Namespace, ranks: int) -> list[str]:
-    """What this machine, or the one of a plan, can't do of the arguments of big models."""
+def check_scale(args: Namespace, ranks: int, is_plan: bool) -> list[str]:
+    """List what this machine, or the GPUs of a plan, can't do of the arguments of big models."""
     problems, size = [], args.zero_hpz_partition_size
     if size > 1 and ranks % size != 0:
         problems.append(
@@ -229,7 +239,7 @@ def check_scale(args: Namespace, ranks: int) -> list[str]:
         problems.append(
             f"--enable_mixed_precision_lora needs --dtype fp16, not {args.dtype}: DeepSpeed's 8-bit kernel reads fp16."
         )
-    if parse_gpus(args.dry_run) is not None:
+    if is_plan:
         return problems
     if args.enable_mixed_precision_lora and get_accelerator().device_name() != "cuda":
         problems.append(

@@ -1,4 +1,4 @@
-"""What is wrong with the values of the command line, seen by themselves: no file, model or device is looked at."""
+"""Checks of the command line's values alone: no file, model or device is looked at."""
 
 import argparse
 from argparse import Namespace
@@ -11,9 +11,11 @@ from utils.errors import UserError
 from utils.export.hf_model import parse_size
 from utils.run_config import parse_gpus
 
+MAX_SEED = 2**32  # numpy's
+
 
 def check_values(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the arguments' values, seen by themselves."""
+    """List what is wrong with the arguments' values."""
     problems = []
     at_least = {
         "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
@@ -25,7 +27,7 @@ def check_values(args: argparse.Namespace) -> list[str]:
     for name, least in at_least.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             problems.append(f"--{name} must be at least {least}, not {getattr(args, name)}.")
-    if args.seed >= 2**32:
+    if args.seed >= MAX_SEED:
         problems.append(f"--seed must be below 2**32, not {args.seed}.")
     for name in ("learning_rate", "lora_learning_rate", "weight_decay"):
         if not 0 <= getattr(args, name) < float("inf"):
@@ -61,8 +63,17 @@ def check_values(args: argparse.Namespace) -> list[str]:
     return problems + _check_checkpoint_values(args) + _check_long_context_values(args) + check_scale_values(args)
 
 
+def can_split(seed: int, data_split: str) -> bool:
+    """Whether rows can be drawn with this seed and these shares."""
+    try:
+        parse_data_split(data_split)
+    except UserError:
+        return False
+    return 0 <= seed < MAX_SEED
+
+
 def _check_streaming_values(args: argparse.Namespace) -> list[str]:
-    """What a stream can't do: it has no length, no parts, and is tokenised while it is read."""
+    """List what a stream can't do: it has no length, no parts, and is tokenized while it is read."""
     if args.streaming is None:
         return []
     problems = []
@@ -77,7 +88,7 @@ def _check_streaming_values(args: argparse.Namespace) -> list[str]:
     if args.preprocessing_num_workers is not None:
         problems.append(
             "--preprocessing_num_workers is for data that is prepared before the run: with --streaming each rank "
-            "tokenises in one process. Leave it out."
+            "tokenizes in one process. Leave it out."
         )
     if args.save_strategy == "epoch":
         problems.append("--save_strategy epoch: with --streaming there are no epochs; give --save_steps N.")
@@ -126,7 +137,7 @@ def _check_long_context_values(args: argparse.Namespace) -> list[str]:
 
 
 def _check_adapter_arguments(args: argparse.Namespace) -> list[str]:
-    """What keeps `--save_lora_adapter` from writing an adapter that gives the trained model."""
+    """List what keeps `--save_lora_adapter` from writing an adapter that gives the trained model."""
     problems = []
     if args.lora_dim == 0:
         problems.append("--save_lora_adapter needs --lora_dim above 0: without LoRA there is no adapter.")
@@ -141,7 +152,7 @@ def _check_adapter_arguments(args: argparse.Namespace) -> list[str]:
 
 
 def check_scale_values(args: Namespace) -> list[str]:
-    """What is wrong with the arguments of big models, seen by themselves."""
+    """List what is wrong with the arguments of big models."""
     problems = []
     try:
         parse_size(args.max_shard_size)

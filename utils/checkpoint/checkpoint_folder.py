@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on, in folders that are complete or absent.
+"""Checkpoints: everything a run needs to resume, in folders that are complete or absent.
 
 `{output_dir}/checkpoints/step-000100/` holds DeepSpeed's shards of weights and optimizer, the random states of every
 rank, and `complete.json`, written last: position, arguments, layout, versions, and the size of every file. The
@@ -10,7 +10,6 @@ import os
 import random
 import re
 import shutil
-from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,18 +21,19 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
 
-from utils.distributed.ranks import global_rank, wait_for_all, world_size
+from utils.distributed.ranks import global_rank, is_rank_0, wait_for_all, world_size
+from utils.distributed.zero3 import whole_numel
 from utils.errors import UserError
 from utils.export.hf_model import save_model_folder, settled
-from utils.export.model_card import describe_model
-from utils.files import sync
+from utils.export.save import export_form
+from utils.files import INCOMPLETE, remove_incomplete, replace_folder, sync, sync_tree, write_json
 from utils.machine.device import random_states, set_random_seed
+from utils.run_config import RunConfig
 from utils.train.state import RunState
 
 FOLDER = "checkpoints"
 MARKER = "complete.json"
 FORMAT = 1
-INCOMPLETE = ".incomplete-"
 NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -45,17 +45,17 @@ class Checkpoint(NamedTuple):
 
     @property
     def state(self) -> RunState:
-        """The position it was taken at."""
+        """Return the position of the run when the checkpoint was written."""
         return RunState.from_dict(self.info["state"])
 
 
 def checkpoints_folder(output_dir: str) -> str:
-    """Where the checkpoints of a run are."""
+    """Return the folder of a run's checkpoints."""
     return os.path.join(output_dir, FOLDER)
 
 
 def read_checkpoint(folder: str) -> Checkpoint:
-    """The checkpoint in `folder`; UserError says what is wrong when it is not a complete one."""
+    """Read the checkpoint in `folder`; a UserError says why it is not a complete one."""
     try:
         with open(os.path.join(folder, MARKER), encoding="utf-8") as file:
             info = json.load(file)
@@ -79,7 +79,7 @@ def read_checkpoint(folder: str) -> Checkpoint:
 
 
 def list_checkpoints(root: str) -> tuple[list[Checkpoint], list[str]]:
-    """(complete checkpoints below `root`, oldest first; why each of the others does not count)."""
+    """Return (the complete checkpoints below `root`, oldest first; why each of the others is not complete)."""
     complete, problems = [], []
     for name in sorted(os.listdir(root), key=lambda name: (len(name), name)) if os.path.isdir(root) else []:
         if NAME.fullmatch(name):
@@ -90,24 +90,26 @@ def list_checkpoints(root: str) -> tuple[list[Checkpoint], list[str]]:
     return complete, problems
 
 
-def find_checkpoint(args: Namespace, say: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
-    """The checkpoint `--resume_from_checkpoint` means; None when there is none to go on from.
+def find_checkpoint(
+    output_dir: str | None, wanted: str | None, say: Callable[[str], None] = lambda line: None
+) -> Checkpoint | None:
+    """Return the checkpoint that `--resume_from_checkpoint` names; None for a run from the start.
 
     Args:
-        say: gets a line on everything decided here.
+        wanted: a checkpoint's folder, "latest", or None.
+        say: gets a line on each decision made here.
 
     Raises:
         UserError: PATH is no complete checkpoint, or holds a model alone; or `--output_dir` already has checkpoints
             from further on, which the new ones would be mixed up with.
     """
-    wanted = args.resume_from_checkpoint
-    complete, problems = list_checkpoints(checkpoints_folder(args.output_dir)) if args.output_dir else ([], [])
+    complete, problems = list_checkpoints(checkpoints_folder(output_dir)) if output_dir else ([], [])
     resumable = [checkpoint for checkpoint in complete if checkpoint.info["kind"] == "full"]
     if wanted == "latest":
         for problem in problems:
             say(f"Not used: {problem}")
         if not resumable:
-            say(f"No checkpoint in {args.output_dir} to go on from: starting anew")
+            say(f"No checkpoint in {output_dir} to go on from: starting anew")
         return resumable[-1] if resumable else None
     found = read_checkpoint(wanted) if wanted is not None else None
     if found is not None and found.info["kind"] != "full":
@@ -115,8 +117,8 @@ def find_checkpoint(args: Namespace, say: Callable[[str], None] = lambda line: N
     later = [checkpoint for checkpoint in complete if found is None or checkpoint.state.step > found.state.step]
     if later:
         raise UserError(
-            f"{args.output_dir} holds checkpoints of an earlier run, the last {later[-1].folder}: go on from it with "
-            f"--resume_from_checkpoint latest, or remove {checkpoints_folder(args.output_dir)}, or give another "
+            f"{output_dir} holds checkpoints of an earlier run, the last {later[-1].folder}: go on from it with "
+            f"--resume_from_checkpoint latest, or remove {checkpoints_folder(output_dir)}, or give another "
             "--output_dir."
         )
     return found
@@ -129,13 +131,13 @@ def save_checkpoint(
     engine: deepspeed.DeepSpeedEngine,
     tokenizer: PreTrainedTokenizerBase,
     state: RunState,
-    args: Namespace,
+    config: RunConfig,
     record: dict[str, Any],
 ) -> str:
     """Write a checkpoint of this position and drop those beyond `--save_total_limit`. Every rank must call it.
 
     Args:
-        record: what else the marker is to hold (`resume.run_record`).
+        record: the rest of the marker's content (`resume.run_record`).
 
     Returns:
         its folder.
@@ -143,29 +145,30 @@ def save_checkpoint(
     Raises:
         UserError: it can't be written; earlier checkpoints are as they were.
     """
-    root = checkpoints_folder(args.output_dir)
+    root = checkpoints_folder(config.args.output_dir)
     name = f"step-{state.step:06d}"
     work = os.path.join(root, INCOMPLETE + name)
     try:
-        if global_rank() == 0:
+        if is_rank_0():
             remove_incomplete(root)
             os.makedirs(work)
-            _check_space(engine, root, args)
+            _check_space(engine, root, config.save_only_model)
         wait_for_all()
-        if args.save_only_model:
-            save_model_folder(settled(engine), tokenizer, work, describe_model(args, tokenizer), args.max_shard_size)
+        if config.save_only_model:
+            form = export_form(config, tokenizer)
+            save_model_folder(settled(engine), tokenizer, work, form.describe, form.max_shard_size)
         else:
             # Frozen weights are those of the model the run started from: only what trains is written.
             engine.save_checkpoint(root, INCOMPLETE + name, save_latest=False, exclude_frozen_parameters=True)
             torch.save(random_states(), os.path.join(work, _random_file(global_rank())))
         wait_for_all()
-        if global_rank() == 0:
-            kind = "model" if args.save_only_model else "full"
+        if is_rank_0():
+            kind = "model" if config.save_only_model else "full"
             _publish(work, os.path.join(root, name), {**record, "kind": kind, "state": state.to_dict()})
-            _drop_old(root, args.save_total_limit)
+            _drop_old(root, config.args.save_total_limit)
         wait_for_all()
     except Exception as err:
-        if global_rank() == 0:  # another rank must not take the folder away under those that still write
+        if is_rank_0():  # another rank must not take the folder away under those that still write
             shutil.rmtree(work, ignore_errors=True)
         if not _is_writing_failure(err):
             raise
@@ -174,7 +177,7 @@ def save_checkpoint(
 
 
 def _is_writing_failure(err: Exception) -> bool:
-    """torch.save says a full disk in its own words, without the operating system's."""
+    """Whether writing failed: torch.save reports a full disk as an error of its own, not as an OSError."""
     known = isinstance(err, (OSError, UserError))
     return known or any(word in str(err) for word in ("PytorchStreamWriter", "inline_container", "Parent directory"))
 
@@ -193,10 +196,10 @@ def _failed_words(root: str, step: int, err: Exception) -> str:
 
 
 def checkpoint_bytes(engine: deepspeed.DeepSpeedEngine, only_model: bool) -> int:
-    """About how large a checkpoint is over all ranks: trained weights, in 16 bits a float32 copy, Adam's moments."""
+    """Estimate the bytes of a checkpoint over all ranks: trained weights, in 16 bits a float32 copy, Adam's moments."""
     total = 0
     for parameter in engine.module.parameters():
-        numel = getattr(parameter, "ds_numel", parameter.numel())
+        numel = whole_numel(parameter)
         size = parameter.element_size()
         if only_model:
             total += numel * size
@@ -205,44 +208,23 @@ def checkpoint_bytes(engine: deepspeed.DeepSpeedEngine, only_model: bool) -> int
     return total
 
 
-def _check_space(engine: deepspeed.DeepSpeedEngine, root: str, args: Namespace) -> None:
-    needed, free = checkpoint_bytes(engine, args.save_only_model), shutil.disk_usage(root).free
+def _check_space(engine: deepspeed.DeepSpeedEngine, root: str, only_model: bool) -> None:
+    needed, free = checkpoint_bytes(engine, only_model), shutil.disk_usage(root).free
     if free < needed:
         raise UserError(f"it takes about {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left")
 
 
 def _publish(work: str, folder: str, info: dict[str, Any]) -> None:
-    """Sync all files, write the marker, and give the folder its name; an older one of that name makes way."""
-    files = {}
-    for parent, _, names in os.walk(work):
-        for name in names:
-            path = os.path.join(parent, name)
-            sync(path)
-            files[os.path.relpath(path, work)] = os.path.getsize(path)
-    marker = os.path.join(work, MARKER)
+    """Sync all files, write the marker with their sizes, and give the folder its name."""
+    files = sync_tree(work)
     versions = {module.__name__: module.__version__ for module in (torch, deepspeed, transformers, datasets, np)}
-    with open(marker, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, **info, "versions": versions, "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    sync(work)
-    if os.path.isdir(folder):
-        os.rename(folder, work + "-replaced")
-    os.rename(work, folder)
-    sync(os.path.dirname(folder))
-    shutil.rmtree(work + "-replaced", ignore_errors=True)
-
-
-def remove_incomplete(root: str) -> None:
-    """Sweep away what a killed writer left. Nothing else may be writing."""
-    os.makedirs(root, exist_ok=True)
-    for name in os.listdir(root):
-        if name.startswith(INCOMPLETE):
-            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+    write_json(os.path.join(work, MARKER), {"format": FORMAT, **info, "versions": versions, "files": files})
+    sync(os.path.join(work, MARKER))
+    replace_folder(work, folder)
 
 
 def _drop_old(root: str, limit: int | None) -> None:
-    """Remove the oldest complete checkpoints beyond `limit`; renamed first, so that half of one never counts."""
+    """Remove the oldest complete checkpoints beyond `limit`; renamed first, so that none is ever half there."""
     complete, _ = list_checkpoints(root)
     for checkpoint in complete[:-limit] if limit else []:
         doomed = os.path.join(root, INCOMPLETE + os.path.basename(checkpoint.folder))

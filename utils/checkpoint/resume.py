@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: is it the same run, and how do its states get into this one's engine?"""
+"""Resume a run from a checkpoint: compare its arguments and data, and restore weights, optimizer and schedule."""
 
 import hashlib
 import os
@@ -7,15 +7,15 @@ from typing import Any
 
 import deepspeed
 
-from utils.checkpoint.checkpoint_folder import Checkpoint, restore_random_states
+from utils.checkpoint.checkpoint_folder import Checkpoint
 from utils.checkpoint.universal import load_full_states
 from utils.data.mixture import parse_source
 from utils.data.prompt_dataset import PromptDataset
 from utils.distributed.ranks import print_rank_0, world_size
 from utils.engine.engine import recount_updates
 from utils.errors import UserError
+from utils.run_config import RunConfig
 from utils.train.plan import RunPlan
-from utils.train.run_file import plain_arguments
 from utils.train.state import RunState
 
 # Arguments that change the mathematics of what is still to come.
@@ -30,7 +30,7 @@ PATHS = ("model_name_or_path", "data_path", "sft_only_data_path")
 
 
 def arguments_record(args: Namespace, ranks: int) -> dict[str, Any]:
-    """The arguments two runs must share to be one, as a JSON file holds them."""
+    """Return the arguments that a run and its continuation must share, as a JSON file holds them."""
     record = {}
     for name in SAME_RUN:
         value = getattr(args, name)
@@ -42,14 +42,14 @@ def arguments_record(args: Namespace, ranks: int) -> dict[str, Any]:
 
 
 def _place(path: str) -> str:
-    """A folder by its full path, so that it is the same from another working directory; a hub name as it is."""
+    """Return a folder's full path, the same from any working directory; a hub name stays as it is."""
     name, weight = parse_source(path)
     place = os.path.realpath(name) if os.path.exists(name) else name
     return place if weight == 1 else f"{place}:{weight:g}"
 
 
 def changed_arguments(checkpoint: Checkpoint, args: Namespace, ranks: int) -> list[str]:
-    """What differs from the run that wrote the checkpoint, one "name: then, now" each."""
+    """List what differs from the run that wrote the checkpoint, one "name: then, now" each."""
     now, then = arguments_record(args, ranks), checkpoint.info["arguments"]
     return [
         f"{name}: {then.get(name)} then, {now[name]} now" for name in now if name in then and then[name] != now[name]
@@ -57,13 +57,13 @@ def changed_arguments(checkpoint: Checkpoint, args: Namespace, ranks: int) -> li
 
 
 def data_record(train_data: PromptDataset) -> dict[str, Any]:
-    """What identifies the training data: its size and every sample's length."""
+    """Return what identifies the training data: its size and a hash of every sample's length."""
     lengths = train_data.lengths()
     return {"samples": len(lengths), "lengths": hashlib.sha256(lengths.tobytes()).hexdigest()[:16]}
 
 
 def layout_record(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
-    """How the states are laid out; the same layout is read back bit for bit."""
+    """Return how the states are laid out; the same layout is read back bit for bit."""
     precision = "fp16" if engine.fp16_enabled() else "bf16" if engine.bfloat16_enabled() else "fp32"
     basic = engine.basic_optimizer
     return {
@@ -75,13 +75,12 @@ def layout_record(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
     }
 
 
-def run_record(
-    engine: deepspeed.DeepSpeedEngine, train_data: PromptDataset, args: Namespace, arguments: dict[str, Any]
-) -> dict[str, Any]:
-    """What every checkpoint of this run says beside its position; `arguments` as they were given."""
+def run_record(engine: deepspeed.DeepSpeedEngine, train_data: PromptDataset, config: RunConfig) -> dict[str, Any]:
+    """Return what every checkpoint of this run records beside its position."""
     return {
-        "arguments": arguments,
-        "command": plain_arguments(args),
+        "arguments": arguments_record(config.args, config.batches.ranks),
+        "command": config.plain_arguments,
+        "decisions": config.decisions,
         "data": data_record(train_data),
         "layout": layout_record(engine),
         "optimizer_parameters": optimizer_parameter_names(engine),
@@ -89,7 +88,7 @@ def run_record(
 
 
 def optimizer_parameter_names(engine: deepspeed.DeepSpeedEngine) -> list[str]:
-    """Names of the trained parameters in the order a plain optimizer numbers them: ZeRO 0 saves numbers alone."""
+    """List the trained parameters in the order a plain optimizer numbers them: ZeRO 0 saves their numbers alone."""
     if engine.zero_optimization() or engine.bfloat16_enabled():
         return []
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
@@ -97,7 +96,7 @@ def optimizer_parameter_names(engine: deepspeed.DeepSpeedEngine) -> list[str]:
 
 
 def check_same_run(checkpoint: Checkpoint, args: Namespace, ranks: int) -> None:
-    """UserError when arguments that matter have changed, unless `--resume_anyway` says to go on all the same."""
+    """Raise a UserError when arguments that matter have changed, unless `--resume_anyway` allows it."""
     changed = changed_arguments(checkpoint, args, ranks)
     if changed and not args.resume_anyway:
         raise UserError(
@@ -107,15 +106,14 @@ def check_same_run(checkpoint: Checkpoint, args: Namespace, ranks: int) -> None:
 
 
 def restore(
-    engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, train_data: PromptDataset, args: Namespace
+    engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, train_data: PromptDataset, resume_anyway: bool
 ) -> RunState:
     """Bring weights, optimizer, counters and scaler to the checkpoint's state; returns its position.
 
-    The learning rate is set by the caller, from the position: its schedule belongs to this run's arguments.
-    Every rank must call it.
+    `follow_schedule` sets the learning rate: its schedule belongs to this run's arguments. Every rank must call it.
     """
     then, now = checkpoint.info["data"], data_record(train_data)
-    if then != now and not args.resume_anyway:
+    if then != now and not resume_anyway:
         raise UserError(
             f"the training data is not that of {checkpoint.folder} ({then['samples']} samples then, {now['samples']} "
             "now, or other lengths): give the same data, or --resume_anyway to go on with the new."
@@ -137,13 +135,13 @@ def restore(
 
 
 def _reads_as_it_is(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    """DeepSpeed reads its own shards back in the layout they were written in; whole states on any number of ranks."""
+    """Whether DeepSpeed can read the states as written: shards in the same layout, whole states on any ranks."""
     whole = then["zero_stage"] == 0 and then["precision"] != "bf16"
     return all(then[key] == now[key] for key in now if not (key == "ranks" and whole))
 
 
 def describe_position(checkpoint: Checkpoint, state: RunState, plan: RunPlan) -> str:
-    """One line on where the run goes on."""
+    """Return one line on where the run resumes."""
     if plan.is_done(state):
         return f"Resuming from {checkpoint.folder}: all {plan.steps} steps are done"
     where = f"of {plan.units} of epoch {state.epoch}"
@@ -155,12 +153,11 @@ def describe_position(checkpoint: Checkpoint, state: RunState, plan: RunPlan) ->
     )
 
 
-def follow_schedule(engine: deepspeed.DeepSpeedEngine, state: RunState, checkpoint: Checkpoint, seed: int) -> None:
-    """Set the learning rate of the position and, last of all, the random states."""
+def follow_schedule(engine: deepspeed.DeepSpeedEngine, state: RunState) -> None:
+    """Set the learning rate of the position `state`."""
     scheduler, done = engine.lr_scheduler, state.scheduler_steps
     scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": done, "_step_count": done + 1})
     for group, peak, shape in zip(
         scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
         group["lr"] = peak * shape(done)
-    restore_random_states(checkpoint, seed)

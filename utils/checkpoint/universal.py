@@ -1,4 +1,4 @@
-"""Reading a checkpoint into another layout: other ranks, another ZeRO stage, offload or precision.
+"""Read a checkpoint into another layout: other ranks, another ZeRO stage, offload or precision.
 
 DeepSpeed's own converter takes the shards apart into whole tensors, one folder a parameter (its universal format,
 https://www.deepspeed.ai/tutorials/universal-checkpointing/). Its loader wants the stage that wrote them and gives
@@ -23,7 +23,7 @@ from deepspeed.utils import (
 )
 
 from utils.checkpoint.checkpoint_folder import Checkpoint
-from utils.distributed.ranks import answer_of_rank_0, global_rank, wait_for_all
+from utils.distributed.ranks import answer_of_rank_0, is_rank_0, wait_for_all
 from utils.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -47,13 +47,13 @@ def load_full_states(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) 
         _after_setting(engine, steps)
     finally:
         wait_for_all()
-        if folder is not None and global_rank() == 0:
+        if folder is not None and is_rank_0():
             shutil.rmtree(folder, ignore_errors=True)
     engine.global_steps, engine.skipped_steps = checkpoint.state.step, checkpoint.state.step - steps
 
 
 def _reader(checkpoint: Checkpoint) -> tuple[Callable[[str], States], int, str | None]:
-    """(states of a parameter by name, updates Adam has counted, folder to remove afterwards)."""
+    """Return (a reader of a parameter's states by name, updates Adam has counted, folder to remove afterwards)."""
     layout = checkpoint.info["layout"]
     if layout["zero_stage"] == 0 and layout["precision"] == "fp32":
         return (*_read_plain(checkpoint), None)
@@ -63,7 +63,7 @@ def _reader(checkpoint: Checkpoint) -> tuple[Callable[[str], States], int, str |
             "same layout."
         )
     folder = os.path.abspath(checkpoint.folder) + "-universal"
-    fault = answer_of_rank_0(_convert(os.path.abspath(checkpoint.folder), folder) if global_rank() == 0 else "")
+    fault = answer_of_rank_0(_convert(os.path.abspath(checkpoint.folder), folder) if is_rank_0() else "")
     if fault:
         raise UserError(f"{checkpoint.folder} can't be converted to DeepSpeed's universal format: {fault}")
 
@@ -88,7 +88,7 @@ def _convert(source: str, target: str) -> str:
 
 
 def _read_plain(checkpoint: Checkpoint) -> tuple[Callable[[str], States], int]:
-    """The states of a checkpoint without ZeRO in float32: DeepSpeed saved model and optimizer as they are."""
+    """Read a checkpoint without ZeRO in float32, where DeepSpeed saved model and optimizer whole; as `_reader`."""
     path = os.path.join(checkpoint.folder, "mp_rank_00_model_states.pt")
     saved = torch.load(path, map_location="cpu", weights_only=False)
     numbers = {name: number for number, name in enumerate(checkpoint.info["optimizer_parameters"])}
@@ -101,7 +101,7 @@ def _read_plain(checkpoint: Checkpoint) -> tuple[Callable[[str], States], int]:
 
 
 def _make_moments(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Give ZeRO's flat tensors the moments they would get by a first step."""
+    """Give ZeRO's flat tensors the moments that a first step would make."""
     optimizer = engine.optimizer
     for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
         for flat in getattr(optimizer, attribute, []):

@@ -1,1 +1,1 @@
-"""Data of a run: reading, formats, splits, mixtures, tokenization, batching, cache and streams."""
+"""The data of a run, from files to batches: reading, formats, splits, tokenization, mixing, caching, batching."""

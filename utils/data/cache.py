@@ -1,4 +1,4 @@
-"""Folders that are complete or absent, with one writer at a time."""
+"""The cache of tokenized data: its lock, key, integrity check and statistics."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -15,6 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.errors import UserError
 from utils.files import checksum
+
+if TYPE_CHECKING:
+    from utils.data.tokenization.tokenize_rows import SampleForm
 
 REPORT = "report.json"
 SPLITS = ("train", "eval")
@@ -38,46 +41,29 @@ def cache_lock(folder: str) -> Iterator[None]:
 
 
 def default_cache_folder() -> str:
-    """Per user and on the node's own disk: $XDG_CACHE_HOME or ~/.cache."""
+    """Return the user's own cache folder on the node's disk, below $XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "sft_scripts")
 
 
-def key(
-    raw_datasets: list[tuple[Any, str, float]],
-    train_phase: int,
-    seed: int,
-    tokenizer: PreTrainedTokenizerBase,
-    max_seq_len: int,
-    end_id: int,
-    main_sets: int,
-    completion_only: bool,
-) -> str:
-    """Hash over everything that changes the result: contents, split, phase, seed, tokenizer, length, end, code.
+def key(raw_datasets: list[tuple[Any, str, float]], main_sets: int, sample: "SampleForm", phase: int, seed: int) -> str:
+    """Return a hash of everything that changes the result: data, split, phase, seed, tokenizer, sample form, code.
 
-    `raw_datasets` are data sets with their split and weight; how their texts are made is in their fingerprints.
-    `main_sets` of `raw_datasets` come from `--data_path`; the others are mixed in after those, in a second shuffle.
+    Args:
+        raw_datasets: data sets with their split and weight; how their texts are made is in their fingerprints.
+        main_sets: how many of them come from `--data_path`; the others are mixed in later, by a second shuffle.
     """
     contents = [
         [raw.dataset_name, raw.fingerprint("train"), raw.fingerprint("eval"), shares, weight]
         for raw, shares, weight in raw_datasets
     ]
-    parts = [
-        contents,
-        train_phase,
-        seed,
-        tokenizer_fingerprint(tokenizer),
-        max_seq_len,
-        end_id,
-        main_sets,
-        completion_only,
-        _code_fingerprint(),
-    ]
+    form = [tokenizer_fingerprint(sample.tokenizer), sample.max_seq_len, sample.end_id, sample.completion_only]
+    parts = [contents, main_sets, phase, seed, *form, _code_fingerprint()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the tokenizer's content: vocabulary, merges, rules, special tokens."""
+    """Return a hash of the tokenizer's content: vocabulary, merges, rules, special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special = json.dumps([type(tokenizer).__name__, str(tokenizer.special_tokens_map), tokenizer.pad_token_id])
@@ -85,7 +71,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _code_fingerprint() -> str:
-    """Hash of this folder's source files: changed code never meets data that older code made."""
+    """Return a hash of all source files below this folder, so that changed code never reads what older code wrote."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
@@ -93,7 +79,7 @@ def _code_fingerprint() -> str:
 
 
 def finish(work: str, parts: dict[str, list[Any]], id_columns: list[str]) -> None:
-    """Remove the per-set working files and write the report that makes the folder count as complete."""
+    """Remove the working files of single data sets and write the report, which marks the folder as complete."""
     report: dict[str, Any] = {split: statistics(parts[split], id_columns) for split in SPLITS}
     for file in Path(work).glob("part*/*"):
         file.unlink()
@@ -108,21 +94,21 @@ def finish(work: str, parts: dict[str, list[Any]], id_columns: list[str]) -> Non
 
 
 def statistics(parts: list[Any], id_columns: list[str]) -> dict[str, int]:
-    """Counts over the data sets of one split."""
+    """Count samples, dropped rows, truncated samples and tokens over the data sets of one split."""
     tables = [part.table.with_format("arrow")[:] for part in parts if len(part)]
     lengths = [pc.list_value_length(table[name]).to_numpy() for table in tables for name in id_columns]
     lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
     return {
         "samples": sum(len(part) for part in parts),
-        "left_out": sum(part.rows_given - len(part) for part in parts),
-        "cut": sum(pc.sum(table["cut"]).as_py() or 0 for table in tables),
+        "dropped": sum(part.rows_given - len(part) for part in parts),
+        "truncated": sum(pc.sum(table["truncated"]).as_py() or 0 for table in tables),
         "tokens": int(lengths.sum()),
         "longest": int(lengths.max(initial=0)),
     }
 
 
 def damage(folder: str) -> str | None:
-    """Why the folder can't be used as it is; None when it is complete."""
+    """Return why the folder can't be used; None when it is complete and as it was written."""
     try:
         report = read_report(folder)
         files = {name: (int(size), int(crc)) for name, (size, crc) in report["files"].items()}
@@ -140,27 +126,27 @@ def damage(folder: str) -> str | None:
 
 
 def read_report(folder: str) -> dict[str, Any]:
-    """The report written by `finish`."""
+    """Return the report written by `finish`."""
     with open(os.path.join(folder, REPORT), encoding="utf-8") as file:
         return json.load(file)
 
 
-def describe(report: dict[str, Any], max_seq_len: int, train_phase: int) -> list[str]:
-    """One line per split: samples, tokens, how many were cut or left out."""
-    return [describe_part(f"Data {split}", report[split], max_seq_len, train_phase) for split in SPLITS]
+def describe(report: dict[str, Any], max_seq_len: int, phase: int) -> list[str]:
+    """Return one line per split: samples, tokens, how many samples were truncated and rows dropped."""
+    return [describe_part(f"Data {split}", report[split], max_seq_len, phase) for split in SPLITS]
 
 
-def describe_part(title: str, part: dict[str, int], max_seq_len: int, train_phase: int) -> str:
-    """One line on what `statistics` counted."""
+def describe_part(title: str, part: dict[str, int], max_seq_len: int, phase: int) -> str:
+    """Return one line with the counts of `statistics`."""
     samples = part["samples"]
     line = f"{title}: {samples} samples, {part['tokens']} tokens"
     if samples:
         line += f" (mean {part['tokens'] / samples:.1f}, longest {part['longest']}"
-        line += f"; {part['cut']} cut at max_seq_len {max_seq_len}"
-        if train_phase < 3:
-            line += f", so {part['cut'] / samples:.1%} lost their end token"
+        line += f"; {part['truncated']} truncated at max_seq_len {max_seq_len}"
+        if phase < 3:
+            line += f", so {part['truncated'] / samples:.1%} lost their end token"
         line += ")"
-    if part["left_out"]:
-        why = "no text, or nothing to label" if train_phase < 3 else "no text, or longer than max_seq_len"
-        line += f", {part['left_out']} left out ({why})"
+    if part["dropped"]:
+        why = "no text, or nothing to label" if phase < 3 else "no text, or longer than max_seq_len"
+        line += f", {part['dropped']} dropped ({why})"
     return line

@@ -1,4 +1,4 @@
-"""Keep `python -m utils.data.inspect` working: runs `python -m tools.inspect_data`."""
+"""The earlier name of `python -m tools.inspect_data`; `python -m utils.data.inspect` runs it."""
 
 import runpy
 

@@ -1,24 +1,40 @@
-"""What the words of a data argument say: a name with a weight, roles with columns."""
+"""The data sets of a run: names, weights, and which of them a phase uses."""
 
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from utils.errors import UserError
 
+SFT_ONLY_SPLIT = "10,0,0"
+
+
+class DataSources(NamedTuple):
+    """The data sets of a run, each given as `NAME` or `NAME:WEIGHT`."""
+
+    data_path: Sequence[str]  # divided by `data_split`: phase k uses part k
+    data_split: str
+    sft_only: Sequence[str] = ()  # used whole by phase 1, and not by the others
+
+    def of_phase(self, phase: int) -> list[tuple[str, str]]:
+        """Return (data set, split) of each data set that the phase uses, those of `data_path` first."""
+        sources = [(name, self.data_split) for name in self.data_path]
+        return sources + [(name, SFT_ONLY_SPLIT) for name in self.sft_only if phase == 1]
+
 
 class Source(NamedTuple):
-    """One word of `--data_path`: a data set and how often each of its training rows is used."""
+    """One data set of `--data_path`, and how often each of its training rows is used."""
 
     name: str
     weight: float
 
 
 def parse_source(text: str) -> Source:
-    """`NAME` or `NAME:WEIGHT`; a path that exists with a colon in it is a name.
+    """Parse `NAME` or `NAME:WEIGHT`; an existing path that contains a colon is a name.
 
     Raises:
         UserError: the weight is not a finite number above 0.
@@ -36,7 +52,7 @@ def parse_source(text: str) -> Source:
 
 
 def weighted(index: np.ndarray, weight: float) -> np.ndarray:
-    """The rows of a part that a weight leaves: its first ones, in shuffled order, or all of them several times.
+    """Return the rows that a weight makes of a part: its first rows, or the whole part repeated.
 
     Args:
         index: [rows] shuffled row numbers.

@@ -1,4 +1,4 @@
-"""The tokenised samples of one phase as a torch data set over memory-mapped Arrow."""
+"""The tokenized samples of one phase: a torch data set over memory-mapped Arrow."""
 
 from typing import Any
 
@@ -7,22 +7,23 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
+from utils.data.batching.collate import IGNORE_INDEX
+
 ID_COLUMNS = {1: ["input_ids"], 2: ["chosen_ids", "rejected_ids"], 3: ["prompt_ids"]}
-IGNORE_INDEX = -100
 
 
 class PromptDataset(torch.utils.data.Dataset):
-    """Tokenised samples of one phase, memory-mapped.
+    """Tokenized samples of one phase, memory-mapped.
 
     Items, tensors of int64:
         phase 1: dict of `input_ids`, `attention_mask`, `labels`, each [length], unpadded; with completion-only loss
-            all but the responses is labelled -100;
-        phase 2: (chosen ids, chosen mask, rejected ids, rejected mask), each [1, max_seq_len], padded, as the
+            everything outside the responses is labelled -100;
+        phase 2: (chosen ids, chosen mask, rejected ids, rejected mask), each [1, max_seq_len], padded, since the
             reward phase concatenates them;
-        phase 3: (reversed prompt ids, reversed mask, pad id), [length]; the RLHF phase pads and turns them back.
+        phase 3: (reversed prompt ids, reversed mask, pad id), [length]; the RLHF phase pads them and reverses again.
     """
 
-    after: dict[str, Any] | None = None  # of a window of a stream: where the next one begins
+    after: dict[str, Any] | None = None  # in a window of a stream: where the next window begins
 
     def __init__(
         self, table: datasets.Dataset, train_phase: int, pad_token_id: int | None = None, max_seq_len: int = 0
@@ -32,22 +33,22 @@ class PromptDataset(torch.utils.data.Dataset):
         self.pad_token_id = pad_token_id
         self.max_seq_len = max_seq_len
         self.completion_only = "label_spans" in table.column_names
-        self.rows_given = len(table)  # rows it was made from, those left out included
+        self.rows_given = len(table)  # rows the samples were made from, dropped rows included
 
     def __len__(self) -> int:
         return len(self.table)
 
     def follow(self, position: dict[str, Any] | None) -> dict[str, Any] | None:
-        """A stream makes the window that begins there the one in use and returns where it begins; here None."""
+        """Return None: only a stream has windows to move to, see `PromptStream.follow`."""
         return None
 
     def lengths(self) -> np.ndarray:
-        """Tokens of every sample of phase 1, [samples] int64, read from the Arrow offsets."""
+        """Return the tokens of every sample of phase 1, [samples] int64, read from the Arrow offsets."""
         lists = self.table.with_format("arrow")[:]["input_ids"]
         return pc.list_value_length(lists).to_numpy().astype(np.int64)
 
     def label_counts(self) -> np.ndarray:
-        """Label tokens of every sample of phase 1, [samples] int64: all but the first, or the responses'."""
+        """Return the label tokens of every sample of phase 1, [samples] int64: all but the first, or the responses'."""
         if not self.completion_only:
             return self.lengths() - 1
         lists = self.table.with_format("arrow")[:]["label_spans"]

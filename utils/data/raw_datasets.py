@@ -1,6 +1,6 @@
-"""The data sets these scripts know, each described in a few lines.
+"""The known data sets, each described in a few lines.
 
-To add one, write a class below the others; being defined is all it takes to be found by its name:
+To add one, write a class below the others; defining it is enough for `--data_path` to find it by its name:
 
     class MyDataset(PromptRawDataset):
         dataset_name = "me/my-data"
@@ -9,8 +9,8 @@ To add one, write a class below the others; being defined is all it takes to be 
         chosen = reply("answers", 0, "text")
         rejected = None
 
-`human`, `reply` and `as_is` name a column, or a place inside one. Where that is not enough, write a method
-`prompt(self, sample)`, `chosen(self, sample)` or `rejected(self, sample)`, and name its columns in `columns`.
+`human`, `reply` and `as_is` name a column, or a value inside one. Where that is not enough, write a method
+`prompt(self, sample)`, `chosen(self, sample)` or `rejected(self, sample)`, and list its columns in `columns`.
 """
 
 import os
@@ -24,15 +24,15 @@ __all__ = ["RAW_DATASETS", "PromptRawDataset", "find_raw_dataset_class", "known_
 
 
 def known_name(dataset_name: str) -> str | None:
-    """The known name contained in what the user gave as `--data_path`; the longest of several, None without any."""
+    """Return the known name that a `--data_path` contains: the longest of several, None if it contains none."""
     return max((argument for argument in RAW_DATASETS if argument in dataset_name), key=len, default=None)
 
 
 def find_raw_dataset_class(dataset_name: str) -> type[PromptRawDataset]:
-    """The class whose name is contained in what the user gave as `--data_path`; the longest of several.
+    """Return the class whose name a `--data_path` contains, that of the longest name of several.
 
     Raises:
-        UserError: none is.
+        UserError: it contains no known name.
     """
     name = known_name(dataset_name)
     if name:
@@ -82,7 +82,7 @@ class YitingxieRlhfrewarddatasetsDataset(PromptRawDataset):
     def after_last_assistant(text: str | None) -> str | None:
         return None if text is None else text.split("Assistant:")[-1]
 
-    # The answers already begin with "Assistant:", sometimes with earlier turns before it.
+    # The answers already contain "Assistant:", sometimes after earlier turns.
     def get_prompt_and_chosen(self, sample: Sample) -> str | None:
         return joined(sample["prompt"], sample["chosen"])
 
@@ -105,8 +105,8 @@ class OpenaiWebgptcomparisonsDataset(PromptRawDataset):
     @staticmethod
     def answer(sample: Sample, number: int) -> str | None:
         text = sample[f"answer_{number}"]
-        # Citations such as [1] point at pages the model does not see. Two passes, as published: those after a
-        # space go first, which decides how brackets inside brackets come out.
+        # Citations such as [1] refer to pages that the model does not see. Two passes, as published: brackets after a
+        # space are removed first, which decides what remains of nested brackets.
         for bracketed in (r" [\(\[].*?[\)\]]", r"[\(\[].*?[\)\]]"):
             text = None if text is None else re.sub(bracketed, "", text)
         return around(text, " ")

@@ -1,8 +1,8 @@
-"""Which rows belong to which phase: shuffled indexes that are the same on every machine and in every run.
+"""Divides rows among the phases by shuffled indexes that are the same on every machine and in every run.
 
-The three phases of RLHF training share one data set. Each takes its own part of one shuffled index, so a
-later phase, run elsewhere, must compute exactly the same parts: everything here depends on the seed, the
-split text and the number of rows only. numpy is all it needs.
+The three phases of RLHF training share one data set. Each uses its own part of one shuffled index, so a later phase,
+run elsewhere, must compute exactly the same parts: the result depends only on the seed, the split text and the number
+of rows.
 """
 
 import io
@@ -23,37 +23,34 @@ LARGEST_REMAINDER = "largest remainder"
 
 
 class Boundaries(NamedTuple):
-    """Where the parts of a split begin and end: part k is `[boundaries[k], boundaries[k + 1])`.
-
-    `rule` is `PUBLISHED` or `LARGEST_REMAINDER`, so that a caller can say when the second was needed.
-    """
+    """Where the parts of a split begin and end: part k is `[boundaries[k], boundaries[k + 1])`."""
 
     boundaries: list[int]
-    rule: str
+    rule: str  # PUBLISHED or LARGEST_REMAINDER; callers print where the second was needed
 
 
 def get_shuffle_idx(seed: int, size: int) -> np.ndarray:
-    """The row numbers 0 to `size - 1` in an order fixed by `seed`; shape `(size,)`, see `index_dtype`."""
+    """Return the row numbers 0 to `size - 1` in an order fixed by `seed`, [size] of `index_dtype`."""
     index = np.arange(start=0, stop=size, step=1, dtype=index_dtype(size))
     np.random.RandomState(seed=seed).shuffle(index)
     return index
 
 
 def index_dtype(size: int) -> type:
-    """The integer type of an index over `size` rows: part of the published file format."""
+    """Return the integer type of an index over `size` rows, which is part of the published file format."""
     return np.uint32 if size < 2**32 - 2 else np.int64
 
 
 def parse_data_split(text: str, parts: int | None = 3, argument: str = "--data_split") -> list[float]:
-    """The shares in a text such as "2,4,4".
+    """Parse shares such as "2,4,4".
 
     Args:
         text: numbers separated by commas.
-        parts: how many there must be; None takes any number from one up.
-        argument: what the user calls this text, for the message.
+        parts: how many shares there must be; None: any number of them.
+        argument: the argument that was given this text, for the message.
 
     Raises:
-        UserError: not numbers, a wrong count, a negative or infinite share, or nothing but zeros.
+        UserError: not numbers, a wrong count, a negative or infinite share, or zeros alone.
     """
     example = ",".join(["2", "4", "4"][:parts] if parts is None or parts <= 3 else ["1"] * parts)
     advice = f'give {parts or "some"} shares separated by commas, for example "{example}"'
@@ -73,10 +70,10 @@ def parse_data_split(text: str, parts: int | None = 3, argument: str = "--data_s
 
 
 def split_boundaries(data_split: str, size: int) -> Boundaries:
-    """Cut `size` rows into consecutive parts whose lengths follow the shares in `data_split`.
+    """Divide `size` rows into consecutive parts whose lengths follow the shares in `data_split`.
 
-    The published rule decides wherever its boundaries run from 0 to `size` without going back. Where they do
-    go back (as "0,5,5" does for 7 rows) parts would overlap, and the largest remainder rule decides instead.
+    The published rule applies wherever its boundaries increase from 0 to `size`. Where they decrease (as "0,5,5" does
+    for 7 rows), parts would overlap, and the largest remainder rule applies instead.
 
     Raises:
         UserError: `data_split` is malformed.
@@ -89,16 +86,16 @@ def split_boundaries(data_split: str, size: int) -> Boundaries:
 
 
 def _published_boundaries(shares: list[float], size: int) -> list[int]:
-    """Rounded running sums, all but the first moved so that the last one is `size`."""
+    """Return the rounded running sums, all but the first moved so that the last one is `size`."""
     total = sum(shares)
     ends = np.cumsum([round(share / total * float(size)) for share in shares], dtype=np.int64)
     return [0, *(ends - (ends[-1] - size)).tolist()]
 
 
 def _largest_remainder_boundaries(shares: list[float], size: int) -> list[int]:
-    """Every part gets the whole rows of its quota; the rest go to the largest fractions, ties to the first.
+    """Give every part the whole rows of its quota, and the rest to the largest fractions, ties to the first part.
 
-    Exact fractions, so a zero share has no remainder and never gets a row.
+    Fractions are exact, so a zero share has no remainder and never gets a row.
     """
     exact = [Fraction(share) for share in shares]
     quotas = [share * size / sum(exact) for share in exact]
@@ -120,22 +117,22 @@ def get_raw_dataset_split_index(
     data_size: int,
     rebuild: bool = False,
 ) -> np.ndarray:
-    """The row numbers of one part of a data set, which are also kept on disk for all parts.
+    """Return the row numbers of one part of a data set, and keep those of all parts on disk.
 
-    The files `{output_path}/{dataset_name}_seed{seed}_{split_name}_{data_split}_{k}.npy` are for later phases
-    and other tools. The answer is always computed, which takes no longer than checking a file would; a file
-    that differs from it by a byte (made for another size, cut off, overwritten) is written anew.
+    The files `{output_path}/{dataset_name}_seed{seed}_{split_name}_{data_split}_{k}.npy` are for later phases and
+    other tools. The result is always computed, which takes no longer than checking a file would; a file that differs
+    from it in any byte (made for another size, truncated, overwritten) is written anew.
 
     Args:
         local_rank: only ranks 0 and -1 print.
         dataset_name: the clean name, without `/` and `-`.
         data_split: the shares, such as "2,4,4".
-        split_index: which part, from 0.
-        data_size: how many rows the data set has.
-        rebuild: write every file anew, even one that is right.
+        split_index: the part, from 0.
+        data_size: rows of the data set.
+        rebuild: write every file anew, even a correct one.
 
     Returns:
-        Shape `(rows of that part,)`, uint32 (int64 from 2**32 - 2 rows up).
+        [rows of that part] uint32 (int64 from 2**32 - 2 rows up).
 
     Raises:
         UserError: `data_split` is malformed, or a file cannot be written.
@@ -153,7 +150,7 @@ def get_raw_dataset_split_index(
 
 
 def _keep_index(path: str, index: np.ndarray, rebuild: bool, quiet: bool) -> None:
-    """See to it that the file at `path` holds exactly `index`."""
+    """Write the file at `path` unless it holds exactly `index`."""
     buffer = io.BytesIO()
     np.save(buffer, index, allow_pickle=True)
     wanted = buffer.getvalue()

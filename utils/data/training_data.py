@@ -1,29 +1,45 @@
-"""Load the training and evaluation data of a run, prepared whole or streamed."""
+"""Loads the training and evaluation data of a run: prepared whole and cached, or streamed window by window."""
 
-from argparse import Namespace
+from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from utils.data.data_utils import PromptDataset, create_prompt_dataset
-from utils.data.formats.custom import parse_columns
+from utils.data.formats.custom import own_options, parse_columns
+from utils.data.mixture import DataSources
+from utils.data.prepare import Preparation, prepare_prompt_data
+from utils.data.prompt_dataset import PromptDataset
 from utils.data.streaming import SFT_PHASE, create_prompt_stream
-from utils.data.tokenization.tokenize_rows import end_of_conversation_token
-from utils.run_config import window_size
+from utils.data.tokenization.tokenize_rows import SampleForm, end_of_conversation_token
+
+if TYPE_CHECKING:
+    from utils.run_config import RunConfig
 
 
-def create_data(
-    args: Namespace, tokenizer: PreTrainedTokenizerBase, ahead: bool
-) -> tuple[PromptDataset, PromptDataset]:
-    """Training and evaluation data: prepared whole and cached, or with `--streaming` read window by window."""
-    end_token, columns = end_of_conversation_token(args, tokenizer), parse_columns(args.columns)
+class TrainingData(NamedTuple):
+    """The data of a run."""
+
+    train: PromptDataset  # with `--streaming` a `PromptStream`
+    evaluation: PromptDataset
+
+
+def load_training_data(config: "RunConfig", tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+    """Return the run's data: prepared whole and cached, or with `--streaming` read window by window.
+
+    Raises:
+        UserError: bad data, or no training sample is left.
+    """
+    args = config.args
+    eot_token = args.eot_token if args.add_eot_token else None
+    end_token = end_of_conversation_token(tokenizer, eot_token, args.model_name_or_path)
+    sample = SampleForm(tokenizer, end_token, args.max_seq_len, args.completion_only_loss)
+    own = own_options(tokenizer, sample.end_id, parse_columns(args.columns), args.chat_template)
+    preparation = Preparation(
+        config.local_rank, args.data_output_path, SFT_PHASE, args.seed, num_proc=args.preprocessing_num_workers
+    )
     if args.streaming:
-        return create_prompt_stream(
-            args.local_rank, [*args.data_path, *args.sft_only_data_path], args.data_output_path, args.seed, tokenizer,
-            args.max_seq_len, end_token, window_size(args), args.completion_only_loss, columns, args.chat_template,
-            ahead,
-        )  # fmt: skip
-    return create_prompt_dataset(
-        args.local_rank, args.data_path, args.data_split, args.data_output_path, SFT_PHASE, args.seed, tokenizer,
-        args.max_seq_len, end_token, args.sft_only_data_path, num_proc=args.preprocessing_num_workers,
-        completion_only=args.completion_only_loss, columns=columns, chat_template=args.chat_template,
-    )  # fmt: skip
+        names = [*args.data_path, *args.sft_only_data_path]
+        is_ahead = config.device.type != "cpu"  # on a CPU, a second process would slow down the training
+        stream = create_prompt_stream(names, sample, own, preparation, config.window_size, is_ahead)
+        return TrainingData(*stream)
+    sources = DataSources(args.data_path, args.data_split, args.sft_only_data_path)
+    return TrainingData(*prepare_prompt_data(sources, sample, own, preparation))

@@ -1,1 +1,1 @@
-"""Ranks: launchers, process group, collectives, ZeRO 3 gathering, and how a failing rank ends a run."""
+"""Ranks: launchers, process group, collectives, ZeRO 3 gathering, and the end of a failed run."""

@@ -1,17 +1,21 @@
-"""How a run ends when it can't go on: one message, the first rank's, and an exit status that says what it was."""
+"""End a run that failed or was stopped: print one error, from the first rank that failed, and set the exit status."""
 
 import os
 import sys
 import time
 import traceback
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
+from utils.logging.console import say
 
 EXIT_CRASH = 1
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h): stopped as asked, can be resumed
+EXIT_BY_SIGINT = 130
 FIRST_ERROR = "first_error"
 # What torch, gloo and NCCL say to a rank whose peer has gone.
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process")
@@ -26,8 +30,12 @@ SCALE_ADVICE = (
 )
 
 
-def as_user_error(err: Exception) -> UserError | None:
-    """What a user can mend, in their terms; None for everything else."""
+class Interrupted(Exception):
+    """The run was stopped as asked, between two steps; the message says how to resume it."""
+
+
+def as_user_error(err: BaseException) -> UserError | None:
+    """Return an error that the user can correct, with advice; None for everything else."""
     if isinstance(err, UserError):
         return err
     if isinstance(err, torch.OutOfMemoryError):
@@ -37,11 +45,20 @@ def as_user_error(err: Exception) -> UserError | None:
     return None
 
 
-def end_run(err: Exception, rank: int) -> None:
-    """Print what ended the run and exit: 2 for the user's own mistakes, without a traceback, 1 for the rest.
+def end_run(err: BaseException, rank: int) -> NoReturn:
+    """Print what ended the run and exit.
 
-    A rank that only lost its connection repeats the first rank's error instead of burying it under its own.
+    The status is 2 for the user's own mistakes, without a traceback; 75 and 130 for a run that was stopped; 1 for the
+    rest. A rank that only lost its connection repeats the first rank's error instead of its own.
     """
+    if isinstance(err, SystemExit):
+        raise err
+    if isinstance(err, Interrupted):
+        _say_on_rank_0(str(err), rank)
+        sys.exit(EXIT_INTERRUPTED)
+    if isinstance(err, KeyboardInterrupt):
+        _say_on_rank_0("stopped before the training began: there is nothing to save", rank)
+        sys.exit(EXIT_BY_SIGINT)
     known = as_user_error(err)
     prefix = f"[rank {rank}] " if rank > 0 else ""
     if known is None and _is_lost_peer(err):
@@ -62,12 +79,17 @@ def end_run(err: Exception, rank: int) -> None:
     sys.exit(EXIT_CRASH)
 
 
-def _is_lost_peer(err: Exception) -> bool:
+def _say_on_rank_0(words: str, rank: int) -> None:
+    if rank <= 0:
+        say(words)
+
+
+def _is_lost_peer(err: BaseException) -> bool:
     return isinstance(err, RuntimeError) and any(words in str(err) for words in LOST_PEER)
 
 
 def _publish(words: str) -> None:
-    """Leave the first error where the other ranks find it; later ones don't replace it."""
+    """Store the first error where the other ranks find it; later errors don't replace it."""
     try:
         store = _store()
         if store is not None:

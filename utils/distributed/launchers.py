@@ -1,4 +1,4 @@
-"""Which rank of how many this process is, in the variables that torch reads, whichever launcher started it."""
+"""Launchers: the rank and number of ranks that deepspeed, torchrun, srun or mpirun gave this process."""
 
 import os
 import re
@@ -8,23 +8,24 @@ from collections.abc import MutableMapping
 from utils.errors import UserError
 from utils.logging.console import say
 
-# The rank, the number of ranks, and both within the node, as mpirun names them.
+# mpirun's variables for the rank, the number of ranks, the rank within the node, and the number of ranks of the node.
 MPI_NAMES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
 )
-DEFAULT_PORT = 29500  # torch's and DeepSpeed's
-SLURM_PORTS = 15000  # jobs that share a node must not share a port
+DEFAULT_PORT = 29500  # torch's and DeepSpeed's default too
+SLURM_PORTS = 15000  # ports to choose from by the job's number: jobs that share a node must not share a port
 
 
 def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT for what srun or mpirun started.
+    """Set the variables torch reads from those of srun or mpirun, and print which launcher it was.
 
-    Without it each of their processes would take itself for a run of its own. What deepspeed and torchrun have set,
-    and MASTER_ADDR and MASTER_PORT where they are given, stays.
+    They are RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without them each process
+    of srun or mpirun would be a run of one rank. Where deepspeed or torchrun has set them nothing changes, and a
+    MASTER_ADDR or MASTER_PORT that is set is kept.
 
     Raises:
-        UserError: mpirun over several nodes without MASTER_ADDR, or a Slurm that does not name its hosts.
+        UserError: mpirun over several nodes without MASTER_ADDR, or a Slurm that can't list its hosts.
     """
     if "RANK" in environment:
         return
@@ -42,12 +43,12 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def launched_rank() -> int:
-    """This process's rank over all nodes, before the process group stands."""
+    """Return this process's rank over all nodes by the launcher, also before the process group is started."""
     return int(os.environ.get("RANK", 0))
 
 
 def launched_ranks() -> int:
-    """Number of ranks over all nodes as the launcher says it, before the process group stands."""
+    """Return the number of ranks over all nodes by the launcher, also before the process group is started."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
@@ -62,13 +63,14 @@ def _adopt_slurm(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("MASTER_PORT", str(DEFAULT_PORT + int(environment["SLURM_JOB_ID"]) % SLURM_PORTS))
 
 
-def tasks_per_node(words: str) -> list[int]:
-    """Slurm's `2(x3),1` as [2, 2, 2, 1]."""
-    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", words)
-    return [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
+def tasks_per_node(text: str) -> list[int]:
+    """Parse Slurm's number of tasks of each node: `2(x3),1` is [2, 2, 2, 1]."""
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in groups for _ in range(int(times or 1))]
 
 
 def _first_host(hosts: str) -> str:
+    """Return the first host of a Slurm list such as `node[01-04]`."""
     try:
         done = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as err:

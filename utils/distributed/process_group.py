@@ -1,4 +1,4 @@
-"""Start the process group and choose this rank's device."""
+"""The process group: start it, and choose this rank's device."""
 
 import os
 import socket
@@ -17,12 +17,16 @@ from utils.machine.cpu_allocator import limit_kernel_caches
 
 
 def local_rank_of(args_local_rank: int) -> int:
-    """LOCAL_RANK of any launcher (deepspeed, torchrun), else `--local_rank`, else 0."""
+    """Return this process's rank within its node: LOCAL_RANK of the launcher, else `--local_rank`, else 0."""
     return int(os.environ.get("LOCAL_RANK", max(args_local_rank, 0)))
 
 
 def check_local_rank(local_rank: int) -> None:
-    """UserError when more processes were started on this node than it has devices (on a CPU: cores)."""
+    """Check that no more processes were started on this node than it has devices (on a CPU: cores).
+
+    Raises:
+        UserError: more were started.
+    """
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     available = (os.cpu_count() or 1) if on_cpu else accelerator.device_count()
@@ -37,7 +41,12 @@ def check_local_rank(local_rank: int) -> None:
 
 @chatter_to_log()
 def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
-    """Join (or, for a plain `python main.py`, make) the process group; returns this rank's device."""
+    """Join the process group, or form one of a single rank for a plain `python main.py`; return this rank's device.
+
+    Args:
+        local_rank: number of this rank's device on its node.
+        timeout_seconds: how long a collective waits for the other ranks.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -54,7 +63,7 @@ def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
     for lock in clear_stale_build_locks(extension_folder(), several_nodes):
         say(f"Removed {lock}: a run that was killed while compiling left it behind")
     if os.environ["WORLD_SIZE"] == "1":
-        # On a CPU DeepSpeed compiles an all-reduce through shared memory, about a minute, that one rank has no use for.
+        # On a CPU DeepSpeed compiles an all-reduce through shared memory: a minute, for nothing with one rank.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     limit_kernel_caches()
     accelerator = get_accelerator()
@@ -68,12 +77,12 @@ def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
 
 
 def _unlink_shared_buffer() -> None:
-    """Take the name from the 69 MB of shared memory DeepSpeed's all-reduce on CPUs maps for this rank.
+    """Remove the name of the 69 MB of shared memory that DeepSpeed's all-reduce on CPUs maps for this rank.
 
-    It is freed with the last process that maps it then. DeepSpeed never removes it, and memory is full after some
-    hundred runs.
+    Without a name the memory is freed with the last process that maps it. DeepSpeed never removes the name, so some
+    hundred runs would fill the memory.
     """
-    dist.barrier()  # all ranks of the node have opened it by now
+    dist.barrier()  # every rank of the node must have opened the file by its name
     place = "_".join([str(os.getuid()), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]])
-    with suppress(OSError):  # on GPUs, several nodes, or without that kernel there is none
+    with suppress(OSError):  # on GPUs, over several nodes, or without that kernel there is no such file
         os.unlink(f"/dev/shm/deepspeed_allreduce_buffer_{place}")

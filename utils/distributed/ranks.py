@@ -1,4 +1,4 @@
-"""Rank-0 printing and small collectives: sums, means, barriers and broadcasts."""
+"""This process's rank, printing on rank 0, and small collectives: sums, means, barriers and broadcasts."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,18 +11,28 @@ from utils.logging.console import say
 
 
 def global_rank() -> int:
-    """This process's rank over all nodes, 0 when nothing is distributed."""
+    """Return this process's rank over all nodes; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def is_rank_0() -> bool:
+    """Return whether this process is rank 0, which prints and writes what all ranks have in common."""
+    return global_rank() == 0
+
+
+def world_size() -> int:
+    """Return the number of ranks over all nodes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def print_rank_0(msg: str, rank: int | None = None) -> None:
-    """Print on rank 0 only; `rank` overrides the process group's own answer (<= 0 prints)."""
-    if (global_rank() if rank is None else rank) <= 0:
+    """Print on rank 0 only; `rank` replaces the process group's answer (<= 0 prints)."""
+    if is_rank_0() if rank is None else rank <= 0:
         say(msg)
 
 
 def get_all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
-    """Average `tensor` over all ranks, in place; returns it."""
+    """Average `tensor` over all ranks, in place; return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
         tensor /= dist.get_world_size()
@@ -30,13 +40,13 @@ def get_all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def wait_for_all() -> None:
-    """Go on when every rank has come here."""
+    """Wait until every rank has called this."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def answer_of_rank_0(answer: Any) -> Any:
-    """What rank 0 passes in, on every rank; each must call it."""
+    """Return rank 0's `answer` on every rank; every rank must call it."""
     answers = [answer]
     if dist.is_initialized():
         dist.broadcast_object_list(answers, src=0)
@@ -44,14 +54,9 @@ def answer_of_rank_0(answer: Any) -> Any:
 
 
 def all_reduce_sum(values: Iterable[float], device: torch.device | str) -> list[float]:
-    """Sum each of `values` over all ranks (float64 where the device has it)."""
+    """Return the sum of each of `values` over all ranks (float64 where the device has it)."""
     dtype = torch.float32 if get_accelerator().device_name() == "mps" else torch.float64
     tensor = torch.tensor(list(values), dtype=dtype, device=device)
     if dist.is_initialized():
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor.tolist()
-
-
-def world_size() -> int:
-    """Number of ranks over all nodes."""
-    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,17 +1,38 @@
-"""Tensors that ZeRO 3 has partitioned: their whole size, and gathering them."""
+"""Tensors that ZeRO 3 may have partitioned: their whole size, and gathering them.
+
+A partitioned parameter is an empty tensor on every rank; DeepSpeed keeps what it stands for in `ds_` attributes.
+"""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
-import deepspeed
 import torch
 
 
-def _is_partitioned(tensor: torch.Tensor) -> bool:
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Return whether ZeRO 3 divides this parameter among the ranks."""
     return hasattr(tensor, "ds_id")
 
 
-def gather(tensors: Iterable[torch.Tensor]) -> AbstractContextManager:
-    """Within it, those of the tensors that ZeRO 3 has partitioned are whole. A collective."""
-    partitioned = [tensor for tensor in tensors if _is_partitioned(tensor)]
-    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
+def whole_numel(tensor: torch.Tensor) -> int:
+    """Return the number of elements of the whole tensor."""
+    return tensor.ds_numel if is_partitioned(tensor) else tensor.numel()
+
+
+def whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """Return the shape of the whole tensor."""
+    return tensor.ds_shape if is_partitioned(tensor) else tensor.shape
+
+
+def gather(tensors: Iterable[torch.Tensor], modifier_rank: int | None = None) -> AbstractContextManager:
+    """Return a context in which the partitioned ones of `tensors` are whole; every rank must enter it.
+
+    Args:
+        modifier_rank: the rank whose changes are kept and partitioned again; None: changes are lost.
+    """
+    partitioned = [tensor for tensor in tensors if is_partitioned(tensor)]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed  # slow to import, and only ZeRO 3 needs it here
+
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank)

@@ -1,4 +1,4 @@
-"""What one micro batch allocates, found by running it without data: every tensor is on the meta device.
+"""Count the bytes one micro batch allocates, by running it without data: every tensor is on the meta device.
 
 The model, its LoRA layers, checkpointing, the loss and the backward are the run's own; a dispatch mode adds up the
 sizes of the tensors that are alive. So no family needs a formula of its own, and a model of any size takes a second.
@@ -6,25 +6,17 @@ The closed formulas for transformer blocks are in Korthikanti et al. 2022 (https
 """
 
 import weakref
-from argparse import Namespace
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from utils.machine.precision import DTYPES
-from utils.model.model_utils import configure_dropout, grow_embeddings
+from utils.model.build import ModelForm, create_meta_model
 from utils.module.fused_loss import can_fuse, install_loss, summed_loss
-from utils.module.lora import (
-    convert_linear_layer_to_lora,
-    find_blocks,
-    make_model_gradient_checkpointing_compatible,
-    only_optimize_lora_parameters,
-)
-from utils.module.tiled_mlp import tile_mlps
+from utils.module.lora import find_blocks
 
 NAME = "simulated"
 FEW, MANY = 3, 6  # blocks
@@ -118,7 +110,7 @@ AttentionInterface.register(NAME, _attention)
 
 
 def _offloading_checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Checkpointing whose kept tensors are elsewhere until the backward; their bytes are added up."""
+    """Checkpoint `function`, add up the bytes it keeps, and hold none of them until the backward."""
 
     def put_away(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
         _Offloaded.total += tensor.nbytes
@@ -134,41 +126,27 @@ class _Offloaded:
     total = 0  # bytes
 
 
-def meta_model(config: PretrainedConfig, args: Namespace, dtype: str, entries: int | None = None) -> PreTrainedModel:
-    """The model as main.py makes it, without weights.
+def simulated_model(
+    config: PretrainedConfig, form: ModelForm, dtype: str, entries: int | None = None
+) -> PreTrainedModel:
+    """Build the run's model on the meta device, with attention and offloading that allocate as the real ones do.
 
     Args:
-        args: read are dropout, disable_dropout, lora_dim, lora_module_name, lora_alpha, lora_dropout,
-            only_optimize_lora and gradient_checkpointing, as in main.py, and its activation_offloading and tiled_mlp
-            where there are such.
+        dtype: "bf16", "fp16" or "fp32".
         entries: of the tokenizer, for which the embeddings may grow.
     """
-    configure_dropout(config, 0.0 if args.disable_dropout else args.dropout)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-        model.set_attn_implementation(NAME)
-        if entries is not None:
-            grow_embeddings(model, entries)
-        if getattr(args, "tiled_mlp", False):
-            tile_mlps(model)
-        if args.lora_dim > 0:
-            model = convert_linear_layer_to_lora(
-                model, args.lora_module_name, args.lora_dim, args.lora_alpha, args.lora_dropout
-            )
-            model.to(DTYPES[dtype])
-            if args.only_optimize_lora:
-                model = make_model_gradient_checkpointing_compatible(only_optimize_lora_parameters(model))
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-        if getattr(args, "activation_offloading", False):
-            for module in model.modules():
-                if hasattr(module, "_gradient_checkpointing_func"):
-                    module._gradient_checkpointing_func = _offloading_checkpoint
+    offload = form.gradient_checkpointing and form.activation_offloading
+    model = create_meta_model(config, form._replace(activation_offloading=False), dtype, entries)
+    model.set_attn_implementation(NAME)
+    if offload:
+        for module in model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = _offloading_checkpoint
     return model.train()
 
 
 def count(model: PreTrainedModel, layout: Layout, fused: bool = True) -> Counts:
-    """Run one micro batch of `layout` through a model of `meta_model`, which is of no other use afterwards.
+    """Run one micro batch of `layout` through a model of `simulated_model`, which is used up by that.
 
     Models of many blocks are run with 3 and with 6 of them: what is alive grows by the same for every block.
 
@@ -196,7 +174,7 @@ def count(model: PreTrainedModel, layout: Layout, fused: bool = True) -> Counts:
 
 
 def _sizes(model: PreTrainedModel, layout: Layout) -> list[int]:
-    """[activations, forward, backward, with_gradients, offloaded] of `Counts`."""
+    """Return [activations, forward, backward, with_gradients, offloaded] of `Counts`."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     activations, forward, with_gradients = _micro_batch(model, layout)
     _Offloaded.total = 0
@@ -225,7 +203,7 @@ def _loss(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
 
 
 def _micro_batch(model: PreTrainedModel, layout: Layout) -> tuple[int, int, int]:
-    """Bytes alive: when the head begins, at most in the forward, and at most from there to the end of the backward."""
+    """Return the bytes alive when the head begins, and the most in the forward and from there to the backward's end."""
     for parameter in model.parameters():
         parameter.grad = None
     counter, seen = _LiveBytes(model), []

@@ -1,4 +1,4 @@
-"""`--dry_run`: everything but training, printed: data, steps, memory, the first sample, and the time where it fits."""
+"""`--dry_run`: print what a run would do: data, steps, memory, the first sample, and the time where the model fits."""
 
 import itertools
 import json
@@ -6,30 +6,32 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import deepspeed
 import numpy as np
 import pyarrow.compute as pc
-import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.batching.batches import collate_for, train_batches
-from utils.data.batching.sampler import plan_micro_batches
+from utils.data.batching.sampler import Units, plan_micro_batches
 from utils.data.prompt_dataset import PromptDataset
 from utils.data.tokenization.tokenize_rows import end_of_conversation_token
+from utils.data.training_data import TrainingData
 from utils.distributed.ranks import print_rank_0
 from utils.dry_run.activation_memory import Layout
-from utils.dry_run.memory import Foreseen, describe, device_memory, foresee
-from utils.engine.engine import create_optimizer, initialize_engine
-from utils.machine.device import free_memory, to_device
+from utils.dry_run.memory import MemoryEstimate, describe, estimate_memory, memory_budget
+from utils.engine.engine import create_engine
+from utils.machine.device import free_memory
+from utils.model.build import create_model, model_form
 from utils.model.layout_check import choose_layout
 from utils.model.model_utils import has_weights
-from utils.module.fused_loss import summed_loss
-from utils.run_config import data_rank, data_ranks, parse_gpus, planned_ranks, sequence_part
-from utils.train.plan import RunPlan, print_plan, units_of_epoch
+from utils.run_config import BatchCut, RunConfig
+from utils.train.plan import RunPlan, make_plan, units_of_epoch
 from utils.train.state import RunState
+from utils.train.step import micro_step
 
 BARS = 8
 BAR_WIDTH = 40
@@ -40,79 +42,75 @@ LABEL, RESET = "\033[32m", "\033[0m"
 
 
 def dry_run(
-    args: Namespace,
+    config: RunConfig,
     ds_config: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    train_data: PromptDataset,
-    eval_data: PromptDataset,
-    device: torch.device,
-    create_model: Callable[..., torch.nn.Module],
+    data: TrainingData,
     groups: Namespace | None = None,
 ) -> None:
     """Print the plan of a run. Every rank must call it; nothing is written to `--output_dir`.
 
-    Args:
-        create_model: main.py's; called without weights, and only where the model fits this machine.
-        groups: of `start_sequence_parallel`.
+    The model is loaded, without weights, only where it fits this machine. `groups` of `start_sequence_parallel`.
     """
-    print_rank_0(f"Arguments: {json.dumps(vars(args), default=str)}")
-    print_rank_0(f"DeepSpeed configuration: {json.dumps(ds_config)}")
-    print_rank_0(describe_data(args, tokenizer, train_data, eval_data))
-    plan = print_plan(args, train_data, RunState())
-    print_rank_0(f"Schedule: {args.lr_scheduler_type.value}, {describe_warmup(args, plan)}")
-    print_rank_0("First sample as the model sees it, tokens that are labels " + first_sample(train_data, tokenizer))
-    gpus = parse_gpus(args.dry_run)
-    layout = largest_micro_batch(args, train_data, gpus is None and device.type == "cpu")
-    foreseen = foresee(args, ds_config, layout, planned_ranks(args), len(tokenizer))
-    room = device_memory(gpus, device)
-    print_rank_0(describe(foreseen, room))
-    folder = args.model_name_or_path
-    if os.path.isdir(folder) and not has_weights(folder):
-        print_rank_0(f"Weights: none in {folder}, which is enough for a plan and not for a run")
-    if gpus is not None:
-        print_rank_0("Time: not measured, the GPUs of this plan are not here")
-    elif foreseen.estimate.peak > room.bytes_each or untrained_bytes(foreseen) > free_memory():
+    args = config.args
+    print_rank_0(describe_data(config, tokenizer, data))
+    plan = make_plan(config, data.train, RunState())
+    warmup = describe_warmup(args.learning_rate, args.num_warmup_steps, plan.steps)
+    print_rank_0(f"Schedule: {args.lr_scheduler_type.value}, {warmup}")
+    print_rank_0("First sample as the model sees it, tokens that are labels " + first_sample(data.train, tokenizer))
+    estimate = estimate_memory(
+        args.model_name_or_path, model_form(args), ds_config, largest_micro_batch(config, data.train), len(tokenizer),
+        config.ranks, config.layout != "max_length",
+    )  # fmt: skip
+    budget = memory_budget(config.gpus, config.device)
+    print_rank_0(describe(estimate, budget))
+    name = args.model_name_or_path
+    if os.path.isdir(name) and not has_weights(name):
+        print_rank_0(f"Weights: none in {name}, which is enough for a plan and not for a run")
+    if config.gpus is not None:
+        print_rank_0("Time: not measured, the plan is for other GPUs than this machine's")
+    elif estimate.total.peak > budget.bytes_each or untrained_bytes(estimate) > free_memory():
         print_rank_0("Time: not measured, the model does not fit here")
     else:
-        model = create_model(args, tokenizer, ds_config, untrained=True)
-        print_rank_0(measure_time(model, args, ds_config, tokenizer, train_data, device, plan, groups))
+        print_rank_0(measure_time(config, ds_config, tokenizer, data.train, plan, groups))
+    print_rank_0(f"Arguments: {json.dumps(config.plain_arguments)}")
+    print_rank_0(f"DeepSpeed configuration: {json.dumps(ds_config)}")
     print_rank_0("Dry run: everything is checked and the data prepared; nothing was trained or saved")
 
 
 # -------------------------------------------------------------------------------------------------- data
 
 
-def describe_data(
-    args: Namespace, tokenizer: PreTrainedTokenizerBase, train_data: PromptDataset, eval_data: PromptDataset
-) -> str:
-    """Samples, tokens, lengths as a histogram, what was cut, and what the layouts would waste."""
-    lengths, labels = train_data.lengths(), train_data.label_counts()
+def describe_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: TrainingData) -> str:
+    """Return samples, tokens, a histogram of lengths, the number of truncated samples, and each layout's padding."""
+    args, train = config.args, data.train
+    lengths, labels = train.lengths(), train.label_counts()
     median, most = np.percentile(lengths, (50, 90))
-    end = tokenizer.convert_tokens_to_ids(end_of_conversation_token(args, tokenizer))
-    cut = int((last_tokens(train_data) != end).sum())
-    longest = padded_cells(args, train_data)
-    title = "Training data, the first window of the stream" if args.streaming else "Training data"
+    end_token = end_of_conversation_token(tokenizer, config.eot_token, args.model_name_or_path)
+    truncated = int((last_tokens(train) != tokenizer.convert_tokens_to_ids(end_token)).sum())
+    longest = padded_tokens(config, train)
+    title = "Training data, the first window of the stream" if config.is_streaming else "Training data"
     lines = [
         f"{title}: {len(lengths)} samples, {lengths.sum()} tokens, {labels.sum()} of them labels "
-        f"({labels.sum() / lengths.sum():.1%}); evaluation data: {len(eval_data)} samples, "
-        f"{eval_data.lengths().sum()} tokens",
+        f"({labels.sum() / lengths.sum():.1%}); evaluation data: {len(data.evaluation)} samples, "
+        f"{data.evaluation.lengths().sum()} tokens",
         f"Lengths: mean {lengths.mean():.1f}, median {median:.0f}, 90% up to {most:.0f}, longest {lengths.max()}; "
-        f"--max_seq_len {args.max_seq_len} cuts {cut} samples ({cut / len(lengths):.1%})",
+        f"--max_seq_len {args.max_seq_len} cuts {truncated} samples ({truncated / len(lengths):.1%})",
         *histogram(lengths),
         f"Padding: {1 - lengths.sum() / (len(lengths) * args.max_seq_len):.1%} of all tokens with --padding "
-        f"max_length, {1 - lengths.sum() / longest:.1%} with longest, 0% with free; this run: {args.padding}",
+        f"max_length, {1 - lengths.sum() / longest:.1%} with longest, 0% with free; this run: {config.layout}",
     ]
     return "\n".join(lines)
 
 
 def last_tokens(data: PromptDataset) -> np.ndarray:
-    """[samples] the last token of each."""
+    """Return the last token of each sample, [samples]."""
     lists = data.table.with_format("arrow")[:]["input_ids"]
     return pc.list_flatten(lists).to_numpy()[np.cumsum(data.lengths()) - 1]
 
 
 def histogram(lengths: np.ndarray) -> list[str]:
-    """A line for each of at most 8 equal ranges of lengths."""
+    """Return a line for each of at most 8 equal ranges of lengths."""
     width = max(1, -(-int(lengths.max()) // BARS))
     counts = np.bincount((lengths - 1) // width)
     return [
@@ -121,32 +119,28 @@ def histogram(lengths: np.ndarray) -> list[str]:
     ]
 
 
-def padded_cells(args: Namespace, data: PromptDataset) -> int:
-    """Tokens of one epoch, padding included, when every micro batch is padded to its longest sample."""
-    units = units_of_epoch(Namespace(**{**vars(args), "packing": False}), data, 1)
-    lengths = data.lengths()
-    plans = plan_micro_batches(
-        units, args.per_device_train_batch_size, args.gradient_accumulation_steps, data_ranks(args), 0
-    )
-    # Of rank 0, whose share of real tokens stands for the others'.
-    cells = real = 0
-    for batch in plans:
+def padded_tokens(config: RunConfig, data: PromptDataset) -> int:
+    """Count the tokens of one epoch, padding included, when every micro batch is padded to its longest sample."""
+    cut, lengths = config.batches, data.lengths()
+    units = units_of_epoch(replace(config, packing=False), data, 1)
+    # Counted for rank 0, whose share of real tokens stands for the other ranks'.
+    padded = real = 0
+    for batch in plan_micro_batches(units, cut.micro_batch, cut.accumulation, cut.ranks, 0):
         real += lengths[batch.indices].sum()
-        cells += lengths[batch.indices].max() * len(batch.indices)
-    return int(cells * (lengths.sum() / real))
+        padded += lengths[batch.indices].max() * len(batch.indices)
+    return int(padded * (lengths.sum() / real))
 
 
-def describe_warmup(args: Namespace, plan: RunPlan) -> str:
-    """How the learning rate begins."""
-    if args.num_warmup_steps == 0:
-        return f"peak rate {args.learning_rate:g} from the first step"
-    late = "; MORE than the run has, its peak is never reached" if args.num_warmup_steps >= plan.steps else ""
-    share = args.num_warmup_steps / plan.steps
-    return f"{args.num_warmup_steps} warm-up steps ({share:.1%}) to the peak rate {args.learning_rate:g}{late}"
+def describe_warmup(learning_rate: float, warmup_steps: int, steps: int) -> str:
+    """Return how the learning rate begins, in words."""
+    if warmup_steps == 0:
+        return f"peak rate {learning_rate:g} from the first step"
+    late = "; MORE than the run has, its peak is never reached" if warmup_steps >= steps else ""
+    return f"{warmup_steps} warm-up steps ({warmup_steps / steps:.1%}) to the peak rate {learning_rate:g}{late}"
 
 
 def first_sample(data: PromptDataset, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The first training sample, special tokens and all, its labels green in a terminal and in ⟦ ⟧ elsewhere."""
+    """Return the first training sample with its special tokens, labels green in a terminal and in ⟦ ⟧ elsewhere."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     before, after = (LABEL, RESET) if colour else ("⟦", "⟧")
     ids, labels = data[0]["input_ids"], data[0]["labels"]
@@ -163,22 +157,20 @@ def first_sample(data: PromptDataset, tokenizer: PreTrainedTokenizerBase) -> str
     return f"{'green' if colour else 'in ⟦ ⟧'} ({len(ids)} tokens):\n  " + "".join(texts).replace("\n", "\n  ") + more
 
 
-def largest_micro_batch(args: Namespace, data: PromptDataset, on_cpu: bool) -> Layout:
-    """The micro batch of the first epoch that takes most memory."""
-    units = units_of_epoch(args, data, 1)
-    lengths, labels = data.lengths(), data.label_counts()
-    ranks, parts = data_ranks(args), args.sequence_parallel_size
+def largest_micro_batch(config: RunConfig, data: PromptDataset) -> Layout:
+    """Return the micro batch of the first epoch that takes most memory."""
+    cut, parts = config.batches, config.args.sequence_parallel_size
+    on_cpu = config.gpus is None and config.device.type == "cpu"
+    units, lengths, labels = units_of_epoch(config, data, 1), data.lengths(), data.label_counts()
     most = Layout(1, 1, 1, on_cpu)
-    for batch in plan_micro_batches(
-        units, args.per_device_train_batch_size, args.gradient_accumulation_steps, ranks, 0
-    ):
+    for batch in plan_micro_batches(units, cut.micro_batch, cut.accumulation, cut.ranks, 0):
         chosen = lengths[batch.indices]
         learned = max(int(labels[batch.indices].sum()), 1)
-        if args.padding == "free":
+        if config.layout == "free":
             length = -(-int(chosen.sum()) // parts)
             layout = Layout(1, length, min(learned, length), on_cpu, parts)
         else:
-            length = args.max_seq_len if args.padding == "max_length" else int(chosen.max())
+            length = config.args.max_seq_len if config.layout == "max_length" else int(chosen.max())
             layout = Layout(len(chosen), length, learned, on_cpu)
         if layout.rows * layout.length > most.rows * most.length:
             most = layout
@@ -188,68 +180,67 @@ def largest_micro_batch(args: Namespace, data: PromptDataset, on_cpu: bool) -> L
 # -------------------------------------------------------------------------------------------------- time
 
 
-def untrained_bytes(foreseen: Foreseen) -> int:
-    """CPU memory a rank needs to make the model in float32 before it goes to its device, or for offload."""
-    return max(4 * foreseen.counts.parameters, foreseen.estimate.host)
+class TimedRun(NamedTuple):
+    """What a few optimizer steps are measured on."""
+
+    engine: deepspeed.DeepSpeedEngine
+    data: PromptDataset
+    units: Units
+    config: RunConfig
+
+
+def untrained_bytes(estimate: MemoryEstimate) -> int:
+    """Return the CPU memory a rank needs to make the model in float32 before it goes to its device, or for offload."""
+    return max(4 * estimate.counts.parameters, estimate.total.host)
 
 
 def measure_time(
-    model: torch.nn.Module,
-    args: Namespace,
+    config: RunConfig,
     ds_config: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     data: PromptDataset,
-    device: torch.device,
     plan: RunPlan,
     groups: Namespace | None,
 ) -> str:
-    """Train a few micro batches and say what the run takes; an untrained model is as slow as a trained one."""
-    engine = initialize_engine(model, create_optimizer(model, args), ds_config, groups)
-    padding = choose_layout(engine.module, args.padding, len(tokenizer), device, sequence_part(args))
+    """Train a few micro batches of an untrained model, as slow as a trained one, and return what the run will take."""
+    args = config.args
+    model = create_model(
+        args.model_name_or_path, model_form(args), tokenizer, ds_config, config.eot_token, untrained=True
+    )
+    engine = create_engine(config, model, ds_config, groups)
+    layout = choose_layout(engine.module, config.layout, len(tokenizer), config.device, config.sequence_part)
     engine.train()
-    collate = collate_for(padding, tokenizer.pad_token_id, args.max_seq_len, sequence_part(args))
-    units = units_of_epoch(args, data, 1)
-    on_cpu, ranks = device.type == "cpu", (data_rank(args), data_ranks(args))
-    accumulation = args.gradient_accumulation_steps
-    # On a CPU one sample a rank tells how many can be measured in the time there is.
-    micro = 1 if on_cpu else args.per_device_train_batch_size
-    seconds, tokens = _timed(engine, data, units, collate, micro, 1, ranks, device)
-    if on_cpu:
+    units = units_of_epoch(config, data, 1)
+    timed = TimedRun(engine, data, units, replace(config, layout=layout))
+    cut = config.batches
+    # On a CPU one sample a rank tells how many samples can be measured in the time there is.
+    first = replace(cut, micro_batch=1 if cut.on_cpu else cut.micro_batch, accumulation=1, on_cpu=True)
+    seconds, tokens = _timed(timed, first, tokenizer.pad_token_id, 1)
+    micro = first.micro_batch
+    if cut.on_cpu:
         affordable = int(MEASURED_SECONDS / MEASURED_BATCHES / max(seconds, 1e-3))
-        micro = max(1, min(args.per_device_train_batch_size, affordable))
-    seconds, tokens = _timed(engine, data, units, collate, micro, MEASURED_BATCHES, ranks, device)
+        micro = max(1, min(cut.micro_batch, affordable))
+    seconds, tokens = _timed(timed, replace(first, micro_batch=micro), tokenizer.pad_token_id, MEASURED_BATCHES)
     speed = tokens / seconds
     total = plan.steps * float(units.tokens.mean()) * min(plan.global_batch, plan.units or plan.global_batch)
     if plan.units is not None:
         total = min(total, plan.epochs * float(units.tokens.sum()))
-    note = "" if micro == args.per_device_train_batch_size else f", of {micro} sample(s) for want of time"
+    note = "" if micro == cut.micro_batch else f", of {micro} sample(s) for want of time"
     return (
         f"Time: about {_words(total / speed)} for {total:.0f} tokens at {speed:.0f} tokens/s, from {MEASURED_BATCHES} "
-        f"steps of one micro batch{note} (of {accumulation} a step), without evaluation and saving"
+        f"steps of one micro batch{note} (of {cut.accumulation} a step), without evaluation and saving"
     )
 
 
-def _timed(
-    engine: Any,
-    data: PromptDataset,
-    units: Any,
-    collate: Any,
-    micro: int,
-    steps: int,
-    ranks: tuple[int, int],
-    device: torch.device,
-) -> tuple[float, float]:
-    """(seconds, real tokens over all ranks) of some optimizer steps of one micro batch each.
-
-    `ranks`: (this one's place among the data parallel ranks, their number).
-    """
-    batches = train_batches(data, units, collate, micro, 1, ranks[1], ranks[0], on_cpu=True)
+def _timed(timed: TimedRun, cut: BatchCut, pad_token_id: int, steps: int) -> tuple[float, float]:
+    """Return (seconds, real tokens over all ranks) of some optimizer steps of one micro batch each."""
+    config = timed.config
+    collate = collate_for(config.layout, pad_token_id, config.args.max_seq_len, config.sequence_part)
+    batches = train_batches(timed.data, timed.units, collate, cut)
     seconds = tokens = 0.0
     for _, batch in zip(range(steps), batches, strict=False):
         start = time.perf_counter()
-        engine.set_gradient_accumulation_boundary(True)
-        engine.backward(summed_loss(engine, to_device(batch.tensors, device)) * batch.weight)
-        engine.step()
+        micro_step(timed.engine, batch, config.device)
         get_accelerator().synchronize()
         seconds += time.perf_counter() - start
         tokens += batch.step.tokens

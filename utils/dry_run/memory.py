@@ -4,89 +4,101 @@ Only the model's configuration is loaded: the model is built on the meta device 
 without data (`activation_memory.py`); `zero_memory.py` does the arithmetic of ZeRO. A gigabyte is 1e9 bytes.
 """
 
-from argparse import Namespace
 from typing import Any, NamedTuple
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from utils.dry_run.activation_memory import Counts, Layout, count, meta_model
+from utils.dry_run.activation_memory import Counts, Layout, count, simulated_model
 from utils.dry_run.zero_memory import Estimate, Setting, Sizes, estimate, setting_from_config
 from utils.machine.device import free_memory, ranks_here
+from utils.model.build import ModelForm
 from utils.model.model_utils import load_model_config
-from utils.run_config import Gpus
+from utils.run_config import Gpus, enabled_precision
 
 GB = 1e9
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits and loss", "buffers")
-ROOM = 0.92  # share of a GPU that tensors can have: its context, NCCL and fragmentation take the rest
+USABLE = 0.92  # share of a GPU that tensors can have: its context, NCCL and fragmentation take the rest
 CHOICES = [(stage, offload) for stage in range(4) for offload in ((False, True) if stage else (False,))]
 
 
-class Room(NamedTuple):
-    """Memory there is."""
+class MemoryBudget(NamedTuple):
+    """The memory that one rank's tensors can have."""
 
-    bytes_each: float  # that one rank's tensors can have
-    words: str
+    bytes_each: float
+    device: str  # in words
 
 
-class Foreseen(NamedTuple):
-    """The estimate of a run with what it was made from."""
+class MemoryEstimate(NamedTuple):
+    """The estimate of a run and what it was made from."""
 
-    estimate: Estimate
+    total: Estimate
     counts: Counts
     setting: Setting
     layout: Layout
 
 
-def dtype_of(config: dict[str, Any]) -> str:
-    """The precision a DeepSpeed configuration says."""
-    return next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
+def estimate_memory(
+    model_name_or_path: str,
+    form: ModelForm,
+    ds_config: dict[str, Any],
+    layout: Layout,
+    entries: int,
+    ranks: int = 1,
+    fused: bool = True,
+) -> MemoryEstimate:
+    """Estimate the memory of a run of main.py per device.
 
-
-def foresee(args: Namespace, ds_config: dict[str, Any], layout: Layout, ranks: int, entries: int) -> Foreseen:
-    """Estimate a run of main.py; `layout` is its largest micro batch, `entries` the tokenizer's size."""
-    dtype = dtype_of(ds_config)
-    model = meta_model(load_model_config(args.model_name_or_path), args, dtype, entries)
-    counts = count(model, layout, args.padding != "max_length")
+    Args:
+        layout: the run's largest micro batch.
+        entries: of the tokenizer, for which the embeddings may grow.
+        fused: whether the loss may be the fused one, as everywhere but with `--padding max_length`.
+    """
+    dtype = enabled_precision(ds_config)
+    model = simulated_model(load_model_config(model_name_or_path), form, dtype, entries)
+    counts = count(model, layout, fused)
     setting = setting_from_config(ds_config, ranks, 4 if dtype == "fp32" else 2, layout.on_cpu)
-    return Foreseen(estimate(Sizes(*counts), setting), counts, setting, layout)
+    return MemoryEstimate(estimate(Sizes(*counts), setting), counts, setting, layout)
 
 
-def device_memory(gpus: Gpus | None, device: torch.device) -> Room:
-    """What there is for one rank: on the planned GPUs, on this GPU, or of this machine's free memory."""
+def memory_budget(gpus: Gpus | None, device: torch.device) -> MemoryBudget:
+    """Return what one rank has: of the planned GPUs, of this GPU, or of this machine's free memory."""
     if gpus is not None:
-        return Room(ROOM * gpus.gigabytes * GB, f"{gpus.count} GPUs of {gpus.gigabytes:g} GB")
+        return MemoryBudget(USABLE * gpus.gigabytes * GB, f"{gpus.count} GPUs of {gpus.gigabytes:g} GB")
     if device.type != "cpu":
         total = get_accelerator().total_memory()
-        return Room(ROOM * total, f"{get_accelerator().device_name()} of {total / GB:.1f} GB")
-    return Room(free_memory(), f"this CPU's free memory, for {ranks_here()} rank(s)")
+        return MemoryBudget(USABLE * total, f"{get_accelerator().device_name()} of {total / GB:.1f} GB")
+    return MemoryBudget(free_memory(), f"this CPU's free memory, for {ranks_here()} rank(s)")
 
 
-def describe(foreseen: Foreseen, room: Room) -> str:
-    """The memory part of a dry run, several lines."""
-    guess, counts, setting, layout = foreseen
-    fits = "fits" if guess.peak <= room.bytes_each else "DOES NOT FIT"
-    when = max(guess.moments, key=guess.moments.get)
-    host = f", and {size_words(guess.host)} of CPU memory per rank" if guess.host and not setting.on_cpu else ""
-    parts = zip(PARTS, (size_words(size) for size in guess[: len(PARTS)]), strict=True)
+def describe(memory: MemoryEstimate, budget: MemoryBudget) -> str:
+    """Return the memory part of a dry run, several lines."""
+    total, counts, setting, layout = memory
+    fits = "fits" if total.peak <= budget.bytes_each else "DOES NOT FIT"
+    when = max(total.moments, key=total.moments.get)
+    host = f", and {size_words(total.host)} of CPU memory per rank" if total.host and not setting.on_cpu else ""
+    parts = zip(PARTS, (size_words(size) for size in total[: len(PARTS)]), strict=True)
     others = []
     for stage, offload in CHOICES:
         peak = estimate(Sizes(*counts), setting._replace(stage=stage, offload=offload, nvme=False)).peak
-        others.append(f"{_name(stage, offload)}: {size_words(peak)}{'' if peak <= room.bytes_each else ' (too much)'}")
+        others.append(
+            f"{stage_name(stage, offload)}: {size_words(peak)}{'' if peak <= budget.bytes_each else ' (too much)'}"
+        )
     return (
         f"Memory per device: {counts.parameters:,} parameters, {counts.trainable:,} of them train; the largest micro "
         f"batch is {layout.rows} x {layout.length} tokens with {layout.labels} labels\n"
         f"  {', '.join(f'{name} {size}' for name, size in parts)} (not all at once)\n"
-        f"  most at once {size_words(guess.peak)}, in {when}{host}; {fits}: {size_words(room.bytes_each)} each of "
-        f"{room.words}\n"
+        f"  most at once {size_words(total.peak)}, in {when}{host}; {fits}: {size_words(budget.bytes_each)} each of "
+        f"{budget.device}\n"
         f"  by ZeRO stage {', '.join(others)}"
     )
 
 
 def size_words(size: float) -> str:
-    """Bytes in words."""
+    """Return a number of bytes with its unit."""
     return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.1f} MB"
 
 
-def _name(stage: int, offload: bool) -> str:
+def stage_name(stage: int, offload: bool) -> str:
+    """Return a ZeRO stage, with its offload, for a table."""
     return f"{stage}{' + offload' if offload else ''}"

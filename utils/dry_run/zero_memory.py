@@ -1,8 +1,8 @@
-"""Bytes one device needs under DeepSpeed, from a model's counts and a run's settings: plain arithmetic.
+"""Estimate the bytes one device needs under DeepSpeed, from a model's counts and a run's settings: plain arithmetic.
 
-What is split how is ZeRO's (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054): stage 1 divides AdamW's state
-by the number of ranks, stage 2 the gradients too, stage 3 the weights too. What exists beside that, and when, was
-read off DeepSpeed 0.19.8 and measured (`benchmarks/memory_estimate.py`); the paper's 16 bytes a weight are less:
+ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054) divides AdamW's state by the number of ranks at stage
+1, the gradients too at stage 2, the weights too at stage 3. What exists beside that, and when, was read off DeepSpeed
+0.19.8 and measured (`benchmarks/memory_estimate.py`); it is more than the paper's 16 bytes a weight:
 
   * without ZeRO fp32 has no master copy; 16 bits have one, and the step holds the float32 gradients twice;
   * stages 1 and 2 peak alike with one micro batch a step: stage 1 is the stage 2 optimizer, which clears every gradient
@@ -70,7 +70,7 @@ class Estimate(NamedTuple):
 
 
 def setting_from_config(config: dict[str, Any], ranks: int, dtype_bytes: int, on_cpu: bool) -> Setting:
-    """What the estimate reads from a DeepSpeed configuration."""
+    """Read off a DeepSpeed configuration what the estimate needs."""
     zero = config["zero_optimization"]
     gathered = zero.get("stage3_max_live_parameters", 1e9) + zero.get("stage3_prefetch_bucket_size", 5e7)
     device = zero.get("offload_optimizer", {}).get("device", "none")
@@ -86,7 +86,7 @@ def setting_from_config(config: dict[str, Any], ranks: int, dtype_bytes: int, on
 
 
 def estimate(sizes: Sizes, setting: Setting) -> Estimate:
-    """Bytes one device needs; every rank is taken to hold an equal part."""
+    """Return the bytes one device needs; every rank is taken to hold an equal part."""
     if setting.stage == 0:
         guess = _without_zero(sizes, setting)
     else:
@@ -180,7 +180,7 @@ def _stage_3(sizes: Sizes, setting: Setting) -> Estimate:
 
 
 def _swap_memory(sizes: Sizes, setting: Setting) -> float:
-    """Buffers of DeepSpeed's swapper: four for a part of the optimizer, one for its weights, and those of weights."""
+    """Return the bytes of DeepSpeed's swap buffers: four for a part of the optimizer, the others for weights."""
     group = min(sizes.trainable / setting.ranks, setting.sub_group + sizes.largest / setting.ranks)
     of_optimizer = 4 * FULL * group + setting.dtype_bytes * group * setting.ranks
     return of_optimizer + setting.swap_buffers * setting.dtype_bytes * sizes.largest / setting.ranks

@@ -1,11 +1,8 @@
-"""AdamW in the fastest form this machine can run, and the DeepSpeed engine around it."""
+"""Build AdamW in the fastest form this machine can run, and the DeepSpeed engine around it."""
 
 import subprocess
 from argparse import Namespace
 from collections.abc import Iterable
-from contextlib import suppress
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import deepspeed
@@ -17,13 +14,9 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from utils.distributed.ranks import print_rank_0
 from utils.logging.console import chatter_to_log, phase
 from utils.machine.cpu_allocator import keep_freed_memory
+from utils.run_config import RunConfig
 
 BETAS = (0.9, 0.95)
-
-# DeepSpeed's builders ask twice what processor this is, each time by a Python process of 1.2 s.
-with suppress(ImportError):  # DeepSpeed's requirement, and it does without
-    CPUINFO = import_module("cpuinfo")
-    CPUINFO.get_cpu_info = cache(CPUINFO.get_cpu_info)
 # Spellings of "this parameter is a bias or belongs to a normalisation layer" in the families in use:
 # OPT/GPT-2 `..._layer_norm`, `ln_1`, BLOOM/NeoX `..._layernorm`, Llama/Qwen/Gemma `...norm.weight`, MPT `norm_1`.
 NO_DECAY_NAMES = ("bias", "layer_norm.", "layernorm.", "norm.", "norm_", "norm1.", "norm2.", "ln_")
@@ -31,29 +24,48 @@ LORA_NAMES = ("lora_right_weight", "lora_left_weight")
 
 
 @chatter_to_log()
-def create_optimizer(model: torch.nn.Module, args: Namespace) -> torch.optim.Optimizer:
-    """DeepSpeedCPUAdam with `--offload`, FusedAdam otherwise, torch's AdamW where their kernels don't build.
+def create_optimizer(
+    model: torch.nn.Module,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    lora_learning_rate: float = 5e-4,
+    offload: bool = False,
+) -> torch.optim.Optimizer:
+    """Return DeepSpeedCPUAdam with `offload`, FusedAdam otherwise, torch's AdamW where their kernels don't build.
 
     All three are AdamW (decoupled weight decay) with betas (0.9, 0.95).
     """
-    groups = get_optimizer_grouped_parameters(model, args.weight_decay, args.lora_learning_rate)
-    kernel = DeepSpeedCPUAdam if args.offload else FusedAdam
+    groups = get_optimizer_grouped_parameters(model, weight_decay, lora_learning_rate)
+    kernel = DeepSpeedCPUAdam if offload else FusedAdam
     try:
         with phase("preparing the optimizer"):  # compiled the first time
-            optimizer = kernel(groups, lr=args.learning_rate, betas=BETAS)
+            optimizer = kernel(groups, lr=learning_rate, betas=BETAS)
     except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError, AssertionError) as err:
         reason = " ".join(str(err).split())[:200]
         print_rank_0(f"Optimizer: torch AdamW, since {kernel.__name__} can't be built here ({reason})")
-        return torch.optim.AdamW(groups, lr=args.learning_rate, betas=BETAS)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)
     print_rank_0(f"Optimizer: {kernel.__name__}")
     return optimizer
+
+
+def create_engine(
+    config: RunConfig, model: torch.nn.Module, ds_config: dict[str, Any], groups: Namespace | None
+) -> deepspeed.DeepSpeedEngine:
+    """Build the optimizer and the DeepSpeed engine of a run; `groups` of `start_sequence_parallel`."""
+    args = config.args
+    optimizer = create_optimizer(
+        model, args.learning_rate, args.weight_decay, args.lora_learning_rate, config.offload is not None
+    )
+    return initialize_engine(model, optimizer, ds_config, groups)
 
 
 @chatter_to_log()
 def initialize_engine(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], mpu: Namespace | None = None
 ) -> deepspeed.DeepSpeedEngine:
-    """`deepspeed.initialize` without the step it takes by itself; `mpu` of `start_sequence_parallel`.
+    """Call `deepspeed.initialize` and undo the step it takes by itself; returns the engine.
+
+    `mpu` comes from `start_sequence_parallel`.
 
     In 16 bits at ZeRO 0 DeepSpeed (0.19) allocates Adam's moments by a step with zero gradients. It would
     count in the bias correction, so that the first real update is a quarter too small, and decay the weights.
@@ -63,7 +75,7 @@ def initialize_engine(
         group["lr"] = 0.0
     with phase("preparing DeepSpeed"):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
-    engine.monitor.enabled = False  # its one event a step would come before ours of earlier steps: see reporting.py
+    engine.monitor.enabled = False  # its one event a step would come before ours of earlier steps: see trackers.py
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
         if "step" in group:
@@ -81,10 +93,10 @@ def initialize_engine(
 
 
 def recount_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Bring DeepSpeed's CPU kernels to the count of updates a run that goes on has behind it.
+    """Bring DeepSpeed's CPU kernels to the number of updates that a resumed run has already made.
 
-    They keep beta^t as a running product beside the optimizer's state, and start anew from a power: the same
-    number but for its last bits, in which the resumed run would differ from the uninterrupted one.
+    The kernels keep beta^t as a running product beside the optimizer's state. A new kernel computes it as a power: the
+    same number but for its last bits, in which the resumed run would differ from the uninterrupted one.
     """
     one = [torch.zeros(1) for _ in range(4)]
     if isinstance(optimizer, DeepSpeedCPUAdam):
@@ -105,7 +117,7 @@ def get_optimizer_grouped_parameters(
     no_decay_name_list: Iterable[str] = NO_DECAY_NAMES,
     lora_name_list: Iterable[str] = LORA_NAMES,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in up to three groups: decayed, LoRA (own rate), not decayed.
+    """Put trainable parameters into up to three groups: decayed, LoRA (own rate), not decayed.
 
     Biases and the weights of all normalisation layers get no decay. Empty groups are left out.
     """

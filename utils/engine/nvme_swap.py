@@ -1,4 +1,4 @@
-"""Models larger than memory: sizes of shards, swap files on NVMe, and ZeRO++'s ways to hold weights (LoRA in 8 bits).
+"""Swap files of `--offload nvme`: one folder for each process, removed when the run ends.
 
 DeepSpeed's swapper (ZeRO-Infinity, Rajbhandari et al. 2021, https://arxiv.org/abs/2104.07857) keeps at stage 3 the
 parts of weights, float32 masters, moments and gradients in files, one folder a rank, and reads each where it is needed
@@ -9,20 +9,18 @@ import os
 import shutil
 import socket
 import tempfile
-from argparse import Namespace
 from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
 from filelock import FileLock, Timeout
 
 from utils.errors import UserError
-from utils.run_config import parse_gpus
 
 SWAP_PREFIX = "swap-"
 
 
 def check_async_io() -> None:
-    """UserError when the operator that reads and writes swap files can't be compiled here."""
+    """Raise a UserError when the operator that reads and writes swap files can't be compiled here."""
     builder = get_accelerator().create_op_builder("AsyncIOBuilder")
     if builder is None or not builder.is_compatible(verbose=False):
         raise UserError(
@@ -31,21 +29,13 @@ def check_async_io() -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------ swap files
-
-
-def _swap_folder(args: Namespace) -> str:
-    """This process's, or for a plan for machines that are not here its parent."""
-    return open_swap_folder(args.nvme_path) if parse_gpus(args.dry_run) is None else args.nvme_path
-
-
 _held: dict[str, FileLock] = {}  # this process's folders, each with its lock
 
 
 def open_swap_folder(root: str) -> str:
-    """A folder for this process's swap files below `root`; `remove_swap_folders` ends it.
+    """Make a folder for this process's swap files below `root` and return it; `remove_swap_folders` removes it.
 
-    Left-overs of processes that were killed are removed: a folder is in use as long as its lock is held.
+    Folders of processes that were killed are removed: a folder is in use as long as its lock is held.
     """
     os.makedirs(root, exist_ok=True)
     for lock_file in Path(root).glob(f"{SWAP_PREFIX}*.lock"):
@@ -73,7 +63,7 @@ def remove_swap_folders() -> None:
 
 
 def check_swap_folder(root: str) -> None:
-    """UserError when `root` can't hold swap files: they are read and written past the system's cache (O_DIRECT)."""
+    """Raise a UserError when `root` can't hold swap files, which bypass the system's cache (O_DIRECT)."""
     existing = os.path.abspath(root)
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)

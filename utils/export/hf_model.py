@@ -1,8 +1,8 @@
-"""Write a trained model as a plain Hugging Face folder, whatever it was trained under.
+"""Write a trained model as a plain Hugging Face folder, under any ZeRO stage, with or without LoRA.
 
-Weights are gathered (ZeRO 3), merged (LoRA, in float32) and written one safetensors shard at a time, so
-rank 0 never holds more than one shard beside its own part. A folder is complete or absent: everything is
-written into a sub-folder first, then moved, `config.json` last, and no loader accepts a folder without it.
+Weights are gathered (ZeRO 3), merged (LoRA, in float32) and written one safetensors shard at a time, so rank 0 never
+holds more than one shard beside its own part. A folder is complete or absent: everything is written into a sub-folder
+first, then moved, `config.json` last, and no loader accepts a folder without it.
 """
 
 import json
@@ -15,17 +15,17 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from utils.distributed.zero3 import _is_partitioned, gather
+from utils.distributed.ranks import is_rank_0
+from utils.distributed.zero3 import gather, whole_numel
 from utils.errors import UserError
-from utils.files import sync
+from utils.files import INCOMPLETE, move_files
 from utils.module.lora import LinearLayer_LoRA
 
-INCOMPLETE = ".incomplete-model"
+WORK_FOLDER = INCOMPLETE + "model"
 DEFAULT_SHARD_SIZE = "5GB"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -40,15 +40,15 @@ class SavedTensor(NamedTuple):
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The bare model inside a DeepSpeed engine (or anything with `.module`)."""
+    """Return the bare model inside a DeepSpeed engine (or anything with `.module`)."""
     return getattr(model, "module", model)
 
 
 def settled(engine: torch.nn.Module) -> torch.nn.Module:
-    """The bare model, with nothing of it under way. Every rank must call it before tensors are gathered.
+    """Return the bare model with no gathering under way. Every rank must call it before tensors are gathered.
 
-    After a forward without a backward, as of an evaluation, ZeRO 3 is still fetching what the backward would need,
-    and DeepSpeed refuses to gather a weight it is fetching. Small models never show it: they are whole all the time.
+    After a forward without a backward, as in an evaluation, ZeRO 3 is still fetching what the backward would need, and
+    DeepSpeed refuses to gather a weight it is fetching. Small models never show it: ZeRO keeps them whole.
     """
     if hasattr(engine, "empty_partition_cache"):
         engine.empty_partition_cache()
@@ -56,7 +56,7 @@ def settled(engine: torch.nn.Module) -> torch.nn.Module:
 
 
 def saved_tensors(model: torch.nn.Module) -> list[SavedTensor]:
-    """The tensors a plain copy of `model` has, in order; tied ones once, under their first name."""
+    """List the tensors a plain copy of `model` has, in order; tied ones once, under their first name."""
     lora_modules = {name: module for name, module in model.named_modules() if isinstance(module, LinearLayer_LoRA)}
     tensors, seen = [], set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -65,8 +65,7 @@ def saved_tensors(model: torch.nn.Module) -> list[SavedTensor]:
             continue
         seen.add(id(tensor))
         lora = lora_modules.get(owner) if leaf == "weight" else None
-        numel = tensor.ds_numel if _is_partitioned(tensor) else tensor.numel()
-        tensors.append(SavedTensor(name, tensor, lora, numel * tensor.element_size()))
+        tensors.append(SavedTensor(name, tensor, lora, whole_numel(tensor) * tensor.element_size()))
     return tensors
 
 
@@ -84,12 +83,12 @@ def plan_shards(tensors: list[SavedTensor], max_bytes: int) -> list[list[SavedTe
 
 
 def _gathered(entry: SavedTensor) -> torch.Tensor | None:
-    """The whole tensor on the CPU, merged if LoRA sits on it. A collective under ZeRO 3."""
+    """Return the whole tensor on the CPU, merged where LoRA wraps it; None but on rank 0. A collective in ZeRO 3."""
     sources = [entry.source]
     if entry.lora is not None:
         sources += [entry.lora.lora_right_weight, entry.lora.lora_left_weight]
     with gather(sources):
-        if dist.is_initialized() and dist.get_rank() != 0:
+        if not is_rank_0():
             return None
         if entry.lora is None:
             return entry.source.detach().to("cpu", copy=True).contiguous()
@@ -98,7 +97,7 @@ def _gathered(entry: SavedTensor) -> torch.Tensor | None:
 
 
 def write_tensors(content: dict[str, torch.Tensor], path: str) -> None:
-    """One safetensors file. The library makes it for its owner alone; a model is shared like any other file."""
+    """Write one safetensors file, readable as the umask allows: the library alone would make it for its owner only."""
     save_file(content, path, metadata={"format": "pt"})
     umask = os.umask(0)
     os.umask(umask)
@@ -151,7 +150,7 @@ def save_model_folder(
 
 
 def write_folder(folder: str, what: str, config: str, write: Callable[[str, bool], None]) -> None:
-    """Write `folder` aside, then move it into place: complete or absent. Every rank must call it.
+    """Write `folder` aside, then move its files into place: complete or absent. Every rank must call it.
 
     Args:
         what: what is written, for messages.
@@ -161,17 +160,16 @@ def write_folder(folder: str, what: str, config: str, write: Callable[[str, bool
     Raises:
         UserError: the files can't be written; what was there before still is.
     """
-    is_writer = not dist.is_initialized() or dist.get_rank() == 0
-    work = os.path.join(folder, INCOMPLETE)
+    work = os.path.join(folder, WORK_FOLDER)
     try:
-        if is_writer:
+        if is_rank_0():
             shutil.rmtree(work, ignore_errors=True)
             os.makedirs(work)
-        write(work, is_writer)
-        if is_writer:
-            _publish(work, folder, config)
+        write(work, is_rank_0())
+        if is_rank_0():
+            move_files(work, folder, config, _is_weights)
     except BaseException as err:
-        if is_writer:
+        if is_rank_0():
             shutil.rmtree(work, ignore_errors=True)
             with suppress(OSError):
                 os.rmdir(folder)  # only if it is empty
@@ -180,13 +178,17 @@ def write_folder(folder: str, what: str, config: str, write: Callable[[str, bool
         raise UserError(f"{what} can't be saved to {folder}: {err}. Nothing half-written was left there.") from err
 
 
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json"))
+
+
 def _is_writing_failure(err: BaseException) -> bool:
-    """A full disk or the like: OSError, safetensors' own error, or the bare Exception that tokenizers raises."""
+    """Whether writing failed: OSError, safetensors' own error, or the bare Exception that tokenizers raises."""
     return isinstance(err, (OSError, SafetensorError)) or type(err) is Exception
 
 
 def _save_configs(model: torch.nn.Module, folder: str) -> None:
-    """config.json and generation_config.json, with the dtype the weights are written in."""
+    """Write config.json and generation_config.json, with the dtype of the saved weights."""
     config = model.config
     config.dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     config.architectures = [type(model).__name__]
@@ -195,32 +197,13 @@ def _save_configs(model: torch.nn.Module, folder: str) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _publish(work: str, folder: str, config: str = "config.json") -> None:
-    """Move the finished files up, the old configuration away first and the new one in last."""
-    new = sorted(os.listdir(work), key=lambda name: name == config)
-    for parent, _, files in os.walk(work):
-        for name in files:
-            sync(os.path.join(parent, name))
-    for name in os.listdir(folder):
-        if name == config or name.endswith(".safetensors") or name.endswith(".safetensors.index.json"):
-            os.remove(os.path.join(folder, name))
-    for name in new:
-        target = os.path.join(folder, name)
-        if os.path.isdir(target):  # further chat templates: a folder can't replace one that is not empty
-            shutil.rmtree(target)
-        elif os.path.exists(target):  # renaming one link of a file over another would leave both
-            os.remove(target)
-        os.replace(os.path.join(work, name), target)
-    os.rmdir(work)
-
-
 def publish_model(source: str, folder: str, leave_out: tuple[str, ...] = ()) -> None:
-    """Give `folder` the complete model folder `source` holds; linked where the file system can, else copied."""
-    work = os.path.join(folder, INCOMPLETE)
+    """Put the complete model folder `source` into `folder`; linked where the file system can, else copied."""
+    work = os.path.join(folder, WORK_FOLDER)
     shutil.rmtree(work, ignore_errors=True)
     try:
         shutil.copytree(source, work, ignore=shutil.ignore_patterns(*leave_out), copy_function=_link_or_copy)
-        _publish(work, folder)
+        move_files(work, folder, "config.json", _is_weights)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -237,10 +220,10 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size in transformers' spelling: 5GB, 200MB.
+    """Return the bytes of a size in transformers' spelling: 5GB, 200MB.
 
     Raises:
-        UserError: it is not of that form, or nothing.
+        UserError: the text is not of that form, or means zero bytes.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip(), flags=re.IGNORECASE)
     size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0

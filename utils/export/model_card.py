@@ -1,4 +1,4 @@
-"""What a saved model says of itself: a card (README.md) with its curves, and the chat template it was trained with."""
+"""Describe a saved model: its card (README.md) with the loss curves, and the chat template it was trained with."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +15,7 @@ from utils.data.mixture import parse_source
 from utils.logging.console import say
 from utils.logging.loss_curve import PICTURE, draw_losses
 from utils.logging.metrics_file import METRICS_FILE, curve, read_metrics
+from utils.run_config import RunConfig
 
 CARD = "README.md"
 TEMPLATE_FILE = "chat_template.jinja"  # where transformers looks for it
@@ -32,19 +34,20 @@ SETTINGS = (
 LORA_SETTINGS = tuple(name for name in SETTINGS if name.startswith("lora_") or name == "only_optimize_lora")
 
 
-def describe_model(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], None]:
-    """A function that writes card, curves and chat template into the folder of a model that is being saved."""
+def describe_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], None]:
+    """Return a function that writes card, curves and chat template into the folder of a model that is being saved."""
+    output_dir = config.args.output_dir
 
     def write(folder: str) -> None:
-        template = chat_template(args, tokenizer)
+        template = chat_template(config.args.chat_template, tokenizer, config.eot_token)
         if template is not None:
             with open(os.path.join(folder, TEMPLATE_FILE), "w", encoding="utf-8") as file:
                 file.write(template)
-        has_records = os.path.isfile(os.path.join(args.output_dir, METRICS_FILE))
+        has_records = os.path.isfile(os.path.join(output_dir, METRICS_FILE))
         if has_records:
-            draw_losses(args.output_dir, folder)
+            draw_losses(output_dir, folder)
         with open(os.path.join(folder, CARD), "w", encoding="utf-8") as file:
-            file.write(model_card(args, read_metrics(args.output_dir) if has_records else []))
+            file.write(model_card(config.args, config.decisions, read_metrics(output_dir) if has_records else []))
 
     return write
 
@@ -52,10 +55,12 @@ def describe_model(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Calla
 # ------------------------------------------------------------------------------------------------ the card
 
 
-def model_card(args: Namespace, records: list[dict[str, float]]) -> str:
-    """The card as Markdown with the header that the hub reads.
+def model_card(args: Namespace, decisions: dict[str, Any], records: list[dict[str, float]]) -> str:
+    """Return the card as Markdown with the header that the hub reads.
 
     Args:
+        args: the run's arguments as given.
+        decisions: what was decided from them, see `RunConfig.decisions`.
         records: those of metrics.jsonl up to the state that is saved.
     """
     sources = [parse_source(text).name for text in (*args.data_path, *args.sft_only_data_path)]
@@ -69,7 +74,7 @@ def model_card(args: Namespace, records: list[dict[str, float]]) -> str:
     ]
     if records:
         parts.append(f"![training and evaluation loss over the optimizer steps]({PICTURE})")
-    parts += ["## Settings", settings_table(args)]
+    parts += ["## Settings", settings_table(args, decisions)]
     if args.lora_dim > 0:
         parts.append("The LoRA weights are merged in.")
     parts += ["## Command", f"```text\n{command_line()}\n```"]
@@ -77,7 +82,7 @@ def model_card(args: Namespace, records: list[dict[str, float]]) -> str:
 
 
 def card_header(base: str, sources: list[str]) -> str:
-    """The YAML header. Only hub names go in it: the hub refuses a card that names a folder of someone's machine.
+    """Return the YAML header. Only hub names go in it: the hub refuses a card that names a folder of someone's machine.
 
     The licence is that of base model and data, which the program does not know, so none is claimed.
     """
@@ -91,7 +96,7 @@ def card_header(base: str, sources: list[str]) -> str:
 
 
 def perplexity_table(records: list[dict[str, float]]) -> str:
-    """Perplexity and loss on the evaluation data before training and as last measured."""
+    """Return perplexity and loss on the evaluation data before training and as last measured, as Markdown."""
     losses = dict(curve(records, "eval_loss"))
     rows = [(step, figure, losses[step]) for step, figure in curve(records, "perplexity") if step in losses]
     if not rows:
@@ -102,41 +107,51 @@ def perplexity_table(records: list[dict[str, float]]) -> str:
     return "On the evaluation data, exp(total loss / label tokens):\n\n" + "\n".join(lines)
 
 
-def settings_table(args: Namespace) -> str:
-    """The settings that make the model what it is; those of LoRA only where it was used."""
-    names = [name for name in SETTINGS if args.lora_dim > 0 or name not in LORA_SETTINGS]
-    values = [(name, getattr(args, name)) for name in names]
-    rows = [f"| `{name}` | {getattr(value, 'value', value)} |" for name, value in values if value is not None]
+def settings_table(args: Namespace, decisions: dict[str, Any]) -> str:
+    """Return the settings that decide how the model was trained, as Markdown; those of LoRA only where it was used.
+
+    A value that was decided otherwise than given shows both.
+    """
+    rows = []
+    for name in SETTINGS:
+        given = getattr(getattr(args, name), "value", getattr(args, name))
+        used = decisions.get(name, given)
+        if used is not None and (args.lora_dim > 0 or name not in LORA_SETTINGS):
+            rows.append(f"| `{name}` | {used}{'' if used == given else f' (given: {given})'} |")
     return "\n".join(["| argument | value |", "| --- | --- |", *rows])
 
 
 def command_line() -> str:
-    """The command this process was started with."""
+    """Return the command this process was started with."""
     return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
 # ------------------------------------------------------------------------------------------- the template
 
 
-def chat_template(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template to save; None leaves the tokenizer's own, or none where none gives what training saw."""
-    if args.chat_template not in (AUTO, HUMAN_ASSISTANT, AS_IS):
-        with open(args.chat_template, encoding="utf-8") as file:
+def chat_template(form: str, tokenizer: PreTrainedTokenizerBase, eot_token: str | None = None) -> str | None:
+    """Return the template to save; None where the tokenizer's own stays, or where no template gives training's ids.
+
+    Args:
+        form: `--chat_template`.
+        eot_token: the token of `--add_eot_token`.
+    """
+    if form not in (AUTO, HUMAN_ASSISTANT, AS_IS):
+        with open(form, encoding="utf-8") as file:
             return file.read()
-    if args.chat_template == AS_IS or (tokenizer.chat_template and args.chat_template == AUTO):
+    if form == AS_IS or (tokenizer.chat_template and form == AUTO):
         return None
-    end = args.eot_token if args.add_eot_token else tokenizer.eos_token
-    template = human_assistant_template(tokenizer, end)
+    template = human_assistant_template(tokenizer, eot_token or tokenizer.eos_token)
     if template is None:
         say("Chat template: none is saved; this tokenizer has other ids for the Human/Assistant form in a template")
     return template
 
 
 def human_assistant_template(tokenizer: PreTrainedTokenizerBase, end: str) -> str | None:
-    """A template for the ids of training's Human/Assistant form, its special tokens and `end` included.
+    """Return a template that gives the ids of training's Human/Assistant form, special tokens and `end` included.
 
-    None where this tokenizer can't have one: some read a text after a special token in another way than one that
-    they put the token before.
+    None where no template can: some tokenizers encode a text that follows a special token in the same string in
+    another way than a text before which they put that token themselves.
     """
     bare = tokenizer(EXAMPLE[0]["content"], add_special_tokens=False)["input_ids"]
     whole = tokenizer(EXAMPLE[0]["content"])["input_ids"]
@@ -163,6 +178,6 @@ def human_assistant_template(tokenizer: PreTrainedTokenizerBase, end: str) -> st
 
 
 def _quoted(text: str) -> str:
-    """As a string of the template language."""
+    """Quote `text` as a string of the template language."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     return f"'{escaped}'"

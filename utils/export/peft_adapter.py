@@ -1,4 +1,4 @@
-"""The trained LoRA weights alone, as an adapter folder that `peft.PeftModel.from_pretrained(base, folder)` loads.
+"""Write the trained LoRA weights alone, as an adapter folder that `peft.PeftModel.from_pretrained(base, folder)` loads.
 
 The format is PEFT's (https://huggingface.co/docs/peft/developer_guides/checkpoint): `adapter_config.json` and
 `adapter_model.safetensors` with `lora_A` [r, in] and `lora_B` [out, r] for each layer. Writing it needs no peft.
@@ -8,9 +8,9 @@ import json
 import os
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from utils.distributed.ranks import is_rank_0
 from utils.distributed.zero3 import gather
 from utils.export.hf_model import write_folder, write_tensors
 from utils.module.lora import LinearLayer_LoRA
@@ -23,12 +23,12 @@ PEFT_PREFIX = "base_model.model."
 
 
 def lora_layers(model: nn.Module) -> dict[str, LinearLayer_LoRA]:
-    """The wrapped layers by name."""
+    """Return the LoRA layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LinearLayer_LoRA)}
 
 
 def target_modules(model: nn.Module) -> list[str]:
-    """PEFT's `target_modules`: the last parts of the layers' names where these say which, else the whole names.
+    """Return PEFT's `target_modules`: the last parts of the layers' names where only they have them, else whole names.
 
     PEFT takes every module whose name ends with one of them, so short names will do only if nothing else has them.
     """
@@ -39,7 +39,7 @@ def target_modules(model: nn.Module) -> list[str]:
 
 
 def adapter_config(model: nn.Module, base: str) -> dict:
-    """The content of `adapter_config.json` for the wrapped layers of `model`, trained on the model `base`."""
+    """Return the content of `adapter_config.json` for the wrapped layers of `model`, trained on the model `base`."""
     layers = lora_layers(model)
     first = next(iter(layers.values()))
     rank, alpha = first.lora_dim, first.lora_scaling * first.lora_dim
@@ -64,13 +64,12 @@ def adapter_config(model: nn.Module, base: str) -> dict:
 
 
 def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The content of `adapter_model.safetensors` on rank 0, nothing elsewhere. A collective under ZeRO 3."""
-    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    """Return the content of `adapter_model.safetensors` on rank 0, nothing elsewhere. A collective under ZeRO 3."""
     tensors = {}
     for name, layer in lora_layers(model).items():
         halves = {"lora_A": layer.lora_right_weight, "lora_B": layer.lora_left_weight}
         with gather(halves.values()):
-            if is_writer:
+            if is_rank_0():
                 for half, weight in halves.items():
                     whole = weight.detach().t().to("cpu", copy=True).contiguous()
                     tensors[f"{PEFT_PREFIX}{name}.{half}.weight"] = whole

@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 
 def live_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Logits [1, length, vocabulary] of the live model, float32 on the CPU. Every rank must call it."""
+    """Return the logits [1, length, vocabulary] of the live model, float32 on the CPU. Every rank must call it."""
     training = model.training
     model.eval()
     with torch.no_grad():

@@ -1,1 +1,1 @@
-"""Output of a run: console lines, metrics file, loss curve, trackers, and the libraries' own logs."""
+"""Output of a run: console lines, metrics file, loss curve, trackers, and the log of the libraries."""

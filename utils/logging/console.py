@@ -1,6 +1,6 @@
-"""The terminal: lines on stdout, and below them one live line on stderr where that is a terminal.
+"""The console: lines on stdout and, where stderr is a terminal, one live line on stderr below them.
 
-Without a terminal, or on another rank than 0, there is no live line, and nothing here draws anything.
+Without a terminal, or on another rank than 0, there is no live line: the functions that would draw it do nothing.
 """
 
 import io
@@ -12,33 +12,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-import torch.distributed as dist
 from tqdm import tqdm
 
-PRINTED = "print"  # the logger that gets what libraries print
+PRINTED = "print"  # name of the logger that gets what libraries print
 TICK_SECONDS = 0.5
 RUN_FORMAT = "{desc} step {n_fmt}/{total_fmt} |{bar:6}| {remaining} left{postfix}"
 NARROW_FORMAT = "{desc} {n_fmt}/{total_fmt} {remaining}{postfix}"
-NARROW = 115  # columns; with fewer the words around the figures make room for them
+NARROW = 115  # columns; a terminal with fewer gets the short format
 PHASE_FORMAT = "{desc} {elapsed}{postfix}"
 
-_run_bar: tqdm | None = None  # the training's, from its first step to its last
-_stdout: TextIO | None = None  # the real one, while the prints of libraries go elsewhere
+_run_bar: tqdm | None = None  # the live line of training, between open_run_bar and close_run_bar
+_stdout: TextIO | None = None  # the real stdout within chatter_to_log, which replaces sys.stdout
+
+
+def launcher_rank() -> str:
+    """Return this process's rank by the launcher's variable, which is set before the process group is started."""
+    return os.environ.get("RANK", "0")
 
 
 def has_live_line() -> bool:
-    """Whether this process may draw one: it is rank 0, and stderr is a terminal."""
-    is_first = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
-    return is_first and sys.stderr.isatty()
+    """Return whether this process draws a live line: it is rank 0, and stderr is a terminal."""
+    return launcher_rank() == "0" and sys.stderr.isatty()
 
 
 def is_narrow() -> bool:
-    """Whether the terminal is too narrow for the live line's words."""
+    """Return whether the terminal is too narrow for the long format of the live line."""
     return os.get_terminal_size(sys.stderr.fileno()).columns < NARROW
 
 
 def say(line: str) -> None:
-    """Print a line on stdout, above the live line if there is one. Any rank may call it."""
+    """Print a line on stdout, above the live line if there is one, on any rank that calls this."""
     output = _stdout or sys.stdout
     with tqdm.external_write_mode(file=output):
         output.write(f"{line}\n")
@@ -46,10 +49,10 @@ def say(line: str) -> None:
 
 
 class PrintLog(io.TextIOBase):
-    """A file that makes records of what is printed into it, one per line."""
+    """A text file that turns each line written to it into a log record."""
 
     def write(self, text: str) -> int:
-        """Nothing is shown; blank lines are dropped."""
+        """Log each line of `text` but blank ones; return the number of characters, as files do."""
         for line in filter(str.strip, text.splitlines()):
             logging.getLogger(PRINTED).info(line)
         return len(text)
@@ -57,7 +60,10 @@ class PrintLog(io.TextIOBase):
 
 @contextmanager
 def chatter_to_log() -> Iterator[None]:
-    """Within it (or in a function decorated with it) what libraries print becomes log records; `say` still prints."""
+    """Turn what libraries print within this context, or in a function decorated with it, into log records.
+
+    `say` still prints.
+    """
     global _stdout
     before, outer = sys.stdout, _stdout
     _stdout, sys.stdout = outer or before, PrintLog()
@@ -71,7 +77,7 @@ def chatter_to_log() -> Iterator[None]:
 
 
 def open_run_bar(total: int, done: int) -> None:
-    """Begin the training's live line: `done` of `total` optimizer steps are behind it."""
+    """Draw the live line of training, of which `done` of `total` optimizer steps are done."""
     global _run_bar
     close_run_bar()
     if has_live_line():
@@ -82,7 +88,7 @@ def open_run_bar(total: int, done: int) -> None:
 
 
 def advance_run_bar(epoch: int, epochs: int) -> None:
-    """One more step is on its way. No figure is asked for, so no device is waited for."""
+    """Advance the live line by a step without reading metrics, so the device is not synchronized."""
     if _run_bar is not None:
         word = "ep" if _run_bar.bar_format == NARROW_FORMAT else "Epoch"
         _run_bar.set_description_str(f"{word} {epoch}/{epochs}", refresh=False)
@@ -90,13 +96,13 @@ def advance_run_bar(epoch: int, epochs: int) -> None:
 
 
 def show_figures(text: str) -> None:
-    """The figures of the live line, until the next ones."""
+    """Show `text` at the end of the live line until the next call."""
     if _run_bar is not None:
         _run_bar.set_postfix_str(text)
 
 
 def close_run_bar() -> None:
-    """End the live line; it stays on the screen as it is."""
+    """End the live line; what it last showed stays on the screen."""
     global _run_bar
     if _run_bar is not None:
         _run_bar.close()
@@ -104,31 +110,31 @@ def close_run_bar() -> None:
 
 
 @contextmanager
-def phase(words: str) -> Iterator[Callable[[str], None]]:
-    """What takes its time now, on the live line, with the seconds it has taken.
+def phase(name: str) -> Iterator[Callable[[str], None]]:
+    """Show on the live line what the program is doing within this context, and for how long already.
 
-    Gives a function that shows how far it is (`"3/12"`).
+    Yields a function that shows its progress, such as "3/12".
     """
     if not has_live_line():
         yield lambda text: None
         return
     bar, before = _run_bar, ""
     if bar is None:
-        bar = tqdm(bar_format=PHASE_FORMAT, dynamic_ncols=True, file=sys.stderr, desc=f"{words} ...", leave=False)
+        bar = tqdm(bar_format=PHASE_FORMAT, dynamic_ncols=True, file=sys.stderr, desc=f"{name} ...", leave=False)
     else:
         before = bar.postfix or ""
-        bar.set_postfix_str(f"{words} ...")
+        bar.set_postfix_str(f"{name} ...")
 
     def show(text: str) -> None:
-        bar.set_postfix_str(text if bar is not _run_bar else f"{words} {text}", refresh=False)
+        bar.set_postfix_str(text if bar is not _run_bar else f"{name} {text}", refresh=False)
 
-    over = threading.Event()
-    ticker = threading.Thread(target=_tick, args=(bar, over), daemon=True)
+    ended = threading.Event()
+    ticker = threading.Thread(target=_tick, args=(bar, ended), daemon=True)
     ticker.start()
     try:
         yield show
     finally:
-        over.set()
+        ended.set()
         ticker.join()
         if bar is _run_bar:
             bar.set_postfix_str(before)
@@ -136,6 +142,6 @@ def phase(words: str) -> Iterator[Callable[[str], None]]:
             bar.close()
 
 
-def _tick(bar: tqdm, over: threading.Event) -> None:
-    while not over.wait(TICK_SECONDS):
+def _tick(bar: tqdm, ended: threading.Event) -> None:
+    while not ended.wait(TICK_SECONDS):
         bar.refresh()

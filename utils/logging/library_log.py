@@ -1,7 +1,7 @@
-"""What the libraries say of themselves goes to `{output_dir}/library.log`; what is an error is shown as well.
+"""The log of the libraries: their messages go to `{output_dir}/library.log`, and errors also to stderr.
 
-Imported before DeepSpeed, which talks while it is imported. What native code and the launchers write to the terminal
-themselves stays there: moving it would hide the last words of a crash.
+This module must be imported before DeepSpeed, which logs while it is imported. What native code and the launchers write
+to the terminal directly stays there: redirecting it would hide the last output of a crash.
 """
 
 import logging
@@ -11,17 +11,17 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from utils.logging.console import PRINTED, close_run_bar, has_live_line
+from utils.logging.console import PRINTED, close_run_bar, has_live_line, launcher_rank
 
 LOG_FILE = "library.log"
-KEPT = 1000  # records from before it is known where they go
-# Libraries with handlers of their own; all others leave theirs to Python's root logger.
+KEPT = 1000  # records kept at most before the log is opened
+# Libraries whose loggers have handlers; records of all others reach Python's root logger.
 WITH_HANDLERS = ("transformers", "datasets", "huggingface_hub", "torch")
 FORMAT = "[%(asctime)s] [rank {rank}] [%(levelname)s] [%(name)s] %(message)s"
 
 
 class LibraryLog(logging.Handler):
-    """Keeps records until `open` says where they go."""
+    """A log handler that keeps records in memory until `open` gives it a folder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,9 +30,9 @@ class LibraryLog(logging.Handler):
         self.is_decided = False
 
     def open(self, output_dir: str | None) -> None:
-        """From here on: to that folder's log or, without a folder, warnings to stderr and the rest nowhere."""
+        """Write kept and later records to that folder's log; without a folder, show warnings and drop the rest."""
         self.path = os.path.join(output_dir, LOG_FILE) if output_dir else None
-        self.setFormatter(logging.Formatter(FORMAT.format(rank=os.environ.get("RANK", "0"))))
+        self.setFormatter(logging.Formatter(FORMAT.format(rank=launcher_rank())))
         if self.path:
             os.makedirs(output_dir, exist_ok=True)
         self.is_decided = True
@@ -40,12 +40,12 @@ class LibraryLog(logging.Handler):
             self._write(self.kept.popleft())
 
     def close_file(self) -> None:
-        """The run is over; what comes now waits for the next one."""
+        """End a run's log; later records are kept for the next run's."""
         self.kept.clear()
         self.path, self.is_decided = None, False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """An error is shown at once; everything is written where the log is."""
+        """Show an error at once; write or keep every record."""
         if record.levelno >= logging.ERROR:
             self._show(record)
         if self.is_decided:
@@ -56,10 +56,10 @@ class LibraryLog(logging.Handler):
     def _write(self, record: logging.LogRecord) -> None:
         if self.path:
             try:
-                # Opened for each: ranks share the file, and lines appended whole don't mix.
+                # Opened for each record: ranks share the file, and whole lines that are appended don't mix.
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(f"{self.format(record)}\n")
-            except OSError:  # a full disk ends the run where its own files are written, with advice
+            except OSError:  # a full disk ends the run with advice where metrics or checkpoints are written
                 self._show(record)
         elif logging.WARNING <= record.levelno < logging.ERROR:
             self._show(record)
@@ -68,11 +68,14 @@ class LibraryLog(logging.Handler):
         sys.stderr.write(f"[{record.levelname}] [{record.name}] {record.getMessage()}\n")
 
 
-LOG = LibraryLog()
+LOG = LibraryLog()  # the one log of the process; `quiet_libraries` closes it
 
 
 def _take(record: logging.LogRecord) -> bool:
-    """As a filter of DeepSpeed's logger: it makes its handler while it is imported, and nothing gets there."""
+    """Filter of DeepSpeed's logger: pass every record to LOG and none to the handler DeepSpeed makes for itself.
+
+    DeepSpeed makes it while it is imported, so the filter must already be there.
+    """
     LOG.handle(record)
     return False
 
@@ -82,7 +85,7 @@ logging.getLogger("DeepSpeed").addFilter(_take)
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Within it libraries talk to the log; their progress bars are shown where there is a terminal, on rank 0."""
+    """Send the messages of libraries to the log within this context; show their progress bars on rank 0's terminal."""
     root, loggers = logging.getLogger(), [logging.getLogger(name) for name in WITH_HANDLERS]
     before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
     for logger in loggers:
@@ -103,12 +106,12 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def show_library_bars() -> None:
-    """Progress bars of loading, tokenising and downloading: where there is a terminal, on rank 0."""
+    """Turn the progress bars of loading, tokenizing and downloading on in rank 0's terminal, and off elsewhere."""
     import datasets
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    if has_live_line() and os.environ.get("RANK", "0") == "0":
+    if has_live_line():
         datasets.enable_progress_bars()
         enable_progress_bars()
         transformers_logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""A run's losses as a drawing inside an HTML page: no file beside it, colours from the page's own style."""
+"""The loss curve of a run: as `loss.png`, and as an `<svg>` for an HTML page, colored by the page's style."""
 
 import io
 import math
@@ -12,19 +12,19 @@ from utils.logging.metrics_file import METRICS_FILE, curve, read_metrics
 
 WIDTH, HEIGHT = 900, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 36
-MOST_POINTS = 600  # more than the drawing has room for
+MOST_POINTS = 600  # of a curve in the svg; more can't be told apart
 Point = tuple[float, float]
 PICTURE = "loss.png"
-MEAN_PARTS = 25  # the running mean goes over this part of the steps
+MEAN_PARTS = 25  # the running mean is over 1/25 of the steps
 
 
 def loss_curves(folder: str) -> str:
-    """An `<svg>` with training and evaluation loss over the steps and its caption; "" where a folder has no metrics."""
+    """Return an `<svg>` of training and evaluation loss over the steps, and its caption; "" without metrics."""
     if not os.path.isfile(os.path.join(folder, METRICS_FILE)):
         return ""
     try:
         records = read_metrics(folder)
-    except ValueError:  # a run that is being written, or was cut off
+    except ValueError:  # the last line is not complete: the run still writes it, or was killed
         return ""
     curves = {
         "training": [(r["step"], r["loss"]) for r in records if r.get("loss") is not None],
@@ -71,7 +71,7 @@ def _tick(place: Point, label: str) -> str:
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """Four to nine round numbers from at or below `low` to at or above `high`."""
+    """Return four to nine round numbers, the first at or below `low` and the last at or above `high`."""
     span = (high - low) or abs(high) or 1.0
     step = 10.0 ** math.floor(math.log10(span / 4))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 6)
@@ -81,16 +81,19 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """Every n-th point, and the last, so that at most about `MOST_POINTS` are left."""
+    """Return every n-th point, and the last, so that at most about `MOST_POINTS` are left."""
     every = math.ceil(len(points) / MOST_POINTS) or 1
     return [*points[::every], *(points[-1:] if len(points) % every != 1 and every > 1 else [])]
 
 
 def draw_losses(output_dir: str, folder: str | None = None) -> str:
-    """Draw training and evaluation loss over the optimizer steps into `loss.png` in `folder`; returns its path.
+    """Draw training and evaluation loss over the optimizer steps into `loss.png`; return its path.
 
-    `folder` is `output_dir` unless given. Beside the loss of every step stands its running mean, where there are
-    enough steps for one.
+    The loss of every step is drawn and, where there are enough steps, its running mean.
+
+    Args:
+        output_dir: the run's folder, with its metrics.
+        folder: where the picture is written; None for `output_dir`.
     """
     records = read_metrics(output_dir)
     picture = _picture(tuple(curve(records, "loss")), tuple(curve(records, "eval_loss")))
@@ -100,8 +103,9 @@ def draw_losses(output_dir: str, folder: str | None = None) -> str:
     return path
 
 
-@lru_cache(maxsize=1)  # the end of a run wants it twice: beside its records, and in the folder of its model
+@lru_cache(maxsize=1)  # at the end of a run the same picture is written twice: into its folder and its model's
 def _picture(train: tuple[tuple[int, float], ...], evaluation: tuple[tuple[int, float], ...]) -> bytes:
+    """Return the picture of both curves, of (step, loss) each, as a PNG file's content."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,7 +136,7 @@ def _picture(train: tuple[tuple[int, float], ...], evaluation: tuple[tuple[int, 
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """At each place the mean of the last `window` values, or of all so far where there are fewer."""
+    """Return for each value the mean of the last `window` values up to it, or of all where there are fewer."""
     sums = [0.0, *accumulate(values)]
     starts = [max(0, place - window) for place in range(1, len(sums))]
     return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, 1)]
@@ -141,6 +145,6 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 def _name_last(axes: Any, point: tuple[float, float]) -> None:
     """Write the last evaluation's loss and perplexity beside its dot."""
     step, loss = point
-    words = f"{loss:.4g}, perplexity {math.exp(loss):.4g}" if loss < 700 else f"{loss:.3g}"
+    label = f"{loss:.4g}, perplexity {math.exp(loss):.4g}" if loss < 700 else f"{loss:.3g}"  # exp(710) overflows
     place = {"textcoords": "offset points", "xytext": (3, 9), "ha": "right", "fontsize": 9}
-    axes.annotate(words, (step, loss), color="tab:orange", **place)
+    axes.annotate(label, (step, loss), color="tab:orange", **place)

@@ -1,4 +1,4 @@
-"""What a run records of itself: the loss of every optimizer step, evaluations, and their picture."""
+"""The metrics file of a run, metrics.jsonl: the loss of every optimizer step, evaluations, and speed."""
 
 import json
 import math
@@ -13,7 +13,13 @@ class MetricsFile:
     """Appends one JSON object per record to `{output_dir}/metrics.jsonl`; does nothing without a folder."""
 
     def __init__(self, output_dir: str | None, is_writer: bool, keep_bytes: int = 0) -> None:
-        """Start the file anew, or, for a run that goes on, cut it to the length it had at the checkpoint."""
+        """Empty the file or, for a resumed run, truncate it to the length it had at the checkpoint.
+
+        Args:
+            output_dir: the run's folder; None for a run that writes nothing.
+            is_writer: this is the one rank that writes.
+            keep_bytes: the file's length at the checkpoint; 0 for a new run.
+        """
         self.path = os.path.join(output_dir, METRICS_FILE) if output_dir and is_writer else None
         if self.path:
             os.makedirs(output_dir, exist_ok=True)
@@ -21,13 +27,16 @@ class MetricsFile:
                 file.truncate(min(keep_bytes, file.tell()))
 
     def size(self) -> int:
-        """Bytes written so far."""
+        """Return the bytes written so far."""
         return os.path.getsize(self.path) if self.path else 0
 
     def write(self, **record: float | int | str) -> None:
-        """Append one record: `epoch`, `step`, and the figures of one kind of record; the README says which there are.
+        """Append one record: `epoch`, `step`, and the figures of one kind of record, which the docs list.
 
-        A figure that is not finite becomes null: JSON has no word for it.
+        A figure that is not finite becomes null: JSON has no other value for it.
+
+        Raises:
+            UserError: the file can't be written.
         """
         if self.path:
             record = {
@@ -45,11 +54,11 @@ class MetricsFile:
 
 
 def read_metrics(output_dir: str) -> list[dict[str, float]]:
-    """The records of a run."""
+    """Return the records of a run, in the order they were written."""
     with open(os.path.join(output_dir, METRICS_FILE), encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def curve(records: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
-    """(step, value) of every record that has a finite value of this name."""
+    """Return (step, value) of every record that has a finite value of this name."""
     return [(record["step"], record[name]) for record in records if record.get(name) is not None]

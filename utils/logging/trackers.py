@@ -1,8 +1,8 @@
-"""TensorBoard, Weights & Biases and Comet through DeepSpeed's monitor: its configuration, and what is sent."""
+"""Experiment trackers (TensorBoard, Weights & Biases, Comet) through DeepSpeed's monitor: settings and records sent."""
 
 import math
 import os
-from argparse import Namespace
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,7 +13,7 @@ from utils.errors import UserError
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 CHOICES = ("none", *PACKAGES)
 PROJECT = "sft"
-# The names DeepSpeed's own events have; all are over the samples trained on so far, as those are.
+# Names of the trackers' curves, in the style of DeepSpeed's own; all are over the samples trained on so far.
 EVENTS = {
     "loss": "Train/Samples/train_loss", "learning_rate": "Train/Samples/lr", "grad_norm": "Train/Samples/grad_norm",
     "tokens_per_second": "Train/Samples/tokens_per_second", "padding_share": "Train/Samples/padding_share",
@@ -22,39 +22,45 @@ EVENTS = {
 }  # fmt: skip
 
 
-def wanted_reports(args: Namespace) -> list[str]:
-    """The services this run reports to; `--enable_tensorboard` is the former name of one of them."""
-    names = [name for name in PACKAGES if name in args.report_to]
-    return names if "tensorboard" in names or not args.enable_tensorboard else ["tensorboard", *names]
+def wanted_reports(report_to: Sequence[str], enable_tensorboard: bool) -> list[str]:
+    """Return the services a run reports to; `--enable_tensorboard` is the older flag for one of them."""
+    names = [name for name in PACKAGES if name in report_to]
+    return names if "tensorboard" in names or not enable_tensorboard else ["tensorboard", *names]
 
 
-def check_reports(args: Namespace) -> None:
-    """UserError when a service's package is not installed, or `none` stands beside others."""
-    if "none" in args.report_to and len(args.report_to) > 1:
-        raise UserError(f"--report_to {' '.join(args.report_to)}: none beside others says two things.")
-    missing = [PACKAGES[name] for name in wanted_reports(args) if find_spec(PACKAGES[name]) is None]
+def check_reports(report_to: Sequence[str], enable_tensorboard: bool) -> None:
+    """Check that the services' packages are installed, and that `none` is not combined with a service.
+
+    Raises:
+        UserError: a package is missing, or `none` is combined with a service.
+    """
+    given = f"--report_to {' '.join(report_to)}"
+    if "none" in report_to and len(report_to) > 1:
+        raise UserError(f"{given}: none can't be combined with a service.")
+    missing = [PACKAGES[name] for name in wanted_reports(report_to, enable_tensorboard)
+               if find_spec(PACKAGES[name]) is None]  # fmt: skip
     if missing:
-        raise UserError(f"--report_to {' '.join(args.report_to)}: not installed: pip install {' '.join(missing)}")
+        raise UserError(f"{given}: not installed: pip install {' '.join(missing)}")
 
 
-def monitor_blocks(args: Namespace) -> dict[str, Any]:
-    """The blocks of DeepSpeed's configuration that turn the wanted services on.
+def monitor_blocks(report_to: Sequence[str], enable_tensorboard: bool) -> dict[str, Any]:
+    """Return the blocks of DeepSpeed's configuration that turn the wanted services on.
 
-    Whatever else they have (team, workspace, `"comet": {"online": false}`) is given by `--deepspeed_config`.
+    Their other settings (team, workspace, `"comet": {"online": false}`) can be given by `--deepspeed_config`.
     """
     blocks = {
         "tensorboard": {"enabled": True},
         "wandb": {"enabled": True, "project": os.environ.get("WANDB_PROJECT", PROJECT)},
-        # By default it would send only every 100 samples' worth.
+        # By default DeepSpeed sends to Comet only once in 100 samples.
         "comet": {"enabled": True, "samples_log_interval": 1},
     }
-    return {name: blocks[name] for name in wanted_reports(args)}
+    return {name: blocks[name] for name in wanted_reports(report_to, enable_tensorboard)}
 
 
 def send_record(engine: deepspeed.DeepSpeedEngine, record: dict[str, float | None]) -> None:
-    """Send the figures of one record of metrics.jsonl, at the samples its step has behind it.
+    """Send the figures of one record of metrics.jsonl, at the number of samples trained on up to its step.
 
-    Records must come in the order of their steps: Weights & Biases drops what is late.
+    Records must be sent in the order of their steps: Weights & Biases drops earlier ones.
     """
     samples = int(record["step"]) * engine.train_batch_size()
     events = [

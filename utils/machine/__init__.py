@@ -1,1 +1,1 @@
-"""The machine a run is on: device, precision, memory allocation on a CPU, compile locks."""
+"""The machine of a run: device, precision, memory allocation on a CPU, processor, compile locks."""

@@ -1,7 +1,7 @@
-"""Locks that a killed run leaves in torch's extension cache, on which the next run would wait for ever.
+"""Stale compile locks: lock files that a killed run leaves in torch's extension cache and later runs wait for.
 
-torch compiles DeepSpeed's kernels under a plain lock file and waits as long as that file exists, also when
-the process that made it is gone. Its maker keeps it open, so a lock no process has open is a left-over.
+torch compiles DeepSpeed's kernels under a plain lock file and waits as long as that file exists, also when the
+process that created it has ended. The creator keeps the file open, so a lock that no process has open is stale.
 """
 
 import hashlib
@@ -14,13 +14,15 @@ from filelock import FileLock
 from torch.utils.cpp_extension import get_default_build_root
 
 LOCK_NAME = "lock"
-REMOTE_PATIENCE = 180  # seconds: another node may be compiling on a shared home folder, invisible from here
+# Seconds. On a shared home folder another node may hold a lock, and its processes can't be seen from this one.
+REMOTE_PATIENCE = 180
 
 
 def extension_folder() -> Path:
-    """Where torch keeps compiled extensions: `TORCH_EXTENSIONS_DIR`, which is set to a folder of this Python
-    environment's own where the user has not set it. Two environments that share one folder, as torch's default is
-    shared, rebuild their kernels for each other at every turn, and break each other's when they do so at once.
+    """Return the folder of torch's compiled extensions, `TORCH_EXTENSIONS_DIR`; set it where the user has not.
+
+    It is set to a folder for this Python environment alone. Environments that share a folder, as they share torch's
+    default, rebuild each other's kernels every time, and break them when both build at once.
     """
     own = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
     default = os.path.join(get_default_build_root(), f"{os.path.basename(sys.prefix)}-{own}")
@@ -28,29 +30,29 @@ def extension_folder() -> Path:
 
 
 def clear_stale_build_locks(folder: Path, several_nodes: bool = False) -> list[Path]:
-    """Remove lock files below `folder` that no process has open; returns them. Only Linux can tell.
+    """Remove lock files below `folder` that no process has open; return them. Does nothing outside Linux.
 
     Args:
-        several_nodes: another node may hold a lock, so one must also be `REMOTE_PATIENCE` seconds old.
+        several_nodes: another node may hold a lock, so a stale one must also be `REMOTE_PATIENCE` seconds old.
     """
     if not folder.is_dir() or not Path("/proc/self/fd").is_dir():
         return []
     removed = []
-    # Under a lock the system frees itself: two ranks never judge the same file at the same time.
+    # FileLock is released by the system with its process. Under it no two ranks check the same file at the same time.
     with FileLock(folder / ".stale-locks"):
         for lock in sorted(folder.rglob(LOCK_NAME)):
             while several_nodes and lock.exists() and time.time() - lock.stat().st_mtime < REMOTE_PATIENCE:
                 time.sleep(1)
-            if _is_left_over(lock):
+            if _is_stale(lock):
                 lock.unlink(missing_ok=True)
                 removed.append(lock)
     return removed
 
 
-def _is_left_over(lock: Path) -> bool:
-    """True if the very same file stays there with nobody having it open.
+def _is_stale(lock: Path) -> bool:
+    """Return whether the same file stays while no process has it open.
 
-    Looked at twice: a maker that is just finishing closes its file a moment before it removes it.
+    It is checked twice: a creator that finishes closes its file a moment before it removes it.
     """
     before = _identity(lock)
     for _ in range(2):
@@ -61,6 +63,7 @@ def _is_left_over(lock: Path) -> bool:
 
 
 def _identity(file: Path) -> tuple[int, int] | None:
+    """Return what tells a file from a later one of the same name; None where there is none."""
     try:
         status = file.stat()
     except FileNotFoundError:
@@ -74,6 +77,6 @@ def _is_open_somewhere(file: Path) -> bool:
         try:
             if any(os.readlink(entry.path) == target for entry in os.scandir(descriptors)):
                 return True
-        except OSError:  # the process ended, or is another user's, who has no business in this cache
+        except OSError:  # the process has ended, or belongs to another user, who doesn't compile into this cache
             continue
     return False

@@ -1,4 +1,4 @@
-"""Read the device: its name, free and peak memory, random states; move batches to it."""
+"""The device: its name, free and peak memory, random states and seed; batches are moved to it."""
 
 import os
 import random
@@ -12,25 +12,25 @@ from deepspeed.accelerator import get_accelerator
 
 
 def free_memory() -> float:
-    """Bytes of CPU memory that are free for each rank of this node."""
+    """Return the bytes of free CPU memory for each rank of this node."""
     free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
     return free / ranks_here()
 
 
 def ranks_here() -> int:
-    """Ranks of this node."""
+    """Return the number of ranks of this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
 
 
 def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """Move every tensor of a batch to `device` without waiting for the copy."""
+    """Return the batch with every tensor on `device`, without waiting for the copies."""
     return {
         key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
     }
 
 
 def set_random_seed(seed: int) -> None:
-    """Seed Python, numpy, torch and the accelerator."""
+    """Seed the random numbers of Python, numpy, torch and the accelerator."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -38,21 +38,21 @@ def set_random_seed(seed: int) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory this rank has held so far: of its device, or of the process where that is a CPU."""
+    """Return the peak memory of this rank so far in 1e9 bytes: of its device, or of the process on a CPU."""
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
     return get_accelerator().max_memory_allocated() / 1e9
 
 
 def device_label() -> str:
-    """The device's product name where it has one (GPUs), else its kind ("cpu")."""
+    """Return the device's product name where it has one (GPUs), else its kind ("cpu")."""
     name = get_accelerator().device_name()
     module = torch.get_device_module(name)
     return module.get_device_name() if hasattr(module, "get_device_name") else name
 
 
 def random_states() -> dict[str, Any]:
-    """Every random state of this rank."""
+    """Return every random state of this rank: Python's, numpy's, torch's and the accelerator's (None on a CPU)."""
     accelerator = get_accelerator()
     on_device = accelerator.device_name() != "cpu"
     return {

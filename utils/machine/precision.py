@@ -1,4 +1,4 @@
-"""The precision a run computes in: what the device has, and what was asked for."""
+"""The precision a run computes in, chosen from `--dtype` and from what the device has in hardware."""
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -9,7 +9,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_dtype(requested: str) -> tuple[str, str]:
-    """(dtype, reason) for `--dtype`; `auto` takes bf16 where the device has it, then fp16 on a GPU, then fp32.
+    """Return (dtype, reason) for `--dtype`; `auto` takes bf16 where the device has it, then fp16 on a GPU, then fp32.
 
     Raises:
         UserError: the device can't train in the requested dtype.
@@ -33,12 +33,12 @@ def resolve_dtype(requested: str) -> tuple[str, str]:
 
 
 def planned_dtype(requested: str) -> tuple[str, str]:
-    """(dtype, reason) on GPUs that are not here."""
+    """Return (dtype, reason) for a plan of GPUs that are not in this machine, which can't be asked."""
     return ("bf16", "taken to be what the planned GPUs have") if requested == "auto" else (requested, "as asked")
 
 
 def _has_bf16() -> bool:
-    """bf16 in hardware: torch also says yes to GPUs and CPUs that only emulate it, at a fraction of their speed."""
+    """Return whether the device has bf16 in hardware; torch's own test also accepts devices that emulate it slowly."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

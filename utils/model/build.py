@@ -1,12 +1,21 @@
-"""Build the model a run trains: dropout, vocabulary, LoRA, checkpointing."""
+"""Build the model a run trains: loaded, with random weights, or without weights on the meta device."""
 
 from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.distributed.ranks import print_rank_0
-from utils.model.model_utils import create_hf_model, describe_parameters, enable_checkpointing
+from utils.machine.precision import DTYPES
+from utils.model.model_utils import (
+    configure_dropout,
+    create_hf_model,
+    describe_parameters,
+    enable_checkpointing,
+    grow_embeddings,
+)
 from utils.module.lora import (
     convert_linear_layer_to_lora,
     describe_lora,
@@ -16,27 +25,86 @@ from utils.module.lora import (
 from utils.module.tiled_mlp import tile_mlps
 
 
+class ModelForm(NamedTuple):
+    """What is done to a model before it trains; the defaults leave it as it is."""
+
+    dropout: float | None = None  # of every dropout layer; None: as the model is configured
+    lora_dim: int = 0
+    lora_module_name: str = "auto"
+    lora_alpha: float = 1.0
+    lora_dropout: float = 0.0
+    only_optimize_lora: bool = False
+    gradient_checkpointing: bool = False
+    activation_offloading: bool = False
+    tiled_mlp: bool = False
+
+
+def model_form(args: Namespace) -> ModelForm:
+    """Read the form of the model off main.py's arguments."""
+    fields = {name: getattr(args, name) for name in ModelForm._fields if name != "dropout"}
+    return ModelForm(dropout=0.0 if args.disable_dropout else args.dropout, **fields)
+
+
 def create_model(
-    args: Namespace, tokenizer: PreTrainedTokenizerBase, ds_config: dict, untrained: bool = False
-) -> torch.nn.Module:
-    """The model as it will train: loaded (`untrained`: random weights), LoRA wrapped, checkpointing on."""
+    name: str,
+    form: ModelForm,
+    tokenizer: PreTrainedTokenizerBase,
+    ds_config: dict[str, Any],
+    eot_token: str | None = None,
+    untrained: bool = False,
+) -> PreTrainedModel:
+    """Build the model that a run trains, loaded from `name`, and print what was done to it.
+
+    Args:
+        name: a folder, or a name on the hub.
+        eot_token: the token of `--add_eot_token`, which then also ends generated answers.
+        untrained: make random weights from the configuration alone.
+    """
     model = create_hf_model(
-        AutoModelForCausalLM, args.model_name_or_path, tokenizer, None if untrained else ds_config,
-        rlhf_training=untrained, disable_dropout=args.disable_dropout, dropout=args.dropout,
+        AutoModelForCausalLM, name, tokenizer, None if untrained else ds_config, rlhf_training=untrained,
+        dropout=form.dropout,
     )  # fmt: skip
-    if args.add_eot_token:
-        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(args.eot_token)
-    if args.tiled_mlp:
-        print_rank_0(f"Tiled MLP: {tile_mlps(model)}")
-    if args.lora_dim > 0:
+    if eot_token is not None:
+        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(eot_token)
+    model = _shape(model, form, print_rank_0)
+    print_rank_0(f"Model: {describe_parameters(model)}")
+    return model
+
+
+def create_meta_model(
+    config: PretrainedConfig, form: ModelForm, dtype: str, entries: int | None = None
+) -> PreTrainedModel:
+    """Build the same model on the meta device: all its tensors and none of their memory.
+
+    Args:
+        config: the model's configuration; its dropout is set.
+        dtype: "bf16", "fp16" or "fp32".
+        entries: of the tokenizer, for which the embeddings may grow.
+    """
+    configure_dropout(config, form.dropout)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+        if entries is not None:
+            grow_embeddings(model, entries)
+        model = _shape(model, form, lambda line: None)
+        # LoRA makes its weights in float32; DeepSpeed casts them when it takes the model.
+        return model.to(DTYPES[dtype]) if form.lora_dim > 0 else model
+
+
+def _shape(model: PreTrainedModel, form: ModelForm, say: Callable[[str], None]) -> PreTrainedModel:
+    """Tile MLPs, wrap layers in LoRA and turn checkpointing on, as `form` asks; `say` gets a line on each."""
+    if form.tiled_mlp:
+        say(f"Tiled MLP: {tile_mlps(model)}")
+    if form.lora_dim > 0:
         model = convert_linear_layer_to_lora(
-            model, args.lora_module_name, args.lora_dim, args.lora_alpha, args.lora_dropout
+            model, form.lora_module_name, form.lora_dim, form.lora_alpha, form.lora_dropout
         )
-        print_rank_0(f"LoRA: {describe_lora(model)}")
-        if args.only_optimize_lora:
+        say(f"LoRA: {describe_lora(model)}")
+        if form.only_optimize_lora:
             model = only_optimize_lora_parameters(model)
             model = make_model_gradient_checkpointing_compatible(model)
-    if args.gradient_checkpointing:
-        enable_checkpointing(model, args.activation_offloading)
-    print_rank_0(f"Model: {describe_parameters(model)}")
+    if form.gradient_checkpointing:
+        enable_checkpointing(model, form.activation_offloading)
+        if form.activation_offloading:
+            say("Activation offloading: the inputs of all blocks wait in CPU memory for the backward")
     return model

@@ -1,6 +1,7 @@
-"""Before training, the real model shows that the fast ways compute what the plain way computes.
+"""The layout check: before training, the model itself is tested for document attention and the fused loss.
 
-Two short documents go through it in one row and one by one. What fails is not used, and the run says so.
+Two short documents are computed in one row and one by one, and the results compared. A method that gives another result
+with this model is not used, and a printed line says why.
 """
 
 import math
@@ -14,27 +15,28 @@ from utils.data.batching.batches import collate_for
 from utils.distributed.ranks import print_rank_0
 from utils.errors import UserError
 from utils.machine.device import to_device
-from utils.module.attention import restore_attention, set_documents, use_document_attention
+from utils.module.attention import clear_documents, restore_attention, set_documents, use_document_attention
 from utils.module.fused_loss import can_fuse, install_loss, summed_loss
 
-FIRST, SECOND = 19, 11  # lengths: odd, so that no kernel's block edge hides a leak
+FIRST, SECOND = 19, 11  # lengths of the documents: odd, so that no kernel's block ends with a document and hides a leak
 
 
 def choose_layout(
     model: nn.Module, padding: str, vocabulary: int, device: torch.device, part: tuple[int, int] = (0, 1)
 ) -> str:
-    """The layout to train with: `padding` as asked, or "longest" where document attention is not right.
+    """Return the layout to train with: `padding`, or "longest" instead of "free" where document attention is wrong.
 
-    Leaves `model` with the attention that fits, and with the loss installed, fused where that is right. Every
-    rank must call it.
+    The model is left with the attention for that layout and with the loss installed, fused where that is right. Every
+    rank must call this.
 
     Args:
         model: the bare model, on its device.
-        vocabulary: token ids below this are used.
+        padding: "free", "longest" or "max_length", as asked for.
+        vocabulary: the documents' token ids are below this.
         part: (k, N) where each rank gets part k of N of a row.
 
     Raises:
-        UserError: the parts of a row don't give what the whole row gives.
+        UserError: the parts of a row give another result than the whole row.
     """
     generator = torch.Generator().manual_seed(0)
     first, other, second = (
@@ -49,7 +51,7 @@ def choose_layout(
         _check_loss(model, [first, second], alone, padding, device)
         if part[1] > 1:
             _check_parts(model, [first, second], alone, padding, device, part)
-    set_documents(None)
+    clear_documents()
     model.train(training)
     return padding
 
@@ -63,12 +65,12 @@ def _batch(documents: list[torch.Tensor], padding: str, device: torch.device) ->
 
 
 def _logits(model: nn.Module, documents: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """[tokens, vocabulary] float32 on the host; a single document goes in as any text would."""
+    """Return [tokens, vocabulary] logits in float32 on the host; a single document is given as plain input ids."""
     row = _batch(documents, "free", device)
     if len(documents) == 1:
-        set_documents(None)
+        clear_documents()
         return model(input_ids=row["input_ids"], use_cache=False).logits[0].float().cpu()
-    set_documents(row["document_lengths"], row["cumulative"])
+    set_documents(row["document_lengths"], row["cu_seqlens"])
     return model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits[0].float().cpu()
 
 
@@ -80,20 +82,26 @@ def _check_documents(
     alone: list[torch.Tensor],
     device: torch.device,
 ) -> str:
-    """Turn document attention on and answer "free", or leave the model's own and answer "longest"."""
+    """Switch to document attention and return "free", or keep the model's own attention and return "longest".
+
+    Args:
+        first, second: the documents of the row.
+        other: another document of `first`'s length.
+        alone: logits of `first` and `second`, computed one by one.
+    """
     before = use_document_attention(model)
     exact = next(model.parameters()).dtype == torch.float32
     try:
         together = _logits(model, [first, second], device)
         changed = _logits(model, [other, second], device)
         difference = _relative(together, torch.cat(alone))
-        # Another first document must not move the second one's logits at all, whatever the dtype's rounding.
+        # Another first document must not change the second one's logits: both rows round alike in any dtype.
         leak = _relative(changed[FIRST:], together[FIRST:])
         right = difference < (1e-4 if exact else 5e-2) and leak < (1e-6 if exact else 1e-3)
         detail = f"logits differ by {difference:.1e} of the largest, {leak:.1e} with another neighbour"
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError) as err:  # a torch or a GPU without the kernel says so by the first
+    except (RuntimeError, ValueError, TypeError) as err:  # RuntimeError: this torch or GPU has no such kernel
         right, detail = False, " ".join(str(err).split())[:300]
     if _any_rank(not right, device):
         restore_attention(model, before)
@@ -109,10 +117,12 @@ def _check_documents(
 def _check_loss(
     model: nn.Module, documents: list[torch.Tensor], alone: list[torch.Tensor], padding: str, device: torch.device
 ) -> None:
-    """Install the fused loss if it gives what plain cross-entropy gives, else the plain one."""
+    """Install the fused loss if it gives what plain cross-entropy of the logits `alone` gives, else the plain loss."""
     if padding == "max_length":
         install_loss(model, fused=False)
-        print_rank_0("Padding: all to max_seq_len, and the loss from full logits: the original's way, for comparison")
+        print_rank_0(
+            "Padding: all to max_seq_len, and the loss from full logits: as the original program does, for comparison"
+        )
         return
     if not can_fuse(model):
         install_loss(model, fused=False)
@@ -140,11 +150,15 @@ def _check_parts(
     device: torch.device,
     part: tuple[int, int],
 ) -> None:
-    """Logits of every rank's part of a row against those of the documents one by one."""
+    """Compare the logits of this rank's part of a row with those of the documents one by one.
+
+    Raises:
+        UserError: they differ on any rank.
+    """
     difference, detail = math.inf, "its documents can't lie in one row"
     if padding == "free":
         row = to_device(collate_for("free", 0, FIRST, part)(_samples(documents)), device)
-        set_documents(row["document_lengths"], row["cumulative"], part)
+        set_documents(row["document_lengths"], row["cu_seqlens"], part)
         logits = model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits[0]
         start = part[0] * len(logits)
         expected = torch.cat(alone)[start : start + len(logits)]
@@ -159,11 +173,12 @@ def _check_parts(
 
 
 def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference relative to the largest expected value."""
     return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
 
 
 def _any_rank(failed: bool, device: torch.device) -> bool:
-    """True on all ranks if any says so: they must take the same way."""
+    """Return on every rank whether the check failed on any: all ranks must train in the same layout."""
     flag = torch.tensor(float(failed), device=device)
     if dist.is_initialized():
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)

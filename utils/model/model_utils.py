@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
-from utils.distributed.ranks import print_rank_0, world_size
+from utils.distributed.ranks import world_size
+from utils.distributed.zero3 import whole_numel, whole_shape
 from utils.errors import UserError
 
 # All spellings of dropout in the configurations of decoder-only families.
@@ -22,7 +23,7 @@ EMBEDDING_MULTIPLE = 8
 
 
 def load_model_config(model_name_or_path: str) -> PretrainedConfig:
-    """The model's configuration; UserError when there is none or its family is unknown."""
+    """Load the model's configuration; UserError when there is none or its family is unknown."""
     try:
         return AutoConfig.from_pretrained(model_name_or_path)
     except (OSError, ValueError, KeyError) as err:
@@ -45,7 +46,7 @@ def configure_dropout(config: PretrainedConfig, dropout: float | None) -> None:
 
 
 def _training_dtype(ds_config: dict[str, Any] | None) -> torch.dtype:
-    """The dtype to load in: float32, from which DeepSpeed makes its master weights.
+    """Return the dtype to load in: float32, from which DeepSpeed makes its master weights.
 
     Under ZeRO 3 the weights are partitioned while they load and must already have the training dtype.
     """
@@ -102,7 +103,8 @@ def create_hf_model(
         settings.eos_token_id = tokenizer.eos_token_id
         settings.pad_token_id = tokenizer.pad_token_id
     grow_embeddings(model, len(tokenizer))
-    # Until here transformers had to know of ZeRO 3; from here on it must not, or rank 0 alone could load no model.
+    # While the model was built transformers had to know of ZeRO 3. From here on it must not, or rank 0 could not load
+    # a model by itself.
     del keep_alive
     return model
 
@@ -110,23 +112,21 @@ def create_hf_model(
 def enable_checkpointing(model: PreTrainedModel, offload: bool) -> None:
     """Keep only the inputs of the blocks for the backward; `offload`: in pinned CPU memory, transformers' own way."""
     model.activation_checkpointing_enable(offload=offload)
-    if offload:
-        print_rank_0("Activation offloading: the inputs of all blocks wait in CPU memory for the backward")
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """Rows of the input embedding, also where ZeRO 3 has partitioned it."""
+    """Count the rows of the input embedding, also where ZeRO 3 has partitioned it."""
     weight = model.get_input_embeddings().weight
-    return getattr(weight, "ds_shape", weight.shape)[0]
+    return whole_shape(weight)[0]
 
 
 def rounded_rows(entries: int) -> int:
-    """Rows an embedding gets that grows to hold so many entries."""
+    """Round a number of tokenizer entries up to the rows an embedding gets for them."""
     return EMBEDDING_MULTIPLE * math.ceil(entries / EMBEDDING_MULTIPLE)
 
 
 def largest_weight(config: PretrainedConfig, entries: int) -> int:
-    """Elements of the model's largest tensor, its embedding grown for a tokenizer of so many entries."""
+    """Count the elements of the model's largest tensor, its embedding grown for a tokenizer of so many entries."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     grown = rounded_rows(entries) * model.get_input_embeddings().weight.shape[1]
@@ -147,7 +147,7 @@ def grow_embeddings(model: PreTrainedModel, entries: int) -> bool:
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
-    """The longest sequence the model has positions for; None when its positions have no end (BLOOM)."""
+    """Return the longest sequence the model has positions for; None where there is no limit (BLOOM)."""
     for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
         value = getattr(config, key, None)
         if isinstance(value, int) and config.model_type != "bloom":
@@ -156,13 +156,13 @@ def max_positions(config: PretrainedConfig) -> int | None:
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(total, trainable) parameters, each counted once, whole ones where ZeRO 3 has split them."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    """Count (all, trainable) parameters, each once, and whole where ZeRO 3 has partitioned them."""
+    sizes = [(whole_numel(p), p.requires_grad) for p in model.parameters()]
     return sum(numel for numel, _ in sizes), sum(numel for numel, trains in sizes if trains)
 
 
 def describe_parameters(model: torch.nn.Module) -> str:
-    """Total and trainable parameters in words."""
+    """Return a line with the numbers of all and of trainable parameters."""
     total, trainable = count_parameters(model)
     return f"{type(model).__name__}, {total:,} parameters, {trainable:,} of them train ({trainable / total:.1%})"
 
@@ -179,5 +179,5 @@ def size_swap_buffers(ds_config: dict[str, Any], largest: int, ranks: int) -> No
 
 
 def has_weights(folder: str) -> bool:
-    """Files of weights are there."""
+    """Whether the folder holds files of weights."""
     return any(file.endswith((".safetensors", ".bin", ".index.json")) for file in os.listdir(folder))

@@ -2,7 +2,6 @@
 
 import json
 import os
-from argparse import Namespace
 from importlib.util import find_spec
 
 from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase
@@ -12,12 +11,13 @@ from utils.distributed.ranks import print_rank_0
 from utils.errors import UserError
 
 
-def create_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, with `--eot_token` added if asked for."""
-    tokenizer = load_hf_tokenizer(args.model_name_or_path, True, args.eot_token if args.add_eot_token else None)
+def create_tokenizer(model_name_or_path: str, eot_token: str | None) -> PreTrainedTokenizerBase:
+    """Load the model's own tokenizer, with `eot_token` added where `--add_eot_token` asks for it, and print it."""
+    tokenizer = load_hf_tokenizer(model_name_or_path, True, eot_token)
+    end_token = end_of_conversation_token(tokenizer, eot_token, model_name_or_path)
     print_rank_0(
         f"Tokenizer: {type(tokenizer).__name__}, {len(tokenizer)} entries; every sample ends with "
-        f"{end_of_conversation_token(args, tokenizer)!r}; padding is {tokenizer.pad_token!r}"
+        f"{end_token!r}; padding is {tokenizer.pad_token!r}"
     )
     return tokenizer
 
@@ -105,7 +105,7 @@ def _is_bare_llama_vocabulary(path: str, files: set[str]) -> bool:
 
 
 def _opt_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """OPT's own way with GPT-2's byte-level BPE: every text starts with `</s>`, which also ends it."""
+    """Load GPT-2's byte-level BPE as OPT uses it: every text starts with `</s>`, which also ends it."""
     return GPT2Tokenizer.from_pretrained(
         path,
         bos_token="</s>",

@@ -1,8 +1,8 @@
-"""Attention that knows documents: one row of many documents, each attending to itself alone.
+"""Document attention: causal attention in a row of several documents, each of which attends to itself alone.
 
-`use_document_attention(model)` makes a model of any family that takes its attention from transformers'
-`AttentionInterface` use `document_attention`; `set_documents` tells it how the next forward's row is cut. The
-layout stays until the next one is set, so that gradient checkpointing's second forward sees the same.
+`use_document_attention(model)` switches a model of any family that takes its attention from transformers'
+`AttentionInterface` to `document_attention`; `set_documents` gives the layout of the next forward's row. The layout
+stays until another is set or `clear_documents` is called, so gradient checkpointing's second forward sees the same.
 """
 
 import functools
@@ -18,35 +18,50 @@ from utils.module.cpu_attention import cpu_attention
 
 NAME = "documents"
 _UNSUPPORTED = ("position_bias", "s_aux", "cache")  # learned biases, sinks, paged caches: refused, never ignored
+Attention = Callable[..., tuple[torch.Tensor, None]]
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a torch built without it
+except ImportError:  # a torch built without the kernel
     varlen_attn = None
-FLASH_CAPABILITY = (8, 0)  # Ampere: the flash kernels behind it raise an error on older GPUs
+FLASH_CAPABILITY = (8, 0)  # Ampere: varlen_attn's flash kernels raise an error on older GPUs
 
 
 class Documents:
-    """How the row of the current forward is cut: `lengths` on the host, their running sum on the device."""
+    """The row layout of the current forward, and the attention of rows shared by ranks: the one owner of both.
 
-    lengths: list[int] | None = None
-    cumulative: torch.Tensor | None = None
+    Attention layers get no such argument from transformers' models, so they read it here. Only `set_documents`,
+    `clear_documents` and `set_exchange` write it.
+    """
+
+    lengths: list[int] | None = None  # tokens of each document, on the host; None: every row is one document
+    cu_seqlens: torch.Tensor | None = None  # [documents + 1] int32 on the device: 0 and the running sums of `lengths`
     part: tuple[int, int] = (0, 1)  # this rank has part k of N of the row
-    # What brings the parts of a row together for attention (`utils.module.sequence_parallel`).
-    exchange: Callable[..., tuple[torch.Tensor, None]] | None = None
+    # Joins the parts of a row for attention (`utils.module.sequence_parallel`); belongs to the run, not to a row.
+    exchange: Attention | None = None
 
 
 def set_documents(
-    lengths: list[int] | None, cumulative: torch.Tensor | None = None, part: tuple[int, int] = (0, 1)
+    lengths: list[int] | None, cu_seqlens: torch.Tensor | None = None, part: tuple[int, int] = (0, 1)
 ) -> None:
-    """Set the layout of the next forward.
+    """Set the row layout of the next forward.
 
     Args:
-        lengths: tokens of each document in the row; None when rows are documents.
-        cumulative: [documents + 1] int32 on the model's device, 0 and the running sums of `lengths`.
+        lengths: tokens of each document in the row; None for a padded batch, in which every row is one document.
+        cu_seqlens: [documents + 1] int32 on the model's device, 0 and the running sums of `lengths`.
         part: (k, N) when this rank's input is part k of N of the row and the other parts are on other ranks.
     """
-    Documents.lengths, Documents.cumulative, Documents.part = lengths, cumulative, part
+    Documents.lengths, Documents.cu_seqlens, Documents.part = lengths, cu_seqlens, part
+
+
+def clear_documents() -> None:
+    """Forget the row layout: in the next forward every row is one document."""
+    set_documents(None)
+
+
+def set_exchange(exchange: Attention | None) -> None:
+    """Set the attention of rows whose parts are on several ranks; None for a run without such rows."""
+    Documents.exchange = exchange
 
 
 def document_attention(
@@ -61,19 +76,21 @@ def document_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each document of the current layout.
+    """Compute causal attention inside each document of the current row layout.
+
+    The signature is that of transformers' attention interface.
 
     Args:
         query: [batch, heads, length, head size]; key and value may have fewer heads (grouped queries).
         scaling: factor on the scores; None for 1 / sqrt(head size).
-        sliding_window: tokens a query sees, itself included.
-        softcap: scores are squashed to +-softcap by tanh (Gemma 2).
+        sliding_window: number of tokens a query sees, itself included.
+        softcap: bounds the scores to +-softcap by tanh (Gemma 2).
 
     Returns:
-        ([batch, length, heads, head size], None), the interface's convention.
+        ([batch, length, heads, head size], None): no attention weights are returned.
 
     Raises:
-        NotImplementedError: something the row layout can't honour; never silently wrong.
+        NotImplementedError: an argument can't be honoured in a row of documents; it is never ignored.
     """
     refused = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if refused or attention_mask is not None or not getattr(module, "is_causal", True):
@@ -86,7 +103,7 @@ def document_attention(
         return _varlen(query, key, value, scaling, sliding_window, max(lengths)), None
     if _can_use_cpu_kernel(query, value, dropout, softcap, sliding_window, max(lengths)):
         return cpu_attention(query, key, value, lengths, scaling), None
-    # Cut and joined where a token's heads lie together: each piece is one block of memory, in the backward too.
+    # Split and joined as [batch, length, heads, size]: each document is one block of memory, in the backward too.
     pieces = ([part.transpose(1, 2) for part in tensor.transpose(1, 2).split(lengths, dim=1)]
               for tensor in (query, key, value))  # fmt: skip
     parts = []
@@ -100,7 +117,7 @@ def document_attention(
 
 
 def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """[length, length] bool: the keys each query sees, itself and `window - 1` before."""
+    """Return the [length, length] bool mask of the keys each query sees: itself and the `window - 1` before it."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
     return (distance >= 0) & (distance < window)
 
@@ -140,7 +157,7 @@ def _one_document_softcapped(
 
 
 def _can_use_varlen(query: torch.Tensor, value: torch.Tensor, dropout: float, softcap: float | None) -> bool:
-    """torch's own flash kernel: CUDA from Ampere on, 16 bits, no dropout or soft-cap, head sizes it has kernels for."""
+    """Return whether torch's flash kernel can be used: Ampere or later, 16 bits, a head size it has, nothing extra."""
     return (
         varlen_attn is not None
         and query.device.type == "cuda"
@@ -157,6 +174,7 @@ def _can_use_varlen(query: torch.Tensor, value: torch.Tensor, dropout: float, so
 def _can_use_cpu_kernel(
     query: torch.Tensor, value: torch.Tensor, dropout: float, softcap: float | None, window: int | None, longest: int
 ) -> bool:
+    """Return whether `cpu_attention` computes this: plain attention on a CPU, no document longer than the window."""
     return (
         query.device.type == "cpu"
         and dropout == 0
@@ -169,12 +187,12 @@ def _can_use_cpu_kernel(
 def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None, longest: int
 ) -> torch.Tensor:
-    """[1, length, heads, head size] through torch's varlen kernel."""
+    """Return [1, length, heads, head size] of torch's varlen kernel."""
     takes = _varlen_arguments()
     options: dict[str, Any] = {"window_size": ((window or 0) - 1, 0)} if "window_size" in takes else {"is_causal": True}
     if window is not None and "window_size" not in takes and longest > window:
         raise NotImplementedError("this torch's varlen attention has no sliding window")
-    # What the kernel doesn't take is settled beforehand, which costs a rounding or memory.
+    # Older kernels take no scale and no grouped queries: scaling the query costs a rounding, repeating keys memory.
     if "scale" in takes:
         options["scale"] = scaling
     else:
@@ -185,20 +203,20 @@ def _varlen(
     elif groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    cumulative = Documents.cumulative
-    return varlen_attn(query, key, value, cumulative, cumulative, longest, longest, **options)[None]
+    cu_seqlens = Documents.cu_seqlens
+    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)[None]
 
 
 @functools.cache
 def _varlen_arguments() -> frozenset[str]:
-    """Names this torch's varlen_attn takes: scale and window_size came with 2.11, enable_gqa with 2.12."""
+    """Return the argument names of this torch's varlen_attn: 2.11 added scale and window_size, 2.12 enable_gqa."""
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def row_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """`document_attention` of a whole row, or of one whose parts are on several ranks."""
+    """Compute `document_attention` of a row that this rank has whole, or whose parts are on several ranks."""
     attend = document_attention if Documents.part[1] == 1 else Documents.exchange
     return attend(module, query, key, value, *args, **kwargs)
 
@@ -207,9 +225,9 @@ AttentionInterface.register(NAME, row_attention)
 
 
 def use_document_attention(model: PreTrainedModel) -> str:
-    """Switch `model` to document attention; returns the name of the one it had, for `restore_attention`.
+    """Switch `model` to document attention; return the name of its former attention, for `restore_attention`.
 
-    No mask function is registered under this name, so transformers builds no mask for it.
+    No mask function is registered under the name "documents", so transformers builds no mask.
     """
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
@@ -217,6 +235,6 @@ def use_document_attention(model: PreTrainedModel) -> str:
 
 
 def restore_attention(model: PreTrainedModel, name: str) -> None:
-    """Give `model` back the attention it had."""
-    set_documents(None)
+    """Switch `model` back to the attention of this name and forget the row layout."""
+    clear_documents()
     model.set_attn_implementation(name)

@@ -1,7 +1,7 @@
-"""Attention of a row of documents on a CPU as one autograd function, so that its backward keeps the row alone.
+"""Document attention on a CPU as one autograd function, which saves the row's tensors but no copy of a document.
 
-Cut outside of autograd, documents leave no copies behind: kept are query, key, value and output of the row in the
-model's dtype, and a float32 logsumexp for each head and token.
+The row is split into documents outside of autograd. Saved for the backward are query, key, value and output of the
+row in the model's dtype, and a float32 logsumexp for each head and token.
 """
 
 from itertools import accumulate, pairwise
@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
-# Behind torch.nn.functional.scaled_dot_product_attention on a CPU.
+# The kernels that torch.nn.functional.scaled_dot_product_attention calls on a CPU.
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# The kernel multiplies small blocks, where 16 bits cost more than they save (`benchmarks/attention.py`).
-FASTER_IN_FLOAT32 = 400  # tokens
+# Up to so many tokens a document is faster in float32 than in 16 bits: the kernel multiplies small blocks, where
+# converting costs more than it saves (`benchmarks/attention.py`).
+FASTER_IN_FLOAT32 = 400
 
 
 def cpu_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling: float
 ) -> torch.Tensor:
-    """Causal attention inside each document of a row.
+    """Compute causal attention inside each document of a row.
 
     Args:
         query: [batch, heads, length, head size]; key and value may have fewer heads (grouped queries).
@@ -60,18 +61,22 @@ class _RowAttention(torch.autograd.Function):
             sums = logsumexp[:, :, document].contiguous()
             parts = _backward(around[0], *pieces, around[1], sums, 0.0, True, scale=ctx.scaling)
             for row, part in zip(rows, parts, strict=True):
-                if part.shape[1] > row.shape[2]:  # a head of key or value stood for each head of its group
+                if part.shape[1] > row.shape[2]:  # a key or value head was repeated for each query head of its group
                     part = part.unflatten(1, (row.shape[2], -1)).sum(2)
                 row[:, document] = part.transpose(1, 2)
         return *(row.transpose(1, 2) for row in rows), None, None
 
 
 def _slices(lengths: list[int]) -> list[slice]:
+    """Return the place of each document in the row."""
     return [slice(start, end) for start, end in pairwise(accumulate(lengths, initial=0))]
 
 
 def _pieces(document: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tokens of one document, in the dtype that is faster for as many, all with the heads of the first tensor."""
+    """Return one document of each tensor [batch, heads, length, size], in the faster dtype for its length.
+
+    Tensors with fewer heads than the first one have them repeated.
+    """
     pieces = [tensor[:, :, document] for tensor in tensors]
     if document.stop - document.start <= FASTER_IN_FLOAT32:
         pieces = [piece.to(torch.promote_types(piece.dtype, torch.float32)) for piece in pieces]

@@ -1,10 +1,10 @@
-"""The loss of a batch as a float32 sum over its label tokens; averaging is the caller's, over the whole step.
+"""The loss of a batch: cross-entropy summed over its label tokens, in float32; the caller averages over the step.
 
-The fused way projects to the vocabulary only at label positions and a chunk of them at a time, so the full
-[tokens, vocabulary] logits never exist. Gradients are worked out in the same pass over a chunk.
+The fused loss projects to the vocabulary only at label positions, a chunk of them at a time, so the full
+[tokens, vocabulary] logits never exist. Gradients are computed in the same pass over a chunk.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,36 +14,55 @@ from transformers import PreTrainedModel
 from utils.module.attention import set_documents
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
-CHUNK_BYTES = 2**27  # logits held at once: large enough for the matrix kernels, small beside a model
-CACHE_BYTES = 2**22  # float32 logits worked on at once on a CPU
-HALF_SCALE = 1024.0  # fp16 probabilities of a large vocabulary are below its smallest normal number
+CHUNK_BYTES = 2**27  # of logits held at once: large enough for the matrix kernels, small beside a model
+CACHE_BYTES = 2**22  # of float32 logits processed at once on a CPU, so that they stay in its cache
+HALF_SCALE = 1024.0  # keeps fp16 gradients of the logits of a large vocabulary above the smallest normal number
+
+
+class LogitTransform(NamedTuple):
+    """What a model family does to the logits of its head."""
+
+    scale: float = 1.0
+    softcap: float | None = None  # logits are bounded to +-softcap by tanh, after scaling
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "LogitTransform":
+        """Read a model's scale (Cohere's logit_scale, Granite's logits_scaling) and soft-cap (Gemma 2)."""
+        config = model.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Sum of the negative log-likelihoods of all label tokens of `batch` (of this rank's part): a float32 scalar.
+    """Sum the negative log-likelihoods of all label tokens of `batch` (of this rank's part): a float32 scalar.
 
     `model` (or the model inside the engine) has been through `install_loss`. A batch without a label gives 0
     with a gradient, so that every rank runs the same backward.
     """
-    set_documents(batch.get("document_lengths"), batch.get("cumulative"), batch.get("part", (0, 1)))
+    set_documents(batch.get("document_lengths"), batch.get("cu_seqlens"), batch.get("part", (0, 1)))
     inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
     return model(**inputs, use_cache=False, positions=batch["positions"], targets=batch["targets"])
 
 
 def install_loss(model: PreTrainedModel, fused: bool) -> None:
-    """Let `model(..., positions=, targets=)` return the summed loss; without them it answers as before.
+    """Make `model(..., positions=, targets=)` return the summed loss; without them it returns what it did before.
 
-    Being inside the model's own forward, DeepSpeed's hooks (ZeRO 3 gathers the head by them) see it as usual.
+    The loss is computed inside the model's forward, so DeepSpeed's hooks run around it (ZeRO 3 gathers the head by
+    them).
+
+    Args:
+        fused: project to the vocabulary chunk by chunk; otherwise plain cross-entropy of full logits.
     """
     original = getattr(model, "forward_without_loss", model.forward)
     head = model.get_output_embeddings()
-    scale, softcap = logit_scale(model), getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    transform = LogitTransform.of(model)
     if fused and not hasattr(head, "forward_without_targets"):
         head.forward_without_targets = head.forward
         head.forward = lambda hidden, targets=None: (
             head.forward_without_targets(hidden)
             if targets is None
-            else _FusedLoss.apply(hidden, head.weight, head.bias, targets, scale, softcap, torch.is_grad_enabled())
+            else fused_loss(hidden, head.weight, head.bias, targets, transform)
         )
 
     def forward(*args: Any, positions: torch.Tensor | None = None, targets: Any = None, **inputs: Any) -> Any:
@@ -60,23 +79,37 @@ def install_loss(model: PreTrainedModel, fused: bool) -> None:
 
 
 def can_fuse(model: PreTrainedModel) -> bool:
-    """True where the head is a plain Linear on the base model's output (not so with LoRA on the head)."""
+    """Return whether the head is a plain Linear on the base model's output (with LoRA on the head it is not)."""
     return type(model.get_output_embeddings()) is nn.Linear and model.base_model is not model
 
 
-def logit_scale(model: PreTrainedModel) -> float:
-    """What the family multiplies its logits by (Cohere's logit_scale, Granite's logits_scaling)."""
-    config = model.config.get_text_config()
-    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+def fused_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    transform: LogitTransform,
+) -> torch.Tensor:
+    """Sum the cross-entropy of `transform(hidden @ weight.T + bias)` over all rows, chunk by chunk: a float32 scalar.
+
+    Args:
+        hidden: [rows, width], at label positions.
+        weight: [vocabulary, width].
+        bias: [vocabulary].
+        targets: [rows], the label tokens.
+    """
+    return _FusedLoss.apply(hidden, weight, bias, targets, transform, torch.is_grad_enabled())
 
 
 def _block_loss(
-    logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None, with_gradient: bool
+    logits: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, with_gradient: bool
 ) -> torch.Tensor:
-    """Summed loss of raw float32 `logits` [rows, vocabulary], which turn into their gradient (or into scratch).
+    """Return the summed loss of raw float32 `logits` [rows, vocabulary], overwritten with their gradient.
 
-    The softmax is worked out in place, by the largest logit of each row, without a second tensor of that size.
+    Without a gradient `logits` are overwritten with intermediate values. The softmax is computed in place, relative
+    to the largest logit of each row, without a second tensor of that size.
     """
+    scale, softcap = transform
     if scale != 1.0:
         logits.mul_(scale)
     if softcap is not None:
@@ -97,32 +130,33 @@ def _block_loss(
 
 
 def _chunk_loss(
-    logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None, half_scale: float | None
+    logits: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, half_scale: float | None
 ) -> torch.Tensor:
-    """Summed loss of one chunk of raw logits, which turn into `half_scale` times their gradient (None: into scratch).
+    """Return the summed loss of one chunk of raw logits, overwritten with `half_scale` times their gradient.
 
-    Logits in 16 bits go through float32 a block of rows at a time, on a CPU one that stays in its cache.
+    With `half_scale` None no gradient is computed. Logits in 16 bits are converted to float32 a block of rows at a
+    time, on a CPU one that stays in its cache.
     """
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     rows = max(CACHE_BYTES // (4 * logits.shape[1]), 1) if logits.device.type == "cpu" else len(targets)
     for block, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
         exact = block.float()
-        total += _block_loss(exact, wanted, scale, softcap, half_scale is not None)
+        total += _block_loss(exact, wanted, transform, half_scale is not None)
         if half_scale is not None and exact is not block:
             block.copy_(exact.mul_(half_scale) if half_scale != 1.0 else exact)
     return total
 
 
 def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
-    """`total` + `part`, kept in float32: in 16 bits the small contributions of many chunks would be lost."""
+    """Return `total` + `part` in float32: in 16 bits the small contributions of many chunks would be lost."""
     return part.float() if total is None else total.add_(part)
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T + bias`, chunk by chunk, gradients in the same pass.
+    """`fused_loss` with its gradients computed in the forward, chunk by chunk.
 
-    The idea is that of Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, https://arxiv.org/abs/2410.10989).
-    hidden [rows, width], weight [vocabulary, width], bias [vocabulary] or None, targets [rows].
+    The method is that of Liger Kernel's fused linear cross-entropy (Hsu et al. 2024,
+    https://arxiv.org/abs/2410.10989).
     """
 
     @staticmethod
@@ -132,9 +166,8 @@ class _FusedLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        scale: float,
-        softcap: float | None,
-        with_gradient: bool,
+        transform: LogitTransform,
+        with_gradient: bool,  # grad mode of the caller: it is always off in here
     ) -> torch.Tensor:
         wants_hidden, wants_weight, wants_bias = (wanted and with_gradient for wanted in ctx.needs_input_grad[:3])
         half_scale = HALF_SCALE if hidden.dtype == torch.float16 else 1.0
@@ -143,10 +176,10 @@ class _FusedLoss(torch.autograd.Function):
         grad_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_hidden else None
         grad_weight = grad_bias = None
         rows = max(CHUNK_BYTES // (hidden.element_size() * weight.shape[0]), 64)
-        for start in range(0, max(len(targets), 1), rows):  # once too without a label: gradients are 0 then
+        for start in range(0, max(len(targets), 1), rows):  # without a label once as well: gradients are 0 then
             part = slice(start, start + rows)
             logits = F.linear(hidden[part], weight, bias)
-            total += _chunk_loss(logits, targets[part], scale, softcap, factor)
+            total += _chunk_loss(logits, targets[part], transform, factor)
             if wants_hidden:
                 grad_hidden[part] = logits @ weight
             if wants_weight:
@@ -165,4 +198,4 @@ class _FusedLoss(torch.autograd.Function):
             None if saved is None else saved.mul_(factor).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None)

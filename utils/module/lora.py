@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) on Linear and Conv1D layers, by the users' names.
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) on Linear and Conv1D layers.
 
 `y = x W^T + b + dropout(x) R L * lora_scaling / r` with `R` [in, r] Kaiming-uniform and `L` [r, out] zeros,
-so a wrapped model starts out equal to the base model. GPT-2's Conv1D is a Linear whose weight lies the other way.
+so a wrapped model starts out equal to the base model. GPT-2's Conv1D is a Linear whose weight is transposed.
 """
 
 import math
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from utils.distributed.zero3 import gather, whole_numel, whole_shape
 from utils.errors import UserError
 
-AUTO = "auto"
+AUTO = "auto"  # the `--lora_module_name` that stands for the linear layers of the transformer blocks
 
 
 class LinearLayer_LoRA(nn.Module):
@@ -44,8 +45,7 @@ class LinearLayer_LoRA(nn.Module):
         self.lora_dim = lora_dim
         self.weight = weight
         self.bias = bias
-        # Under ZeRO 3 the live tensor is empty and the real shape stands beside it.
-        out_features, in_features = getattr(weight, "ds_shape", weight.shape)
+        out_features, in_features = whole_shape(weight)
         if fan_in_fan_out:
             out_features, in_features = in_features, out_features
         self.fan_in_fan_out = fan_in_fan_out
@@ -62,41 +62,44 @@ class LinearLayer_LoRA(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming-uniform right weight, zero left weight."""
+        """Draw the right weight Kaiming-uniform and set the left weight to zero."""
         # kaiming_uniform_ reads fan_in from the last dimension; the right weight is stored [in, r].
         nn.init.kaiming_uniform_(self.lora_right_weight.t(), a=math.sqrt(5))
         nn.init.zeros_(self.lora_left_weight)
 
     def delta_weight(self) -> torch.Tensor:
-        """What LoRA adds to the weight: float32, of the weight's own shape."""
+        """Return what LoRA adds to the weight: float32, of the weight's shape."""
         product = self.lora_right_weight.detach().float() @ self.lora_left_weight.detach().float()
         return (product if self.fan_in_fan_out else product.t()) * self.lora_scaling
 
     @torch.no_grad()
     def fuse_lora_weight(self) -> None:
-        """Add LoRA to the weight in place, once; the forward then skips it. Rounds in the weight's dtype."""
+        """Add LoRA to the weight in place, rounded in the weight's dtype; the forward then skips it.
+
+        A second call changes nothing.
+        """
         if not self.fuse_lora:
             self.weight.data.copy_(self.weight.float() + self.delta_weight())
             self.fuse_lora = True
 
     @torch.no_grad()
     def unfuse_lora_weight(self) -> None:
-        """Take LoRA out of the weight again: exact up to the rounding of the weight's dtype."""
+        """Subtract LoRA from the weight again: exact up to the rounding of the weight's dtype."""
         if self.fuse_lora:
             self.weight.data.copy_(self.weight.float() - self.delta_weight())
             self.fuse_lora = False
 
     def _base(self, input: torch.Tensor) -> torch.Tensor:
-        """The wrapped layer's own output."""
+        """Return the wrapped layer's output, without LoRA."""
         if not self.fan_in_fan_out:
             return F.linear(input, self.weight, self.bias)
-        # As Conv1D itself computes it, so that a layer whose LoRA adds nothing gives the same bits.
+        # The operations of Conv1D itself, so that a layer whose LoRA adds nothing gives the same bits.
         flat = input.reshape(-1, input.shape[-1])
         output = flat @ self.weight if self.bias is None else torch.addmm(self.bias, flat, self.weight)
         return output.view(*input.shape[:-1], -1)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out]."""
+        """Return [..., out] for an input [..., in]."""
         output = self._base(input)
         if self.fuse_lora:
             return output
@@ -104,7 +107,7 @@ class LinearLayer_LoRA(nn.Module):
 
 
 def _wrappable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The Linear and Conv1D layers with a weight of their own: merging into a tied head would change the embedding."""
+    """Return the Linear and Conv1D layers by name, without a tied head: merging into it would change the embedding."""
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return {
         name: module
@@ -114,45 +117,45 @@ def _wrappable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def lora_candidates(model: nn.Module) -> list[str]:
-    """Names a `--lora_module_name` can take: the prefixes under which such layers stand in numbered blocks."""
+    """Return names that `--lora_module_name` can take: the prefixes of the layers' names up to a block's number."""
     prefixes = set()
     for name in _wrappable_layers(model):
         parts = name.split(".")
-        cut = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        prefixes.add(name if cut is None else ".".join(parts[:cut]) + ".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        prefixes.add(name if number is None else ".".join(parts[:number]) + ".")
     return sorted(prefixes)
 
 
 def find_blocks(model: nn.Module) -> str | None:
-    """Prefix of the transformer blocks' names, whatever the family: the list of modules that holds most weights.
+    """Return the prefix of the transformer blocks' names: of the ModuleList with the most weights, in any family.
 
-    Only weights that LoRA can wrap count. None where no list holds any.
+    Only weights that LoRA can wrap count. Returns None where no list holds any.
     """
     layers = _wrappable_layers(model)
     best, most = None, 0
-    # Outer lists come before those inside them (a block's experts), which can't hold more.
+    # A list is visited before those inside it (a block's experts), which can't hold more.
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             inside = [layer.weight for key, layer in layers.items() if key.startswith(name + ".")]
-            size = sum(getattr(weight, "ds_numel", weight.numel()) for weight in inside)
+            size = sum(whole_numel(weight) for weight in inside)
             if size > most:
                 best, most = name + ".", size
     return best
 
 
 def check_lora_module_name(model: nn.Module, part_module_name: str) -> list[str]:
-    """Names of the layers to wrap, in the model's order.
+    """Return the names of the layers to wrap, in the model's order.
 
     Args:
         part_module_name: parts of names, separated by commas; a layer whose name contains one is wrapped. `auto`
             stands for the linear layers of the transformer blocks.
 
     Raises:
-        UserError: a part matches no layer (the message lists what could), or is empty among others.
+        UserError: a part matches no layer (the message lists names that match), or one of several parts is empty.
     """
     layers = _wrappable_layers(model)
     parts = [part.strip() for part in part_module_name.split(",")]
-    if len(parts) > 1 and "" in parts:  # it would match every layer
+    if len(parts) > 1 and "" in parts:  # an empty part would match every layer
         raise UserError(f"--lora_module_name {part_module_name!r} has an empty part: take the comma away.")
     blocks = find_blocks(model) if AUTO in parts else None
     found: set[str] = set()
@@ -178,10 +181,10 @@ def convert_linear_layer_to_lora(
     lora_scaling: float = 1,
     lora_droppout: float = 0,
 ) -> nn.Module:
-    """Wrap every Linear and Conv1D that `part_module_name` names (see `check_lora_module_name`); returns the model.
+    """Wrap every Linear and Conv1D that `part_module_name` names (see `check_lora_module_name`); return the model.
 
     Raises:
-        UserError: no layer matches (the message lists what could).
+        UserError: a part of the name matches no layer (the message lists names that match).
     """
     if lora_dim <= 0:
         return model
@@ -196,21 +199,15 @@ def convert_linear_layer_to_lora(
 
 
 def convert_lora_to_linear_layer(model: nn.Module) -> nn.Module:
-    """Fuse every LoRA layer into a plain Linear or Conv1D again; returns the model.
+    """Replace every LoRA layer by a plain Linear or Conv1D with LoRA added to its weight; return the model.
 
-    Under ZeRO 3 every rank must call it: weights are gathered, changed on rank 0 and partitioned again.
-    Saving does not need it (`utils.export.hf_model` merges on the way out and leaves the live weights alone).
+    Under ZeRO 3 every rank must call this: weights are gathered, changed on rank 0 and partitioned again. Saving does
+    not need it: `utils.export.hf_model` merges a copy and leaves the model's weights unchanged.
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, LinearLayer_LoRA):
             continue
-        parameters = [module.weight, module.lora_right_weight, module.lora_left_weight]
-        if any(hasattr(parameter, "ds_id") for parameter in parameters):
-            import deepspeed  # only where ZeRO 3 already runs
-
-            with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
-                module.fuse_lora_weight()
-        else:
+        with gather([module.weight, module.lora_right_weight, module.lora_left_weight], modifier_rank=0):
             module.fuse_lora_weight()
         linear = _plain_layer(module)
         linear.weight, linear.bias = module.weight, module.bias
@@ -221,8 +218,8 @@ def convert_lora_to_linear_layer(model: nn.Module) -> nn.Module:
 
 
 def _plain_layer(module: LinearLayer_LoRA) -> nn.Module:
-    """A layer of the kind and sizes that were wrapped, to be given the weight and bias."""
-    sizes = getattr(module.weight, "ds_shape", module.weight.shape)
+    """Return a layer of the wrapped layer's kind and sizes, still without its weight and bias."""
+    sizes = whole_shape(module.weight)
     if module.fan_in_fan_out:
         layer: nn.Module = Conv1D(1, 1)
         layer.nx, layer.nf = sizes
@@ -233,7 +230,7 @@ def _plain_layer(module: LinearLayer_LoRA) -> nn.Module:
 
 
 def describe_lora(model: nn.Module) -> str:
-    """Which layers are wrapped, and how, in words."""
+    """Return a line that names the wrapped layers, their rank and their scaling."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LinearLayer_LoRA)}
     first = next(iter(layers.values()))
     names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in layers))
@@ -241,7 +238,7 @@ def describe_lora(model: nn.Module) -> str:
 
 
 def only_optimize_lora_parameters(model: nn.Module, force_optimize_params: tuple[str, ...] = ()) -> nn.Module:
-    """Freeze everything but the LoRA weights (and parameters named in `force_optimize_params`)."""
+    """Freeze all parameters but LoRA's and those named in `force_optimize_params`; return the model."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad = (
             "lora_right_weight" in name or "lora_left_weight" in name or name in force_optimize_params
@@ -250,7 +247,10 @@ def only_optimize_lora_parameters(model: nn.Module, force_optimize_params: tuple
 
 
 def make_model_gradient_checkpointing_compatible(model: nn.Module) -> nn.Module:
-    """Let gradients reach checkpointed blocks although the embeddings before them are frozen."""
+    """Make the embeddings' output require gradients, which checkpointed blocks need although embeddings are frozen.
+
+    Returns the model.
+    """
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
     elif hasattr(model, "get_input_embeddings"):

@@ -8,10 +8,10 @@ from utils.module.attention import Documents
 
 
 def add_embedding_noise(model: nn.Module, alpha: float | None) -> None:
-    """Add noise of magnitude alpha / sqrt(length * width) to the input embeddings in training mode.
+    """Hook the input embeddings so that in training mode their output gets uniform noise.
 
-    The length is the sample's own where samples lie end to end, the row's width where they are padded. Without
-    an alpha nothing is hooked, so it costs nothing.
+    Its magnitude is alpha / sqrt(length * width): the length is that of the token's document where a row holds several
+    documents, and that of the padded row otherwise; the width is the embeddings'. Without an alpha there is no hook.
     """
     if not alpha:
         return
@@ -21,9 +21,9 @@ def add_embedding_noise(model: nn.Module, alpha: float | None) -> None:
             return output
         lengths = Documents.lengths or [output.shape[1]]
         lengths = torch.tensor(lengths, dtype=torch.float32)
-        start = Documents.part[0] * output.shape[1]  # a rank may have only a part of the row
+        start = Documents.part[0] * output.shape[1]  # this rank may have only a part of the row
         per_token = lengths.repeat_interleave(lengths.long())[start : start + output.shape[1]]
-        # Not waited for: a plain copy would make the host wait for all of the GPU's work so far.
+        # Asynchronous: a plain copy would make the host wait for all queued work of the GPU.
         per_token = per_token.to(output.device, non_blocking=True)[None, :, None]
         magnitude = alpha / (per_token * output.shape[-1]).sqrt()
         return output + (torch.rand_like(output, dtype=torch.float32) * 2 - 1).mul_(magnitude).to(output.dtype)

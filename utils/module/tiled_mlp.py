@@ -1,11 +1,10 @@
-"""`--tiled_mlp`: the blocks' MLPs computed a piece of the row at a time, so their wide activations are never whole.
+"""Tiled MLPs (`--tiled_mlp`): the blocks' MLPs computed piece by piece, so only a piece's wide activations are held.
 
 DeepSpeed's `TiledMLP` (Bekman et al. 2025, https://arxiv.org/abs/2506.13996) computes each piece again in the backward
 and tells ZeRO that a weight's gradient is complete with the last piece.
 """
 
 import inspect
-from argparse import Namespace
 from functools import partial
 from typing import Any
 
@@ -16,48 +15,47 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from utils.errors import UserError
-from utils.model.model_utils import configure_dropout
 from utils.module.lora import find_blocks
 
-NAMES = ("mlp", "feed_forward")
+NAMES = ("mlp", "feed_forward")  # of a block's MLP, in transformers' families
 
 
 def tile_mlps(model: nn.Module) -> str:
-    """Make every block's MLP work on pieces of at most as many tokens as the model is wide; says so in words.
+    """Make every block's MLP compute pieces of at most as many tokens as the model is wide; return what was tiled.
 
-    LoRA comes afterwards: blocks are found by the layers it could wrap.
+    Call this before LoRA wraps layers: blocks are found by the layers it could wrap.
 
     Raises:
-        UserError: a block has no MLP that can be cut.
+        UserError: a block has no MLP that can be tiled.
     """
     mlps = find_mlps(model)
     width = model.config.get_text_config().hidden_size
     for mlp in mlps:
         mlp.forward = partial(_tiled, type(mlp).forward, mlp, width)
-        # ZeRO 3 then gathers the MLP's weights once for all pieces. Ranks may so have different numbers of pieces,
-        # where gathering piece by piece they would wait for each other for ever.
+        # ZeRO 3 gathers a leaf's weights once for all pieces, so ranks may have different numbers of pieces. Gathering
+        # for each piece, they would wait for each other for ever.
         set_z3_leaf_module(mlp, True)
     return f"{len(mlps)} {type(mlps[0]).__name__} in pieces of {width} tokens"
 
 
 def _tiled(forward: Any, mlp: nn.Module, width: int, hidden: torch.Tensor) -> torch.Tensor:
-    """`forward(mlp, hidden)` in pieces of the row; hidden [batch, tokens, width of the model]."""
+    """Return `forward(mlp, hidden)` computed in pieces of the row; hidden: [batch, tokens, width of the model]."""
     tokens = hidden.shape[-2]
     if tokens <= width:
         return forward(mlp, hidden)
-    # As many pieces as `torch.chunk` will make of it: DeepSpeed counts to the last one.
+    # Exactly the number of pieces `torch.chunk` makes: DeepSpeed counts them to find the last one.
     pieces = -(-tokens // -(-tokens // -(-tokens // width)))
     if torch.is_grad_enabled() and not hidden.requires_grad:
-        hidden = hidden.detach().requires_grad_()  # or the weights would get no gradient
+        hidden = hidden.detach().requires_grad_()  # otherwise the weights get no gradient
     weights = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
     return TiledMLP.apply(forward, mlp, hidden, pieces, weights)
 
 
 def find_mlps(model: nn.Module) -> list[nn.Module]:
-    """The MLP of each block.
+    """Return the MLP of each block.
 
     Raises:
-        UserError: a block has none as a module of its own, or one whose tokens can't be computed apart.
+        UserError: a block has no module for its MLP, or the tokens of an MLP can't be computed independently.
     """
     prefix = find_blocks(model)
     blocks = [] if prefix is None else list(model.get_submodule(prefix.rstrip(".")))
@@ -85,8 +83,11 @@ def _required_inputs(mlp: nn.Module) -> list[str]:
     return [one.name for one in parameters if one.default is one.empty and one.name != "self"]
 
 
-def check_tiled_mlp(config: PretrainedConfig, args: Namespace) -> None:
-    """UserError where `tile_mlps` would refuse the model, found without its weights."""
-    configure_dropout(config, 0.0 if args.disable_dropout else args.dropout)
+def check_tiled_mlp(config: PretrainedConfig) -> None:
+    """Check without its weights that `tile_mlps` accepts the model; the caller has set the dropout of `config`.
+
+    Raises:
+        UserError: `tile_mlps` would refuse the model.
+    """
     with torch.device("meta"):
         find_mlps(AutoModelForCausalLM.from_config(config))

@@ -1,1 +1,1 @@
-"""The parts of prompt_eval.py: two models compared by their answers."""
+"""The parts of prompt_eval.py, which compares two models by their answers."""

@@ -1,7 +1,6 @@
-"""Answers of a model to prompts: how each strategy decodes, batches padded on the left, and where an answer ends."""
+"""The answers of a model to prompts: generated in batches padded on the left, each cut where it ends."""
 
 import re
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,27 +11,17 @@ from utils.errors import UserError
 from utils.model.model_utils import max_positions
 from utils.prompt_eval.search import contrastive_search, diverse_beam_search
 
-# What --strategies calls them, and the heading of their answers.
-STRATEGIES = {
-    "greedy": "Greedy",
-    "multinomial": "Multinomial sampling",
-    "beam": "Beam Search",
-    "beam_multinomial": "Beam-search multinomial sampling",
-    "diverse_beam": "Diverse Beam Search",
-    "contrastive": "Contrastive Search",
-}
-ONE_ANSWER = ("greedy", "contrastive")  # deterministic, with a single best answer
 NEXT_TURN = re.compile(r"(?<![A-Za-z])Human:")
-# "Human:" has six characters, so it lies within the last six tokens; a few more show what stands before it.
+# "Human:" has six characters, so it lies within the last six tokens; the others show the text before it.
 TAIL_TOKENS = 12
 
 
 class Answer(NamedTuple):
-    """What a model made of one prompt."""
+    """One answer of a model to one prompt."""
 
-    prompt: str  # as the tokenizer reads it back, without special tokens
+    prompt: str  # decoded from its ids, without special tokens
     text: str
-    tokens: int  # without the end token
+    tokens: int  # of the text, without the end token
     ended: bool  # by the end token or the next "Human:", not by max_new_tokens
 
 
@@ -40,51 +29,21 @@ Answers = dict[str, list[list[Answer]]]  # strategy -> prompts -> answers
 
 
 class Results(NamedTuple):
-    """What one model said, and its (perplexity, loss) where it was measured."""
+    """The answers of one model, and its (perplexity, loss) if measured."""
 
     answers: Answers
     perplexity: tuple[float, float] | None = None
 
 
-def decoding(strategy: str, args: Namespace) -> dict[str, Any]:
-    """The arguments of `generate_ids` for one strategy of `STRATEGIES`."""
-    common = {
-        "max_new_tokens": args.max_new_tokens,
-        "num_return_sequences": args.num_return_sequences,
-        "repetition_penalty": args.repetition_penalty,
-    }
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    return (
-        common
-        | {
-            "greedy": {},
-            "multinomial": sampling,
-            "beam": {"num_beams": args.num_beams},
-            "beam_multinomial": {"num_beams": args.num_beams, **sampling},
-            "diverse_beam": {
-                "num_beams": args.num_beams,
-                "num_beam_groups": args.num_beam_groups,
-                "diversity_penalty": args.diversity_penalty,
-                "custom_generate": diverse_beam_search,
-            },
-            "contrastive": {
-                "top_k": args.top_k,
-                "penalty_alpha": args.penalty_alpha,
-                "custom_generate": contrastive_search,
-            },
-        }[strategy]
-    )
-
-
 class StopAtNextTurn(StoppingCriteria):
-    """Ends a row whose answer has come to the next "Human:"."""
+    """Stop a row as soon as its answer contains the next "Human:"."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> None:
         self.tokenizer = tokenizer
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """[rows] bool; the prompt's own "Human:" does not count."""
+        """Return [rows] bool: which rows stop. The prompt's own "Human:" does not count."""
         tails = input_ids[:, max(self.prompt_length, input_ids.shape[1] - TAIL_TOKENS) :]
         texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
         return torch.tensor([bool(NEXT_TURN.search(text)) for text in texts], device=input_ids.device)
@@ -93,14 +52,17 @@ class StopAtNextTurn(StoppingCriteria):
 def generate_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Any, max_new_tokens: int, **settings: Any
 ) -> torch.Tensor:
-    """Prompts and answers as ids, [rows * num_return_sequences, length].
+    """Generate answers; returns prompts and answers as ids, [rows * num_return_sequences, length].
 
-    What a checkpoint's generation config says about sampling and penalties does not count here: both models shall
-    decode in the same way.
+    The sampling and penalty settings of a checkpoint's generation config are ignored, so that both models decode in
+    the same way.
 
     Args:
         inputs: `input_ids` and `attention_mask`, both [rows, prompt length], padded on the left.
-        settings: what differs from greedy decoding, see `decoding`.
+        settings: arguments of `model.generate` that differ from greedy decoding, see `EvalConfig.decoding`.
+
+    Raises:
+        UserError: prompt and answer exceed the model's positions.
     """
     prompt_length = inputs["input_ids"].shape[1]
     check_length(model.config, prompt_length, max_new_tokens)
@@ -124,13 +86,13 @@ def generate_ids(
 def read_answer(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int], ends: Sequence[int]
 ) -> Answer:
-    """The answer in a row of generated ids: up to the end token or the next "Human:"."""
+    """Return the answer in a row of generated ids: up to the end token or the next "Human:"."""
     end = next((place for place, token in enumerate(new_ids) if token in ends), len(new_ids))
     new_ids, ended = new_ids[:end], end < len(new_ids)
     prompt = decode(tokenizer, prompt_ids)
 
     def answer_text(ids: list[int]) -> str:
-        # Decoded with its prompt: alone, some tokenizers drop the first space.
+        # Decoded together with its prompt: some tokenizers drop the first space of a text.
         whole = decode(tokenizer, prompt_ids + ids)
         return whole[len(prompt) :] if whole.startswith(prompt) else decode(tokenizer, ids)
 
@@ -144,14 +106,14 @@ def read_answer(
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text without special tokens, its spaces as they are."""
+    """Return the text of the ids, without special tokens and with its spaces unchanged."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def answer_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Any, **settings: Any
 ) -> list[Answer]:
-    """`num_return_sequences` answers for every row of `inputs`, in order; `settings` as in `generate_ids`."""
+    """Return `num_return_sequences` answers for every row of `inputs`, in order; `settings` as in `generate_ids`."""
     output = generate_ids(model, tokenizer, inputs, **settings)
     prompt_length, several = inputs["input_ids"].shape[1], len(output) // len(inputs["input_ids"])
     rows = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
@@ -171,7 +133,10 @@ def answer_prompts(
     batch_size: int,
     progress: Callable[[int], Any] = lambda prompts_done: None,
 ) -> list[list[Answer]]:
-    """The answers to each prompt, in the prompts' order; prompts of like length are answered together.
+    """Return the answers to each prompt, in the prompts' order; prompts of similar length share a batch.
+
+    Args:
+        progress: called with the number of prompts after each batch.
 
     Raises:
         UserError: memory ran out.
@@ -194,30 +159,92 @@ def answer_prompts(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], device: torch.device | str) -> Any:
-    """`input_ids` and `attention_mask` of the prompts, [prompts, longest], padded on the left."""
+    """Return `input_ids` and `attention_mask` of the prompts, [prompts, longest], padded on the left."""
     return tokenizer(
         list(prompts), return_tensors="pt", return_attention_mask=True, padding=True, padding_side="left"
     ).to(device)
 
 
 def unknown_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids the model has a row for and its tokenizer no token: the padding of an embedding, and holes."""
+    """Return the ids that have an embedding row but no token, such as the rows that pad the vocabulary."""
     rows = model.get_output_embeddings().weight.shape[0]
     return sorted(set(range(rows)).difference(tokenizer.get_vocab().values()))
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end an answer: the tokenizer's, and those the checkpoint's generation config adds."""
+    """Return the ids that end an answer: the tokenizer's, and those of the checkpoint's generation config."""
     configured = model.generation_config.eos_token_id
     ends = configured if isinstance(configured, list) else [configured]
     return sorted({end for end in [tokenizer.eos_token_id, *ends] if end is not None})
 
 
 def check_length(config: Any, prompt_tokens: int, max_new_tokens: int, prompt: str = "a prompt") -> None:
-    """Refuses what would run past the model's positions (learned ones fail there with an index error)."""
+    """Refuse a prompt that, with its answer, exceeds the model's positions.
+
+    Models with learned positions would fail there with an index error.
+
+    Args:
+        prompt: name of the prompt, for the message.
+
+    Raises:
+        UserError: it is too long.
+    """
     positions = max_positions(config.get_text_config())
     if positions is not None and prompt_tokens + max_new_tokens > positions:
         raise UserError(
             f"{prompt} of {prompt_tokens} tokens and --max_new_tokens {max_new_tokens} exceed the model's "
             f"{positions} positions: shorten one of them"
         )
+
+
+# ------------------------------------------------------------------------- the functions of the original
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Any,
+    num_beams: int = 1,
+    num_beam_groups: int = 1,
+    do_sample: bool = False,
+    num_return_sequences: int = 1,
+    max_new_tokens: int = 100,
+    **settings: Any,
+) -> list[str]:
+    """Return prompt and answer, without special tokens, for every row of `inputs`.
+
+    Args:
+        inputs: the tokenizer's result for one prompt, or for several padded on the left.
+        settings: further settings of `generate_ids`, such as the `diversity_penalty` of several beam groups.
+
+    Raises:
+        UserError: several answers of greedy decoding, which has one, or texts that exceed the model's positions.
+    """
+    if num_return_sequences > 1 and num_beams == 1 and not do_sample:
+        raise UserError(f"greedy decoding has one answer, not num_return_sequences={num_return_sequences}")
+    settings |= {"num_beams": num_beams, "num_return_sequences": num_return_sequences}
+    if do_sample:
+        settings |= {"do_sample": True, "top_k": 0}
+    if num_beam_groups > 1:
+        settings |= {"num_beam_groups": num_beam_groups, "custom_generate": diverse_beam_search}
+    answers = answer_batch(model, tokenizer, inputs, max_new_tokens=max_new_tokens, **settings)
+    return [answer.prompt + answer.text for answer in answers]
+
+
+def generate_constrastive_search(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Any,
+    top_k: int = 4,
+    penalty_alpha: float = 0.6,
+    num_return_sequences: int = 1,
+    max_new_tokens: int = 100,
+) -> list[str]:
+    """Return prompt and answer like `generate`, decoded by contrastive search."""
+    if num_return_sequences > 1:
+        raise UserError(f"contrastive search has one answer, not num_return_sequences={num_return_sequences}")
+    answers = answer_batch(
+        model, tokenizer, inputs, max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences,
+        top_k=top_k, penalty_alpha=penalty_alpha, custom_generate=contrastive_search,
+    )  # fmt: skip
+    return [answer.prompt + answer.text for answer in answers]

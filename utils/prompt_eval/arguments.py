@@ -1,4 +1,4 @@
-"""The command line of prompt_eval.py: every argument with its help, its checks, and the decisions made from it."""
+"""The command line of prompt_eval.py: its arguments, their help, and the checks of their values."""
 
 import argparse
 import os
@@ -9,19 +9,24 @@ from collections.abc import Sequence
 from utils.data.cache import default_cache_folder
 from utils.data.splits import parse_data_split
 from utils.errors import UserError, join_problems
-from utils.prompt_eval.answers import ONE_ANSWER, STRATEGIES
-from utils.prompt_eval.prompts import PROMPTS, read_prompt_file
+from utils.prompt_eval.config import (
+    BEAM_STRATEGIES,
+    ONE_ANSWER,
+    STRATEGIES,
+    USUAL_BEAMS,
+    choose_beams,
+    given_prompts,
+    split_strategies,
+)
+from utils.prompt_eval.prompts import PROMPTS
 
-USUAL_BEAMS = 4
-BEAM_STRATEGIES = ("beam", "beam_multinomial", "diverse_beam")
 
-
-# One argument per two or three lines reads better than one word per line.
+# An argument per two or three lines is easier to read than a word per line.
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of prompt_eval.py."""
+    """Return the parser of prompt_eval.py's arguments."""
     parser = argparse.ArgumentParser(
-        description="Answers of a model before and after fine-tuning to the same prompts.",
+        description="Compare the answers of a model before and after fine-tuning to the same prompts.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -35,13 +40,15 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("models").add_argument
     add("--model_name_or_path_baseline", metavar="NAME",
-        help="hub name or folder of the model before fine-tuning; required, but with --interactive one model will do")
+        help="model before fine-tuning, a hub name or a folder; required, but --interactive needs only one of the two")
     add("--model_name_or_path_finetune", metavar="NAME",
-        help="folder of the fine-tuned model (its --output_dir); required, but with --interactive one model will do")
+        help="fine-tuned model, a folder (a run's --output_dir) or a hub name; required, but --interactive needs only "
+        "one of the two")
     add("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
-        help="auto: as each checkpoint is stored, on a CPU fp32, where half precision is slow and rounds differently")
+        help="precision of the loaded models; auto keeps each checkpoint's own, but takes fp32 on a CPU, where half "
+        "precision is slow and rounds differently")
     add("--device", default=None, metavar="NAME",
-        help="cpu, cuda, cuda:1, ...; by default the accelerator this machine has")
+        help="device to run on: cpu, cuda, cuda:1, ...; by default this machine's accelerator")
 
 
 def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,93 +56,112 @@ def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     add("--language", choices=list(PROMPTS), default="English",
         help="language of the six built-in prompts; English as in the original")
     add("--prompt", action="append", metavar="TEXT",
-        help="a prompt in place of the built-in ones, as the model shall see it; may be given several times")
+        help="ask this prompt, exactly as written; may be repeated; without it and --prompt_file the built-in prompts "
+        "are asked")
     add("--prompt_file", default=None, metavar="FILE",
-        help=".txt with a prompt a line, or .json or .jsonl with objects that hold a prompt; none by default")
+        help='ask the prompts of this file: the lines of a .txt, or the "prompt" of every object in a .json or .jsonl; '
+        "none by default")
     add("--interactive", action="store_true",
-        help="talk to one or both models in the terminal; off, since scripts want an end")
+        help="talk to one or both models in the terminal instead of comparing them; off, because a script has to end "
+        "by itself")
 
 
 def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("decoding").add_argument
     add("--strategies", default="greedy", metavar="A,B,...",
-        help=f"any of {', '.join(STRATEGIES)}, or all; greedy, as in the original, is the same every time")
+        help=f"decode with these strategies: any of {', '.join(STRATEGIES)}, or all; greedy as in the original, which "
+        "gives the same answer every time")
     add("--max_new_tokens", type=int, default=100, metavar="N",
-        help="most tokens in an answer; 100 are a few sentences")
+        help="maximum number of tokens in an answer; 100 are a few sentences")
     add("--num_return_sequences", type=int, default=1, metavar="N",
-        help="answers per prompt; greedy and contrastive have one")
+        help="answers per prompt; 1, because greedy and contrastive have no second one")
     add("--num_beams", type=int, default=1, metavar="N",
-        help=f"beams; at 1, the original's default, strategies that need beams take {USUAL_BEAMS}")
+        help=f"number of beams; if left at 1, the original's default, strategies that need beams use {USUAL_BEAMS}")
     add("--num_beam_groups", type=int, default=1, metavar="N",
-        help="groups of diverse beam search; at 1, the original's default, every beam is a group of its own")
+        help="groups of beams in diverse beam search; if left at 1, the original's default, every beam is its own "
+        "group")
     add("--diversity_penalty", type=float, default=0.5, metavar="P",
-        help="what a token loses for every beam of an earlier group that took it; at 0 all groups agree")
+        help="log-probability that a token loses for every beam of an earlier group that chose it; at 0 all groups "
+        "give the same answers")
     add("--top_k", type=int, default=4, metavar="K",
-        help="candidates of contrastive search; 4 as in the original, sampling draws from all tokens")
+        help="candidates per token in contrastive search (sampling draws from all tokens); 4 as in the original")
     add("--penalty_alpha", type=float, default=0.6, metavar="A",
-        help="weight of contrastive search's penalty for repeating; 0.6 as in the paper and the original")
+        help="weight of contrastive search's penalty for repetition; 0.6 as in the paper and the original")
     add("--temperature", type=float, default=1.0, metavar="T",
-        help="of sampling: below 1 prefers likely tokens; 1 samples the model's own distribution")
+        help="temperature of sampling: below 1 prefers likely tokens; 1 samples the model's own distribution")
     add("--top_p", type=float, default=1.0, metavar="P",
-        help="sample from the likeliest tokens that together have this probability; 1 leaves none out")
+        help="sample from the likeliest tokens whose probabilities add up to this; 1 excludes none")
     add("--repetition_penalty", type=float, default=1.0, metavar="P",
-        help="above 1 makes tokens that stood there less likely, in every strategy; 1 shows the model as it is")
+        help="above 1, make tokens of the prompt and of the answer so far less likely, in every strategy; 1 leaves "
+        "the model's probabilities unchanged")
     add("--seed", type=int, default=1234, metavar="N",
-        help="of sampling, and of the data split as in training; 1234 as there")
+        help="seed of sampling, and of the data split as in training; 1234 is training's default")
     add("--batch_size", type=int, default=24, metavar="N",
-        help="prompts answered at once; it changes no greedy answer, and 24 at once are 3 to 6 times as fast on a CPU")
+        help="prompts answered at once, which changes no greedy answer; 24 at once are 3 to 6 times as fast on a CPU "
+        "as one by one")
 
 
 def _add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("measures and report").add_argument
     add("--report", default=None, metavar="DIR",
-        help="write report.html, report.md and results.jsonl there; none by default, the terminal shows the answers")
+        help="write report.html, report.md and results.jsonl to this folder; none by default, because the terminal "
+        "shows the answers")
     add("--scorer_command", default=None, metavar="COMMAND",
-        help='gets one JSON line {"prompt": ..., "answer": ...} per answer and prints one number for each, higher is '
-        "better; without it nothing is won or lost")
+        help='score the answers with this command, which reads one JSON line {"prompt": ..., "answer": ...} per answer '
+        "and prints one number for each, higher is better; by default answers are not scored")
     add("--data_path", nargs="*", default=[], metavar="NAME",
-        help="data sets as in training, for the perplexity of both models on their evaluation part; none by default")
-    add("--data_split", default="2,4,4", metavar="A,B,C", help="as in training, for the same evaluation part")
+        help="measure both models' perplexity on the evaluation part of these data sets, named as in training; none "
+        "by default")
+    add("--data_split", default="2,4,4", metavar="A,B,C",
+        help="shares of the three phases, as in training, so that the evaluation part is the same")
     add("--data_output_path", default=default_cache_folder(), metavar="DIR",
-        help="cache of split indexes and tokenised data; the one of training, so that its data is found there")
-    add("--max_seq_len", type=int, default=512, metavar="TOKENS", help="as in training, for the same figure")
-    add("--add_eot_token", action="store_true", help="as in training, for the same figure; off as there")
-    add("--eot_token", default="<|endoftext|>", metavar="TOKEN", help="as in training; the one GPT models use")
+        help="cache folder of split indexes and tokenized data; training's default, so that its data are found there")
+    add("--max_seq_len", type=int, default=512, metavar="TOKENS",
+        help="maximum tokens per sample, as in training, so that the perplexity is comparable")
+    add("--add_eot_token", action="store_true",
+        help="add --eot_token to the tokenizer and end every sample with it, as in training with this flag; off as in "
+        "training")
+    add("--eot_token", default="<|endoftext|>", metavar="TOKEN",
+        help="end token that --add_eot_token adds, as in training; the default is GPT models' end token")
     add("--completion_only_loss", action="store_true",
-        help="perplexity of the responses alone, as in training with this flag; off as there")
+        help="measure the perplexity of the responses alone, as in training with this flag; off as in training")
 # fmt: on
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parsed arguments with `strategies` as a list and `prompts`; everything wrong with them is one `UserError`."""
+    """Parse and check the command line; returns the arguments as typed.
+
+    Raises:
+        UserError: everything that is wrong with them, in one message.
+    """
     args = build_parser().parse_args(argv)
-    problems = _wrong_models(args) + _wrong_values(args)
-    args.strategies = _strategies(args.strategies, problems)
-    _choose_beams(args, problems)
-    one_answer = [name for name in args.strategies if name in ONE_ANSWER]
-    if one_answer and args.num_return_sequences > 1:
-        problems.append(
-            f"--num_return_sequences {args.num_return_sequences}: {' and '.join(one_answer)} decoding has one answer "
-            "per prompt; leave it at 1, or name other --strategies"
-        )
-    args.prompts = _prompts(args, problems)
+    problems = _wrong_models(args) + _wrong_values(args) + _wrong_strategies(args) + _wrong_prompts(args)
     if problems:
         raise UserError(join_problems(problems))
     return args
 
 
+def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """Return a copy of `args` in which every missing argument has its default.
+
+    Callers of the original's `prompt_eval` pass a Namespace with the original's arguments only.
+    """
+    return argparse.Namespace(**{**vars(build_parser().parse_args([])), **vars(args)})
+
+
 def _wrong_models(args: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the choice of models."""
     given = {name: getattr(args, name) for name in ("model_name_or_path_baseline", "model_name_or_path_finetune")}
     missing = [f"--{name} is missing" for name, value in given.items() if not value]
     if args.interactive:
         missing = ["--interactive: give a model to talk to"] if len(missing) == len(given) else []
         if args.report:
-            missing.append("--report: a conversation has none; leave --interactive or --report out")
+            missing.append("--report: a conversation has no report; leave out --interactive or --report")
     return missing
 
 
 def _wrong_values(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the arguments' values, seen by themselves."""
+    """Return what is wrong with single values, whatever the other arguments are."""
     problems = []
     at_least_one = ("max_new_tokens", "num_return_sequences", "num_beams", "num_beam_groups", "top_k", "batch_size")
     for name in at_least_one:
@@ -163,6 +189,7 @@ def _wrong_values(args: argparse.Namespace) -> list[str]:
 
 
 def _wrong_command(command: str) -> list[str]:
+    """Return what is wrong with `--scorer_command`, without running it."""
     try:
         words = shlex.split(command)
     except ValueError as err:
@@ -172,48 +199,36 @@ def _wrong_command(command: str) -> list[str]:
     return []
 
 
-def _strategies(text: str, problems: list[str]) -> list[str]:
-    """The named strategies, each once, in the order given."""
-    names = list(STRATEGIES) if text.strip() == "all" else [name.strip() for name in text.split(",")]
+def _wrong_strategies(args: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the strategies and with the numbers of beams and answers they are given."""
+    names = split_strategies(args.strategies)
+    problems = []
     unknown = [name for name in names if name not in STRATEGIES]
     if unknown:
-        problems.append(f"--strategies {text}: {', '.join(map(repr, unknown))} is none of {', '.join(STRATEGIES)}, all")
-    return [name for name in dict.fromkeys(names) if name in STRATEGIES]
-
-
-def _choose_beams(args: argparse.Namespace, problems: list[str]) -> None:
-    """Beams and groups where they were left at 1 but a strategy needs them; says so."""
-    beamy = [name for name in args.strategies if name in BEAM_STRATEGIES]
-    if not beamy:
-        unused = [f"--{name}" for name in ("num_beams", "num_beam_groups") if getattr(args, name) > 1]
-        if unused:
-            print(f"{' and '.join(unused)}: no strategy with beams is asked for, so it has no effect")
-        return
-    chosen = []
-    if args.num_beams == 1:
-        args.num_beams = max(USUAL_BEAMS, args.num_beam_groups, args.num_return_sequences)
-        chosen.append(f"{args.num_beams} beams")
-    if "diverse_beam" in beamy and args.num_beam_groups == 1:
-        args.num_beam_groups = args.num_beams
-        chosen.append(f"{args.num_beam_groups} groups of one beam for diverse_beam")
-    if chosen:
-        print(f"Beams: {', '.join(chosen)} (left at 1; --num_beams and --num_beam_groups set others)")
-    if "diverse_beam" in beamy and args.num_beam_groups > 0 and args.num_beams % args.num_beam_groups:
-        problems.append(f"--num_beams {args.num_beams}: no multiple of --num_beam_groups {args.num_beam_groups}")
-    if args.num_return_sequences > args.num_beams:
+        listed = ", ".join(map(repr, unknown))
+        problems.append(f"--strategies {args.strategies}: {listed} is none of {', '.join(STRATEGIES)}, all")
+    beams, groups = choose_beams(args, names)
+    if "diverse_beam" in names and groups > 0 and beams % groups:
+        problems.append(f"--num_beams {beams}: no multiple of --num_beam_groups {groups}")
+    answers = args.num_return_sequences
+    if answers > beams and set(names) & set(BEAM_STRATEGIES):
+        problems.append(f"--num_return_sequences {answers}: {beams} beams give at most {beams} answers")
+    one_answer = [name for name in names if name in ONE_ANSWER]
+    if answers > 1 and one_answer:
         problems.append(
-            f"--num_return_sequences {args.num_return_sequences}: {args.num_beams} beams have no more answers than that"
+            f"--num_return_sequences {answers}: {' and '.join(one_answer)} decoding has one answer per prompt; leave "
+            "it at 1, or name other --strategies"
         )
+    return problems
 
 
-def _prompts(args: argparse.Namespace, problems: list[str]) -> list[str]:
-    """Those of the command line, then those of the file; the built-in ones where neither is given."""
-    prompts = list(args.prompt or [])
-    if any(not prompt.strip() for prompt in prompts):
+def _wrong_prompts(args: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the prompts of the command line and of the file."""
+    problems = []
+    if any(not prompt.strip() for prompt in args.prompt or []):
         problems.append("--prompt: an empty prompt cannot be answered")
-    if args.prompt_file:
-        try:
-            prompts += read_prompt_file(args.prompt_file)
-        except UserError as err:
-            problems.append(str(err))
-    return prompts or PROMPTS[args.language]
+    try:
+        given_prompts(args)
+    except UserError as err:
+        problems.append(str(err))
+    return problems

@@ -1,7 +1,6 @@
-"""A conversation in the terminal with one or two models, each with its own memory of it."""
+"""The conversation in the terminal with one or two models, each of which remembers its own answers."""
 
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
 
@@ -10,10 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from utils.errors import UserError
 from utils.model.model_utils import max_positions
-from utils.prompt_eval.answers import NEXT_TURN, Answer, answer_batch, decoding, encode
+from utils.prompt_eval.answers import NEXT_TURN, Answer, answer_batch, encode
+from utils.prompt_eval.config import EvalConfig
 
-STREAMING = ("greedy", "multinomial")  # the others decide on a token only after later ones
-HELP = "Ask something. /clear begins a new conversation, /quit (or Ctrl-D, Ctrl-C) ends."
+STREAMING = ("greedy", "multinomial")  # the other strategies settle a token only after later ones
+HELP = "Ask something. /clear begins a new conversation, /quit (or Ctrl-D, Ctrl-C) ends it."
 
 
 class Speaker(NamedTuple):
@@ -25,7 +25,7 @@ class Speaker(NamedTuple):
 
 
 class AnswerPrinter(TextStreamer):
-    """Prints an answer word by word, up to the next "Human:"."""
+    """Print an answer word by word, up to the next "Human:"."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -33,7 +33,7 @@ class AnswerPrinter(TextStreamer):
         self.begun, self.over = False, False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called with whole words; "Human:" is one."""
+        """Print the next whole words of the answer, of which "Human:" is one."""
         turn = NEXT_TURN.search(text)
         if not self.over:
             text = text[: turn.start()].rstrip() if turn else text
@@ -43,13 +43,13 @@ class AnswerPrinter(TextStreamer):
 
 
 def next_prompt(turns: list[tuple[str, str]], question: str) -> str:
-    """` Human: … Assistant: …` for every turn so far, then the new question: the form training uses."""
+    """Return one prompt, ` Human: … Assistant: …` for every turn and the new question: the form training uses."""
     past = "".join(f" Human: {asked} Assistant: {answered}" for asked, answered in turns)
     return f"{past} Human: {question} Assistant:"
 
 
 def fitting_turns(speaker: Speaker, turns: list[tuple[str, str]], question: str, new_tokens: int) -> int:
-    """How many of the oldest turns have to be forgotten so that question and answer fit the model's positions.
+    """Return how many of the oldest turns to forget so that question and answer fit the model's positions.
 
     Raises:
         UserError: the question alone is too long.
@@ -66,22 +66,25 @@ def fitting_turns(speaker: Speaker, turns: list[tuple[str, str]], question: str,
 
 
 def reply(
-    speaker: Speaker, turns: list[tuple[str, str]], question: str, args: Namespace, output: TextIO
+    speaker: Speaker, turns: list[tuple[str, str]], question: str, config: EvalConfig, output: TextIO
 ) -> Answer | None:
-    """Print the model's answer, word by word where its strategy can, and add the turn; None if it is too long."""
+    """Print the model's answer, word by word if the strategy allows, and add it to `turns`.
+
+    Returns the answer; None if the question is too long.
+    """
     output.write(f"{speaker.name}: ")
     output.flush()
     try:
-        forgotten = fitting_turns(speaker, turns, question, args.max_new_tokens)
+        forgotten = fitting_turns(speaker, turns, question, config.args.max_new_tokens)
     except UserError as err:
         output.write(f"[{err}]\n")
         return None
     if forgotten:
         output.write(f"[the oldest {forgotten} turn(s) no longer fit and are forgotten] ")
         del turns[:forgotten]
-    strategy = args.strategies[0]
+    strategy = config.strategies[0]
     inputs = encode(speaker.tokenizer, [next_prompt(turns, question)], speaker.model.device)
-    settings: dict[str, Any] = decoding(strategy, args) | {"num_return_sequences": 1}
+    settings: dict[str, Any] = config.decoding(strategy) | {"num_return_sequences": 1}
     if strategy in STREAMING:
         settings["streamer"] = AnswerPrinter(speaker.tokenizer, output)
     answer = answer_batch(speaker.model, speaker.tokenizer, inputs, **settings)[0]
@@ -91,12 +94,12 @@ def reply(
 
 
 def chat(
-    speakers: list[Speaker], args: Namespace, ask: Callable[[str], str] = input, output: TextIO = sys.stdout
+    speakers: list[Speaker], config: EvalConfig, ask: Callable[[str], str] = input, output: TextIO = sys.stdout
 ) -> None:
-    """Ask until the end of input; every model answers, and remembers its own answers only."""
+    """Read questions until the input ends and let every model answer each of them."""
     output.write(f"{HELP}\n")
     memories: list[list[tuple[str, str]]] = [[] for _ in speakers]
-    torch.manual_seed(args.seed)
+    torch.manual_seed(config.args.seed)
     while True:
         try:
             question = ask("Human: ").strip()
@@ -112,4 +115,4 @@ def chat(
             output.write(f"{HELP}\n")
         elif question:
             for speaker, turns in zip(speakers, memories, strict=True):
-                reply(speaker, turns, question, args, output)
+                reply(speaker, turns, question, config, output)

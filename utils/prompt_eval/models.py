@@ -1,9 +1,8 @@
-"""Checkpoints as prompt_eval.py uses them: looked at before anything is loaded, loaded, and measured."""
+"""The checkpoints of a comparison: checked before anything is loaded, loaded, and their perplexity measured."""
 
 import glob
+import math
 import os
-import sys
-from argparse import Namespace
 from typing import Any
 
 import torch
@@ -12,27 +11,35 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.data.batching.batches import collate_for, eval_batches
-from utils.data.data_utils import create_prompt_dataset
+from utils.data.formats.custom import own_options
+from utils.data.mixture import DataSources
+from utils.data.prepare import Preparation, prepare_prompt_data
 from utils.data.prompt_dataset import PromptDataset
+from utils.data.tokenization.tokenize_rows import SampleForm, end_of_conversation_token
 from utils.errors import UserError
+from utils.machine.device import free_memory as free_host_memory
 from utils.machine.precision import DTYPES
 from utils.model.layout_check import choose_layout
 from utils.model.model_utils import grow_embeddings
 from utils.model.tokenizer import load_hf_tokenizer
+from utils.prompt_eval.config import EvalConfig
+from utils.run_config import BatchCut
 from utils.train.perplexity import evaluate
 
 WEIGHTS = ("*.safetensors", "*.bin")
-EVAL_BATCH = 16  # samples per forward; the figure does not depend on it
+EVAL_BATCH = 16  # samples per forward; the perplexity does not depend on it
 
 
-def look_at(path: str, extra_token: str | None = None) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer of a checkpoint, which cost little.
+def load_config_and_tokenizer(
+    path: str, extra_token: str | None = None
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Return configuration and tokenizer of a checkpoint, without loading its weights.
 
     Args:
         extra_token: a special token to add, as training does with --add_eot_token.
 
     Raises:
-        UserError: there is no such folder, it holds no model, or the hub can't be reached.
+        UserError: the folder does not exist or holds no model, or the hub can't be reached.
     """
     if not os.path.isdir(path) and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
         raise UserError(f"{path}: there is no such folder")
@@ -50,19 +57,23 @@ def look_at(path: str, extra_token: str | None = None) -> tuple[PretrainedConfig
 def load(
     path: str, device: str, dtype: str = "auto", extra_token: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model on the device, ready to answer, and tokenizer of one checkpoint.
+    """Return the model of a checkpoint, on the device and ready to answer, and its tokenizer.
 
     Args:
-        dtype: "auto" is the checkpoint's own, on a CPU float32; or "bf16", "fp16", "fp32".
+        dtype: "bf16", "fp16" or "fp32"; "auto" is float32 on a CPU, elsewhere the checkpoint's own.
+        extra_token: a special token to add, as training does with --add_eot_token.
+
+    Raises:
+        UserError: the checkpoint can't be loaded, or does not fit in the device's memory.
     """
-    config, tokenizer = look_at(path, extra_token)
+    config, tokenizer = load_config_and_tokenizer(path, extra_token)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype(config, device, dtype))
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_loadable(path, error) from error
-    # The tokenizer may have got a pad or end token that the model has no row for.
+    # The tokenizer may have gained a pad or end token for which the model has no row.
     grow_embeddings(model, len(tokenizer))
     try:
         return model.to(device).eval(), tokenizer
@@ -71,20 +82,25 @@ def load(
 
 
 def _not_loadable(path: str, error: Exception) -> UserError:
+    """Return the error for a checkpoint that can't be loaded, with the first line of its reason."""
     reason = str(error).strip().split("\n")[0]
     return UserError(f"{path}: cannot be loaded, neither as a folder nor from the hub ({reason})")
 
 
 def chosen_dtype(config: PretrainedConfig, device: str, dtype: str) -> torch.dtype:
-    """What `load` loads in."""
+    """Return the dtype in which `load` loads a checkpoint."""
     if dtype != "auto":
         return DTYPES[dtype]
-    # On a CPU half precision is slow, and rounds differently.
+    # On a CPU, half precision is slow and rounds differently.
     return torch.float32 if torch.device(device).type == "cpu" else config.dtype or torch.float32
 
 
 def chosen_device(name: str | None) -> str:
-    """`--device`, or the accelerator this machine has; UserError where torch has no such device."""
+    """Return `--device`, or this machine's accelerator if none is named.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
     if name is None:
         return get_accelerator().device_name()
     try:
@@ -96,14 +112,17 @@ def chosen_device(name: str | None) -> str:
 
 
 def weight_files(path: str) -> list[str]:
-    """The files of a folder that hold weights: safetensors where there are any."""
+    """Return the weight files of a folder: its safetensors, or else its .bin files."""
     return next((files for files in (glob.glob(os.path.join(path, kind)) for kind in WEIGHTS) if files), [])
 
 
 def check_fit(paths: list[str], device: str, dtype: str) -> None:
-    """Refuses to hold several models at once where their weights alone are more than the free memory.
+    """Refuse to hold several models at once if their weights alone exceed the free memory.
 
-    A hub name's size is not known beforehand: it counts as nothing.
+    The size of a model on the hub is not known beforehand and counts as 0.
+
+    Raises:
+        UserError: they don't fit.
     """
     needed = 0
     for path in filter(os.path.isdir, paths):
@@ -114,39 +133,46 @@ def check_fit(paths: list[str], device: str, dtype: str) -> None:
     if needed > free:
         raise UserError(
             f"{len(paths)} models need {needed / 1e9:.1f} GB on {device} at once and {free / 1e9:.1f} GB are free: "
-            "talk to one at a time, by giving only one of the two, or try --dtype bf16"
+            "talk to one at a time, by giving only one of the two models, or try --dtype bf16"
         )
 
 
-def free_memory(device: str) -> int:
-    """Bytes that are free on the device, on a CPU as Linux says; where that is not known, no limit."""
+def free_memory(device: str) -> float:
+    """Return the free bytes of the device, infinity where they are not known."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if torch.device(device).type != "cpu" or not os.path.exists("/proc/meminfo"):
-        return sys.maxsize
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        return math.inf
+    return free_host_memory()
 
 
-def evaluation_data(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> PromptDataset | None:
-    """The evaluation part of `--data_path`, prepared as training prepares it; None without `--data_path`."""
+def evaluation_data(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, path: str) -> PromptDataset | None:
+    """Return the evaluation part of `--data_path`, prepared as training prepares it; None without `--data_path`.
+
+    Args:
+        tokenizer: the tokenizer of the model `path`.
+
+    Raises:
+        UserError: bad data, or the tokenizer has no end token.
+    """
+    args = config.args
     if not args.data_path:
         return None
-    end = args.eot_token if args.add_eot_token else tokenizer.eos_token
-    if end is None:
-        raise UserError("--data_path: the tokenizer has no end token; give --add_eot_token as in training")
-    return create_prompt_dataset(
-        0, args.data_path, args.data_split, args.data_output_path, 1, args.seed, tokenizer, args.max_seq_len, end,
-        completion_only=args.completion_only_loss,
-    )[1]  # fmt: skip
+    end = end_of_conversation_token(tokenizer, config.extra_token, path)
+    sample = SampleForm(tokenizer, end, args.max_seq_len, args.completion_only_loss)
+    sources = DataSources(args.data_path, args.data_split)
+    preparation = Preparation(local_rank=0, cache_folder=args.data_output_path, phase=1, seed=args.seed)
+    return prepare_prompt_data(sources, sample, own_options(tokenizer, sample.end_id), preparation)[1]
 
 
 def measure_perplexity(model: PreTrainedModel, tokenizer: Any, data: PromptDataset) -> tuple[float, float]:
-    """(perplexity, loss) as training prints them. Leaves the model's forward changed: it can't `generate` after this.
+    """Return (perplexity, loss) as training prints them.
 
-    Samples are padded to the longest of their batch, which changes no figure and needs no special attention.
+    Changes the model's forward, so that the model can't `generate` afterwards. Samples are padded to the longest of
+    their batch, which changes no figure and works with every model's own attention.
     """
     device = model.device
     choose_layout(model, "longest", len(tokenizer), device)
     collate = collate_for("longest", tokenizer.pad_token_id, data.max_seq_len)
-    return evaluate(model, eval_batches(data, collate, EVAL_BATCH, 1, 0, device.type == "cpu"), device)
+    batches = eval_batches(data, collate, BatchCut(EVAL_BATCH, on_cpu=device.type == "cpu"))
+    return evaluate(model, batches, device)

@@ -1,4 +1,4 @@
-"""The prompts that two models are compared on: built-in ones per language, or those of a file."""
+"""The prompts of a comparison: built in, six per language, or read from a file."""
 
 import os
 
@@ -34,10 +34,10 @@ PROMPTS = {
 
 
 def read_prompt_file(path: str) -> list[str]:
-    """The prompts of a file, as they stand there.
+    """Return the prompts of a file, unchanged.
 
-    `.txt` has one a line (empty lines are skipped); `.json` is a list of objects, `.jsonl` one object per line, each
-    with its text under `prompt`; what else they hold is not looked at, so data files will do.
+    A `.txt` holds one prompt per line (blank lines are skipped), a `.json` a list of objects, a `.jsonl` one object per
+    line, each with its text under `prompt`. Other keys are ignored, so files of training data work too.
 
     Raises:
         UserError: the file is missing, empty, of another kind, or a record has no text under `prompt`.
@@ -52,6 +52,7 @@ def read_prompt_file(path: str) -> list[str]:
 
 
 def _lines(path: str) -> list[str]:
+    """Return the lines of a text file that are not blank."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             return [line.rstrip("\r\n") for line in file if line.strip()]
@@ -62,6 +63,7 @@ def _lines(path: str) -> list[str]:
 
 
 def _prompt_of(path: str, number: int, line: int, record: dict) -> str:
+    """Return the prompt of one record; `number` and `line` say where it stands in the file."""
     prompt = record.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         found = "an empty text" if isinstance(prompt, str) else json_kind(prompt)

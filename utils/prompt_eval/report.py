@@ -1,11 +1,10 @@
-"""The report of a comparison: one HTML file that needs nothing else, the same as Markdown, and every answer as JSON."""
+"""The report of a comparison: one self-contained HTML file, the same as Markdown, and every answer as JSON."""
 
 import difflib
 import json
 import os
 import re
 import time
-from argparse import Namespace
 from html import escape
 from pathlib import Path
 from string import Template
@@ -13,11 +12,12 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.logging.loss_curve import loss_curves
-from utils.prompt_eval.answer_metrics import REPEATED_N
-from utils.prompt_eval.answers import STRATEGIES, Answer, Results
+from utils.prompt_eval.answer_metrics import REPEATED_N, Figures
+from utils.prompt_eval.answers import Answer, Results
+from utils.prompt_eval.config import BEAM_STRATEGIES, STRATEGIES, EvalConfig
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
-# key of `summarise`, what the report calls it, how it is written, whether a note explains it
+# key of `summarize` -> its name in the report, and its format
 FIGURES = {
     "mean_words": ("words", "{:.1f}"),
     "mean_tokens": ("tokens", "{:.1f}"),
@@ -28,67 +28,65 @@ FIGURES = {
 }
 EXPLANATION = (
     "Words and tokens are means per answer. Ended by itself: by the end token or the next “Human:”, not by the limit. "
-    "Distinct-n: different n-grams of all answers / all n-grams. Repeated n-grams: share that stood earlier in the "
-    "same answer."
+    "Distinct-n: different n-grams of all answers / all n-grams. Repeated n-grams: share that occurs earlier in "
+    "the same answer."
 )
 _CJK = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _PIECE = re.compile(rf"\s+|(?:[{_CJK}]|[^\W{_CJK}]+|[^\w\s])\s*")
-Figures = dict[str, dict[str, Any]]
 
 
-def write_report(folder: str, args: Namespace, results: dict[str, Results], figures: Figures) -> str:
-    """Write report.html, report.md and results.jsonl into `folder`; returns the path of the first.
+def write_report(folder: str, config: EvalConfig, results: dict[str, Results], figures: Figures) -> str:
+    """Write report.html, report.md and results.jsonl into `folder`; returns the path of report.html.
 
     Args:
-        args: of prompt_eval.py; its prompts, strategies and models are shown.
         results: of "baseline" and "finetuned".
-        figures: per strategy what `summarise` gives for both, and where there was a scorer "scores" and "wins".
+        figures: of both, as `comparison.measure` returns them.
 
     Raises:
         UserError: the folder can't be written.
     """
     files = {
-        "results.jsonl": "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows(args, results, figures)),
-        "report.md": markdown(args, results, figures),
-        "report.html": page(args, results, figures),
+        "results.jsonl": "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows(config, results, figures)),
+        "report.md": markdown(config, results, figures),
+        "report.html": page(config, results, figures),
     }
     try:
         os.makedirs(folder, exist_ok=True)
         for name, text in files.items():
-            # A lone surrogate, which a tokenizer can decode to, has no UTF-8.
+            # A tokenizer can decode ids to a lone surrogate, which UTF-8 can't encode.
             Path(folder, name).write_text(text, encoding="utf-8", errors="replace")
     except OSError as err:
         raise UserError(f"--report {folder} can't be written: {err.strerror}") from err
     return os.path.join(folder, "report.html")
 
 
-def rows(args: Namespace, results: dict[str, Results], figures: Figures) -> list[dict[str, Any]]:
-    """One record per answer, in the order prompt, strategy, answer, model."""
+def rows(config: EvalConfig, results: dict[str, Results], figures: Figures) -> list[dict[str, Any]]:
+    """Return one record per answer, in the order prompt, strategy, answer, model."""
     records = []
-    for number, strategy, place, pair in pairs(args, results):
+    for number, strategy, place, pair in pairs(config, results):
         for name, answer in pair.items():
             record = {
-                "prompt_number": number + 1, "prompt": args.prompts[number], "strategy": strategy, "model": name,
+                "prompt_number": number + 1, "prompt": config.prompts[number], "strategy": strategy, "model": name,
                 "answer_number": place + 1, "answer": answer.text, "tokens": answer.tokens, "ended": answer.ended,
             }  # fmt: skip
             if "scores" in figures[strategy]:
-                record["score"] = figures[strategy]["scores"][name][number * args.num_return_sequences + place]
+                record["score"] = figures[strategy]["scores"][name][number * config.args.num_return_sequences + place]
             records.append(record)
     return records
 
 
-def pairs(args: Namespace, results: dict[str, Results]) -> list[tuple[int, str, int, dict[str, Answer]]]:
-    """(prompt number, strategy, answer number, both models' answers)."""
+def pairs(config: EvalConfig, results: dict[str, Results]) -> list[tuple[int, str, int, dict[str, Answer]]]:
+    """Return (prompt number, strategy, answer number, both models' answers) for every pair of answers, from 0."""
     return [
         (number, strategy, place, {name: result.answers[strategy][number][place] for name, result in results.items()})
-        for number in range(len(args.prompts))
-        for strategy in args.strategies
-        for place in range(args.num_return_sequences)
+        for number in range(len(config.prompts))
+        for strategy in config.strategies
+        for place in range(config.args.num_return_sequences)
     ]
 
 
 def shown_figures(of_strategy: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, before, after) of one strategy's figures, as text."""
+    """Return (name, before, after) of one strategy's figures, as text."""
     found = []
     for key, (name, form) in FIGURES.items():
         values = [of_strategy[side][key] for side in ("baseline", "finetuned")]
@@ -96,14 +94,15 @@ def shown_figures(of_strategy: dict[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
-def settings_line(args: Namespace) -> str:
-    """What the answers depend on, in words."""
-    parts = [f"{len(args.prompts)} prompts", f"at most {args.max_new_tokens} new tokens", f"seed {args.seed}"]
-    used = set(args.strategies)
-    if used & {"beam", "beam_multinomial", "diverse_beam"}:
-        parts.append(f"{args.num_beams} beams")
+def settings_line(config: EvalConfig) -> str:
+    """Return a line with the date and the settings the answers depend on."""
+    args = config.args
+    parts = [f"{len(config.prompts)} prompts", f"at most {args.max_new_tokens} new tokens", f"seed {args.seed}"]
+    used = set(config.strategies)
+    if used & set(BEAM_STRATEGIES):
+        parts.append(f"{config.num_beams} beams")
     if "diverse_beam" in used:
-        parts.append(f"{args.num_beam_groups} groups, diversity penalty {args.diversity_penalty}")
+        parts.append(f"{config.num_beam_groups} groups, diversity penalty {args.diversity_penalty}")
     if used & {"multinomial", "beam_multinomial"}:
         parts.append(f"temperature {args.temperature}, top-p {args.top_p}")
     if "contrastive" in used:
@@ -116,27 +115,27 @@ def settings_line(args: Namespace) -> str:
 # --------------------------------------------------------------------------------------------------- HTML
 
 
-def page(args: Namespace, results: dict[str, Results], figures: Figures) -> str:
-    """The HTML page. Whatever comes from a model, a file or the command line is escaped."""
-    curves = loss_curves(args.model_name_or_path_finetune)
+def page(config: EvalConfig, results: dict[str, Results], figures: Figures) -> str:
+    """Return the HTML page. Text that comes from a model, a file or the command line is escaped."""
+    curves = loss_curves(config.args.model_name_or_path_finetune)
     buttons = [
         f'<button type="button" data-strategy="{name}" aria-pressed="true">{STRATEGIES[name]}</button>'
-        for name in args.strategies
+        for name in config.strategies
     ]
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        baseline=escape(args.model_name_or_path_baseline),
-        finetuned=escape(args.model_name_or_path_finetune),
-        settings=escape(settings_line(args)),
+        baseline=escape(config.args.model_name_or_path_baseline),
+        finetuned=escape(config.args.model_name_or_path_finetune),
+        settings=escape(settings_line(config)),
         tiles=_tiles(results, figures),
         numbers=_numbers(figures),
         curves=f'<h2>Training</h2>\n<figure class="card">{curves}</figure>' if curves else "",
         buttons="\n".join(buttons),
-        prompts=_prompts(args, results),
+        prompts=_prompts(config, results),
     )
 
 
 def _tiles(results: dict[str, Results], figures: Figures) -> str:
-    """What matters most, large: perplexities, and of the first strategy how answers end and who wins."""
+    """Return the large tiles: perplexities, and the first strategy's main figures and wins."""
     tiles = []
     ppl = [result.perplexity for result in results.values()]
     if all(ppl):
@@ -160,7 +159,7 @@ def _tiles(results: dict[str, Results], figures: Figures) -> str:
 
 
 def _numbers(figures: Figures) -> str:
-    """Every strategy's figures, before over after in each cell."""
+    """Return the table of every strategy's figures, with before above after in each cell, and its explanation."""
     with_wins = any("wins" in of_strategy for of_strategy in figures.values())
     heads = [name for name, _ in FIGURES.values()] + ["wins / ties / losses"] * with_wins
     lines = []
@@ -179,11 +178,12 @@ def _numbers(figures: Figures) -> str:
     )
 
 
-def _prompts(args: Namespace, results: dict[str, Results]) -> str:
-    blocks: list[list[str]] = [[] for _ in args.prompts]
-    for number, strategy, place, pair in pairs(args, results):
+def _prompts(config: EvalConfig, results: dict[str, Results]) -> str:
+    """Return a card per prompt, with both models' answers by every strategy side by side."""
+    blocks: list[list[str]] = [[] for _ in config.prompts]
+    for number, strategy, place, pair in pairs(config, results):
         before, after = pair["baseline"], pair["finetuned"]
-        title = STRATEGIES[strategy] + (f", answer {place + 1}" if args.num_return_sequences > 1 else "")
+        title = STRATEGIES[strategy] + (f", answer {place + 1}" if config.args.num_return_sequences > 1 else "")
         marked = mark_differences(before.text.strip(), after.text.strip())
         same = "yes" if before.text.strip() == after.text.strip() else "no"
         blocks[number].append(
@@ -192,12 +192,13 @@ def _prompts(args: Namespace, results: dict[str, Results]) -> str:
         )
     return "\n".join(
         f'<article class="card"><h3>{escape(prompt.strip())}</h3>{"".join(block)}</article>'
-        for prompt, block in zip(args.prompts, blocks, strict=True)
+        for prompt, block in zip(config.prompts, blocks, strict=True)
     )
 
 
 def _side(name: str, answer: Answer, marked: str) -> str:
-    end = "" if answer.ended else ", cut at the limit"
+    """Return one answer, whose text with marked differences is `marked`."""
+    end = "" if answer.ended else ", truncated at the limit"
     text = marked or '<span class="empty">(no text)</span>'
     return (
         f'<div class="side {name}-side"><h5><b class="{name}">{name}</b> <span>{answer.tokens} tokens{end}</span></h5>'
@@ -206,8 +207,8 @@ def _side(name: str, answer: Answer, marked: str) -> str:
 
 
 def mark_differences(before: str, after: str) -> tuple[str, str]:
-    """Both texts as HTML, escaped, with what the other one lacks in `<mark>`, word by word."""
-    # Each word with the space after it; spaces don't decide what is the same.
+    """Return both texts as escaped HTML, with the words that the other text lacks in `<mark>`."""
+    # Words keep the spaces after them, but are compared without.
     pieces = [_PIECE.findall(text) for text in (before, after)]
     words = [[piece.strip() for piece in of_text] for of_text in pieces]
     marked: tuple[list[str], list[str]] = ([], [])
@@ -223,11 +224,11 @@ def mark_differences(before: str, after: str) -> tuple[str, str]:
 # ----------------------------------------------------------------------------------------------- Markdown
 
 
-def markdown(args: Namespace, results: dict[str, Results], figures: Figures) -> str:
-    """The same without pictures, for a pull request or a terminal."""
-    before, after = args.model_name_or_path_baseline, args.model_name_or_path_finetune
+def markdown(config: EvalConfig, results: dict[str, Results], figures: Figures) -> str:
+    """Return the report as Markdown, without curves and marks, for a pull request or a terminal."""
+    before, after = config.args.model_name_or_path_baseline, config.args.model_name_or_path_finetune
     lines = ["# Before and after fine-tuning", "", f"before: {_code(before)}, after: {_code(after)}", ""]
-    lines += [settings_line(args), ""]
+    lines += [settings_line(config), ""]
     for name, result in results.items():
         if result.perplexity:
             lines.append(f"* perplexity of {name}: {result.perplexity[0]:.6g} (loss {result.perplexity[1]:.6g})")
@@ -241,22 +242,23 @@ def markdown(args: Namespace, results: dict[str, Results], figures: Figures) -> 
         lines.append(f"| {STRATEGIES[strategy]} | after | {' | '.join(after for _, _, after in shown)} | {score} |")
     lines += ["", EXPLANATION, ""]
     last = None
-    for number, strategy, place, pair in pairs(args, results):
+    for number, strategy, place, pair in pairs(config, results):
         if number != last:
-            lines += [f"## Prompt {number + 1}", "", _fenced(args.prompts[number].strip()), ""]
+            lines += [f"## Prompt {number + 1}", "", _fenced(config.prompts[number].strip()), ""]
             last = number
-        several = f", answer {place + 1}" if args.num_return_sequences > 1 else ""
+        several = f", answer {place + 1}" if config.args.num_return_sequences > 1 else ""
         for name, answer in zip(("before", "after"), pair.values(), strict=True):
             lines += [f"**{STRATEGIES[strategy]}{several}, {name}**", "", _fenced(answer.text.strip()), ""]
     return "\n".join(lines)
 
 
 def _fenced(text: str) -> str:
-    """A code block that `text` can't close."""
+    """Return a code block whose fence is longer than any in `text`."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
 
 
 def _code(text: str) -> str:
+    """Return `text` as inline code, unless it holds a backquote."""
     return f"`{text}`" if "`" not in text else text

@@ -1,4 +1,4 @@
-"""Scores of answers from a command of the user's: JSON lines in, one number per line out."""
+"""The user's scorer, a command that reads answers as JSON lines and prints one number per line."""
 
 import json
 import math
@@ -10,13 +10,13 @@ from utils.errors import UserError
 
 
 def score_answers(command: str, pairs: Sequence[tuple[str, str]]) -> list[float]:
-    """One score per (prompt, answer), higher is better.
+    """Run the user's command and return its score of every (prompt, answer) pair; higher is better.
 
-    `command` is started once, without a shell. It gets one line `{"prompt": ..., "answer": ...}` per pair on its
-    standard input and has to print as many lines with one finite number each.
+    `command` is started once, without a shell. It reads one line `{"prompt": ..., "answer": ...}` per pair from its
+    standard input and prints one finite number per line, as many as there are pairs.
 
     Raises:
-        UserError: it failed, or printed something else.
+        UserError: the command failed, or printed something else.
     """
     lines = "".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in pairs)
     try:
@@ -34,6 +34,7 @@ def score_answers(command: str, pairs: Sequence[tuple[str, str]]) -> list[float]
 
 
 def _number(text: str, line: int, command: str) -> float:
+    """Return the finite number that a line of the command's output holds."""
     try:
         value = float(text)
     except ValueError:

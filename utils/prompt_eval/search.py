@@ -1,7 +1,7 @@
-"""Two searches that transformers no longer ships, as callables for `generate(custom_generate=...)`.
+"""Contrastive and diverse beam search, which transformers no longer ships: callables for `generate(custom_generate=)`.
 
 Both work on batches padded on the left, with the model's own key-value cache, for any decoder-only family whose cache
-can be reordered. `generate` prepares inputs, cache, processors and stopping criteria; here is only the search.
+can be reordered. `generate` prepares inputs, cache, processors and stopping criteria; this module only searches.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from utils.errors import UserError
 
-CACHE_NAMES = ("past_key_values", "cache_params")  # the second one is Mamba's
+CACHE_NAMES = ("past_key_values", "cache_params")  # Mamba's is called cache_params
 
 
 @torch.no_grad()
@@ -26,10 +26,11 @@ def contrastive_search(
     penalty_alpha: float = 0.6,
     **model_kwargs: Any,
 ) -> torch.Tensor:
-    """Contrastive search (Su et al. 2022, https://arxiv.org/abs/2202.06417, equation 5).
+    """Decode by contrastive search (Su et al. 2022, https://arxiv.org/abs/2202.06417, equation 5).
 
-    Of the `top_k` likeliest next tokens the one is taken that maximises (1 - alpha) * its probability - alpha * the
-    largest cosine between its last-layer hidden state and those of all tokens before it, prompt included, padding not.
+    Of the `top_k` likeliest next tokens, choose the one that maximizes (1 - alpha) * its probability - alpha * the
+    largest cosine between its last-layer hidden state and those of all tokens before it, prompt included, padding
+    excluded.
 
     Args:
         input_ids: [rows, prompt length], padded on the left.
@@ -39,7 +40,7 @@ def contrastive_search(
         [rows, prompt length + answer length], ended rows filled with the pad id.
 
     Raises:
-        UserError: several answers were asked for (it is deterministic), or the cache can't be reordered.
+        UserError: several answers were requested (the search is deterministic), or the cache can't be reordered.
     """
     if generation_config.num_return_sequences > 1:
         raise UserError(
@@ -66,7 +67,7 @@ def contrastive_search(
         cosines = (after @ before.transpose(1, 2)).masked_fill(~seen[:, None], -torch.inf)
         confidence = scores.softmax(-1).gather(1, candidates)
         value = (1 - penalty_alpha) * confidence - penalty_alpha * cosines.amax(-1)
-        # A forbidden token may be among the candidates where fewer than top_k are allowed.
+        # Where fewer than top_k tokens are allowed, forbidden ones are among the candidates.
         chosen = value.masked_fill(likeliest == -torch.inf, -torch.inf).argmax(-1)
 
         tokens = _pick(candidates, chosen).where(running, _pad_id(generation_config))
@@ -91,19 +92,20 @@ def diverse_beam_search(
     diversity_penalty: float = 0.5,
     **model_kwargs: Any,
 ) -> torch.Tensor:
-    """Diverse beam search (Vijayakumar et al. 2016, https://arxiv.org/abs/1610.02424, algorithm 1, Hamming diversity).
+    """Decode by diverse beam search (Vijayakumar et al. 2016, https://arxiv.org/abs/1610.02424, algorithm 1).
 
-    The beams are cut into groups that move one after another: a token's log-probability loses `diversity_penalty`
-    for every beam of an earlier group that takes the same token at the same step. The penalised scores add up, as
-    in the paper, and rank the answers. Where beams end, the rules are those of this library's beam search, so that
-    one group gives the same answers: an ended beam leaves its group with its score / length ** length_penalty, and a
-    group is done when its best running beam, so divided, can't beat the worst of its `beams / groups` ended ones.
+    The beams are divided into groups that choose tokens one after another: a token's log-probability loses
+    `diversity_penalty` for every beam of an earlier group that chose the same token at the same step (Hamming
+    diversity). As in the paper, the penalized scores add up and rank the answers. Beams end by the rules of
+    transformers' beam search, so that one group gives that search's answers: an ended beam leaves its group with
+    score / length ** length_penalty, and a group is done when its best running beam, divided in the same way, can't
+    beat the worst of its `beams / groups` ended ones.
 
     Args:
         input_ids: [prompts * num_beams, prompt length], padded on the left, each prompt num_beams times.
 
     Returns:
-        [prompts * num_return_sequences, prompt length + longest beam], best first, filled up with the pad id.
+        [prompts * num_return_sequences, prompt length + longest beam], best first, padded with the pad id.
 
     Raises:
         UserError: num_beams is no multiple of num_beam_groups, or the cache can't be reordered.
@@ -113,7 +115,7 @@ def diverse_beam_search(
         raise UserError(f"num_beams {beams} is no multiple of num_beam_groups {num_beam_groups}")
     prompts, width, prompt_length = len(input_ids) // beams, beams // num_beam_groups, input_ids.shape[1]
     ends = generation_config.eos_token_id
-    # Enough that `width` beams go on when the best ones all end.
+    # Enough candidates that `width` beams remain when the best ones all end.
     kept = width * (1 + max(1, len(ends) if isinstance(ends, list) else 1))
     groups = [
         _Group(input_ids.view(prompts, num_beam_groups, width, -1)[:, number], generation_config)
@@ -129,10 +131,10 @@ def diverse_beam_search(
         divisor = (input_ids.shape[1] + 1 - prompt_length) ** length_penalty
         sources = []
         for number, group in enumerate(groups):
-            penalised = log_probs[:, number] - diversity_penalty * taken[:, None]
-            parents = group.step(penalised, min(kept, penalised[0].numel()), stopping_criteria, divisor)
-            goes_on = ~group.done[:, None] & (group.scores > -torch.inf)
-            taken.scatter_add_(1, group.running[..., -1], goes_on.to(taken))
+            penalized = log_probs[:, number] - diversity_penalty * taken[:, None]
+            parents = group.step(penalized, min(kept, penalized[0].numel()), stopping_criteria, divisor)
+            continues = ~group.done[:, None] & (group.scores > -torch.inf)
+            taken.scatter_add_(1, group.running[..., -1], continues.to(taken))
             sources.append(first_rows + number * width + parents)
         if all(group.done.all() for group in groups):
             return _best(groups, generation_config.num_return_sequences)[:, : input_ids.shape[1] + 1]
@@ -145,12 +147,12 @@ class _Group:
     """The beams of one group for all prompts.
 
     running [prompts, width, length] and their summed scores [prompts, width], best first; ended [prompts, width,
-    max_length], filled with the pad id, and their divided scores, -inf where none has ended yet; done [prompts].
+    max_length], padded with the pad id, and their divided scores, -inf where no beam has ended yet; done [prompts].
     """
 
     def __init__(self, prompts: torch.Tensor, config: GenerationConfig) -> None:
         self.running = prompts
-        # All beams of a prompt are the same still: one counts.
+        # At first all beams of a prompt are the same, so only one of them counts.
         self.scores = torch.full(prompts.shape[:2], -torch.inf, device=prompts.device)
         self.scores[:, 0] = 0
         self.pad = _pad_id(config)
@@ -161,7 +163,7 @@ class _Group:
     def step(
         self, log_probs: torch.Tensor, kept: int, stopping_criteria: StoppingCriteriaList, divisor: float
     ) -> torch.Tensor:
-        """Take one token per beam; returns [prompts, width], the beam each running one comes from."""
+        """Extend every beam by one token; returns [prompts, width], the beam from which each running one comes."""
         width, length = self.running.shape[1:]
         scores, places = (self.scores[..., None] + log_probs).flatten(1).topk(kept)
         parents, tokens = places // log_probs.shape[-1], places % log_probs.shape[-1]
@@ -178,25 +180,25 @@ class _Group:
         self.scores, order = scores.masked_fill(stops, -torch.inf).topk(width)
         self.running = _pick_many(texts, order)
         self.done |= self.scores[:, 0] / divisor <= self.ended_scores.amin(-1)
-        self.done |= self.scores[:, 0] == -torch.inf  # nothing goes on, even where a score is not a number
+        self.done |= self.scores[:, 0] == -torch.inf  # no beam is left, even where a score is NaN
         return parents.gather(1, order)
 
 
 def _best(groups: list[_Group], answers: int) -> torch.Tensor:
-    """[prompts * answers, max_length]: the best ended beams of all groups."""
+    """Return the best ended beams of all groups, [prompts * answers, max_length]."""
     scores = torch.cat([group.ended_scores for group in groups], dim=1)
     ended = torch.cat([group.ended for group in groups], dim=1)
     return _pick_many(ended, scores.topk(answers)[1]).flatten(0, 1)
 
 
 def _forward(model: PreTrainedModel, new_tokens: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
-    """One forward of [rows, 1] new tokens over the cache."""
+    """Run the model on [rows, 1] new tokens over the cache, and return its output."""
     inputs = model.prepare_inputs_for_generation(new_tokens, next_sequence_length=1, **model_kwargs)
     return model(**inputs, return_dict=True)
 
 
 def _reorder(model: PreTrainedModel, model_kwargs: dict[str, Any], rows: torch.Tensor) -> None:
-    """Let cache row i be what row `rows[i]` was; there may be more rows than before."""
+    """Make cache row i a copy of the former row `rows[i]`; the number of rows may change."""
     cache = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
     if not hasattr(cache, "reorder_cache"):
         raise UserError(
@@ -207,7 +209,7 @@ def _reorder(model: PreTrainedModel, model_kwargs: dict[str, Any], rows: torch.T
 
 
 def _repeated(model_kwargs: dict[str, Any], times: int) -> dict[str, Any]:
-    """Every tensor of the arguments so many times in a row; the cache is `_reorder`'s."""
+    """Return the arguments with every row of their tensors repeated; the cache is left to `_reorder`."""
     return {
         name: value.repeat_interleave(times, dim=0) if torch.is_tensor(value) else value
         for name, value in model_kwargs.items()
@@ -215,26 +217,27 @@ def _repeated(model_kwargs: dict[str, Any], times: int) -> dict[str, Any]:
 
 
 def _at_least_float(logits: torch.Tensor) -> torch.Tensor:
+    """Return half precision as float32, anything else unchanged."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _directions(hidden: torch.Tensor) -> torch.Tensor:
-    """Hidden states as vectors of length 1, for cosines."""
+    """Return hidden states as vectors of length 1, for cosines."""
     return F.normalize(_at_least_float(hidden), dim=-1)
 
 
 def _pick(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """[rows, choices, ...] and [rows] -> [rows, ...]."""
+    """Pick a choice per row: [rows, choices, ...] and [rows] -> [rows, ...]."""
     return values[torch.arange(len(values), device=values.device), chosen]
 
 
 def _pick_many(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """[rows, choices, ...] and [rows, n] -> [rows, n, ...]."""
+    """Pick n choices per row: [rows, choices, ...] and [rows, n] -> [rows, n, ...]."""
     return values[torch.arange(len(values), device=values.device)[:, None], chosen]
 
 
 def _pad_id(config: GenerationConfig) -> int:
-    """What ended rows are filled with."""
+    """Return the id that pads ended rows."""
     ends = config.eos_token_id
     first_end = ends[0] if isinstance(ends, list) else ends
     return next(token for token in (config.pad_token_id, first_end, 0) if token is not None)

@@ -1,4 +1,4 @@
-"""Steps that must not be taken: a loss or gradient that is not finite is skipped, named, and soon ends the run."""
+"""Count optimizer steps that were skipped for a non-finite loss or gradient; several in a row end the run."""
 
 import math
 
@@ -6,14 +6,15 @@ import deepspeed
 
 from utils.distributed.ranks import print_rank_0
 from utils.errors import UserError
+from utils.train.progress import Progress
 
 NAMED_SAMPLES = 16
 
 
-class BadSteps:
+class NonfiniteSteps:
     """Counts skipped steps.
 
-    fp16's overflows, where the loss itself is finite, are the loss scale finding its place as long as it falls.
+    An overflow of fp16 gradients with a finite loss is no fault while the loss scale is still falling.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, limit: int) -> None:
@@ -22,15 +23,27 @@ class BadSteps:
         self.overflows = 0
         self.overflowed_at: float | None = None  # the loss scale after the skipped step just before
 
+    def follow(self, progress: Progress, samples: list[int], last_checkpoint: str | None) -> None:
+        """Count the step just finished, if it was skipped. Every rank must call it after every step; see `check`."""
+        if self.engine.was_step_applied():
+            self.step_taken()
+        else:
+            self.check(progress.state.step, progress.losses.of_last_step(), samples, last_checkpoint)
+
+    def step_taken(self) -> None:
+        """Start counting anew: a step was applied."""
+        self.in_a_row = 0
+        self.overflowed_at = None
+
     def check(self, step: int, loss: float, samples: list[int], last_checkpoint: str | None) -> None:
-        """Say what is wrong with a step that was skipped. Every rank must call it for the same step.
+        """Print why a step was skipped. Every rank must call it for the same step.
 
         Args:
             loss: mean loss of the step over all ranks.
             samples: positions in the training data of the step's samples.
 
         Raises:
-            UserError: it is one of `limit` in a row.
+            UserError: it is the last of `limit` skipped steps in a row.
         """
         if self.engine.fp16_enabled() and math.isfinite(loss) and self._scale_falls():
             self.overflows += 1
@@ -57,12 +70,7 @@ class BadSteps:
     def _scale_falls(self) -> bool:
         """Whether the loss scale is lower than after the skipped step just before; True where there was none.
 
-        At its minimum ZeRO ends the run, but without ZeRO DeepSpeed goes on skipping every step.
+        At the minimum of the scale ZeRO ends the run; without ZeRO DeepSpeed keeps skipping every step.
         """
         before, self.overflowed_at = self.overflowed_at, self.engine.optimizer.loss_scale
         return before is None or self.overflowed_at < before
-
-    def good(self) -> None:
-        """A step was taken."""
-        self.in_a_row = 0
-        self.overflowed_at = None

@@ -1,15 +1,32 @@
-"""Perplexity over a whole evaluation set, each sample counted once, whatever the batch size and rank count."""
+"""Perplexity over the evaluation data: each sample counts once, whatever the batch size and the number of ranks."""
 
 import math
 from collections.abc import Callable, Iterable
 
 import torch
 
+from utils.data.batching.batches import Collate, eval_batches
+from utils.data.batching.sampler import micro_batches_per_epoch
+from utils.data.prompt_dataset import PromptDataset
 from utils.distributed.ranks import all_reduce_sum
 from utils.logging.console import phase
 from utils.machine.cpu_allocator import give_back_freed_memory
 from utils.machine.device import to_device
 from utils.module.fused_loss import summed_loss
+from utils.run_config import RunConfig
+
+
+def measure_perplexity(
+    engine: torch.nn.Module,
+    evaluation: PromptDataset,
+    collate: Collate,
+    config: RunConfig,
+    should_stop: Callable[[], bool],
+) -> tuple[float, float] | None:
+    """Return (perplexity, loss) of the model over the evaluation data, None when it was stopped; see `evaluate`."""
+    cut = config.eval_batches
+    count = micro_batches_per_epoch(len(evaluation), cut.micro_batch, 1, cut.ranks)
+    return evaluate(engine, eval_batches(evaluation, collate, cut), config.device, should_stop, count)
 
 
 def evaluate(
@@ -19,7 +36,7 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     count: int = 0,
 ) -> tuple[float, float] | None:
-    """(perplexity, loss): exp(total negative log-likelihood / total label tokens), and that mean itself.
+    """Return (perplexity, loss): exp(total negative log-likelihood / total label tokens), and that mean itself.
 
     Every rank must call it with the same number of batches. An empty set gives (nan, nan).
 

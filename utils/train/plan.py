@@ -1,81 +1,108 @@
-"""What will run: batches and steps."""
+"""The plan of a run: how many steps it has, what batches are counted in, and what is due after a step."""
 
 import math
-from argparse import Namespace
-from typing import Any, NamedTuple
-
-from deepspeed.accelerator import get_accelerator
+from dataclasses import replace
+from typing import NamedTuple
 
 from utils.data.batching.sampler import Units, epoch_units, micro_batches_per_epoch, steps_per_epoch
 from utils.data.prompt_dataset import PromptDataset
 from utils.distributed.ranks import print_rank_0
-from utils.run_config import data_ranks, parse_gpus, window_size
+from utils.run_config import BatchCut, RunConfig
 from utils.train.state import RunState
 
 TOKENS_AT_ONCE = 2048  # 25 MB in float32 where an MLP is 3,072 wide, 32 MB in 16 bits where it is 8,192
 
 
 class RunPlan(NamedTuple):
-    """How long a run is."""
+    """The length of a run."""
 
-    units: int | None  # per epoch; None where they are not known, of a stream
+    units: int | None  # samples, or packed rows, per epoch; None for a stream, whose length is unknown
     global_batch: int  # units per optimizer step, over all ranks and accumulation steps
     epochs: int
     steps: int  # all of them, those already done included
 
     def is_done(self, state: RunState) -> bool:
-        """No step is left."""
+        """Whether no step is left."""
         return state.step >= self.steps
 
 
-def units_of_epoch(args: Namespace, train_data: PromptDataset, epoch: int) -> Units:
-    """What batches are counted in, in the epoch's (or window's) order: samples, or with packing rows of samples."""
-    row_length = args.max_seq_len if args.packing else None
-    return epoch_units(train_data.lengths(), train_data.label_counts(), args.seed, epoch, row_length)
+def fit_micro_batches(config: RunConfig, train_data: PromptDataset) -> BatchCut:
+    """Return the cut of batches to run: on a CPU without ZeRO, micro batches of at most 2,048 tokens on average.
+
+    More and smaller micro batches make the same optimizer steps. The activations of larger ones are blocks above 32 MB,
+    which the C library maps anew each time (`machine/cpu_allocator.py`), and 2,048 tokens keep a CPU as busy as more do
+    (`benchmarks/RESULTS.md`), in less memory. In 16 bits gradients are added up in 16 bits, as by any accumulation.
+    Batches stay as asked where ranks share gradients (each micro batch would send its own) and where they are padded
+    (another sample would be the longest of its batch).
+    """
+    asked = config.batches.micro_batch
+    is_cpu_run = config.device.type == "cpu" and config.gpus is None
+    if not is_cpu_run or config.layout != "free" or config.zero_stage > 0 or len(train_data) == 0:
+        return config.batches
+    micro = cpu_micro_batch(asked, config.row_length or float(train_data.lengths().mean()))
+    if micro == asked:
+        return config.batches
+    unit = "packed rows" if config.packing else "samples"
+    print_rank_0(
+        f"Micro batches: {asked} {unit} as {asked // micro} x {micro}, the same optimizer step "
+        "(a CPU is as fast so, in less memory)"
+    )
+    return replace(config.batches, micro_batch=micro, accumulation=config.batches.accumulation * (asked // micro))
 
 
-def units_in_use(args: Namespace, train_data: PromptDataset, state: RunState) -> Units:
-    """The units of the epoch, or of the window of a stream, that the run stands in."""
+def cpu_micro_batch(asked: int, tokens: float) -> int:
+    """Return the largest divisor of `asked` samples of so many tokens each that makes at most 2,048 tokens, or 1."""
+    fitting = (size for size in range(1, asked + 1) if asked % size == 0 and size * tokens <= TOKENS_AT_ONCE)
+    return max(fitting, default=1)
+
+
+def units_of_epoch(config: RunConfig, train_data: PromptDataset, epoch: int) -> Units:
+    """Return what batches are counted in, in the order of the epoch (or window): samples, or packed rows of samples."""
+    return epoch_units(train_data.lengths(), train_data.label_counts(), config.args.seed, epoch, config.row_length)
+
+
+def units_in_use(config: RunConfig, train_data: PromptDataset, state: RunState) -> Units:
+    """Return the units of the epoch, or of the window of a stream, that the run is in."""
     state.stream = train_data.follow(state.stream)
-    return units_of_epoch(args, train_data, state.epoch if state.stream is None else state.stream["window"] + 1)
+    return units_of_epoch(config, train_data, state.epoch if state.stream is None else state.stream["window"] + 1)
 
 
-def micro_batches_of_epoch(args: Namespace, plan: RunPlan, units: Units) -> int:
-    """Micro batches each rank runs in an epoch, which is the whole run of a stream."""
-    accumulation = args.gradient_accumulation_steps
+def micro_batches_of_epoch(plan: RunPlan, cut: BatchCut, units: Units) -> int:
+    """Count the micro batches each rank runs in an epoch, which is the whole run of a stream."""
     if plan.units is None:
-        return plan.steps * accumulation
-    return micro_batches_per_epoch(len(units.tokens), args.per_device_train_batch_size, accumulation, data_ranks(args))
+        return plan.steps * cut.accumulation
+    return micro_batches_per_epoch(len(units.tokens), cut.micro_batch, cut.accumulation, cut.ranks)
 
 
-def print_plan(args: Namespace, train_data: PromptDataset, state: RunState) -> RunPlan:
-    """Say what will run."""
-    micro, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, data_ranks(args)
-    units = units_of_epoch(args, train_data, epoch=1)
+def make_plan(config: RunConfig, train_data: PromptDataset, state: RunState) -> RunPlan:
+    """Plan the run from `state` on, and print the plan."""
+    args, cut = config.args, config.batches
+    units = units_of_epoch(config, train_data, epoch=1)
     count = len(units.tokens)
-    known = None if args.streaming else count
-    plan = plan_run(known, micro * accumulation * ranks, args.num_train_epochs, args.max_steps, state)
-    whole = " (the first window)" if args.streaming else ""
-    if args.packing:
+    known = None if config.is_streaming else count
+    plan = plan_run(known, cut.global_batch, args.num_train_epochs, args.max_steps, state)
+    if config.packing:
+        whole = " (the first window)" if config.is_streaming else ""
         print_rank_0(
             f"Packing: {len(train_data)} samples{whole} in {count} rows of {args.max_seq_len}, "
             f"{units.tokens.sum() / (count * args.max_seq_len):.1%} full; a step holds "
-            f"{micro * accumulation * ranks * len(train_data) / count:.1f} samples on average"
+            f"{cut.global_batch * len(train_data) / count:.1f} samples on average"
         )
-    unit = "rows" if args.packing else "samples"
+    unit = "rows" if config.packing else "samples"
     what, portion = f"= {plan.epochs} epoch(s) of {count} {unit}", "an epoch"
-    if args.streaming:
-        what, portion = f"over a stream in windows of {window_size(args)} samples, each shuffled,", "a window"
+    if config.is_streaming:
+        what, portion = f"over a stream in windows of {config.window_size} samples, each shuffled,", "a window"
+    group = args.sequence_parallel_size
     print_rank_0(
-        f"Plan: {plan.steps} optimizer steps {what} in steps of {micro} x {accumulation} accumulation x {ranks} "
-        f"{'rank(s)' if args.sequence_parallel_size == 1 else f'group(s) of {args.sequence_parallel_size} ranks'}; "
+        f"Plan: {plan.steps} optimizer steps {what} in steps of {cut.micro_batch} x {cut.accumulation} accumulation x "
+        f"{cut.ranks} {'rank(s)' if group == 1 else f'group(s) of {group} ranks'}; "
         f"{portion}'s last step takes what is left"
     )
     return plan
 
 
 def plan_run(units: int | None, global_batch: int, epochs: int, max_steps: int | None, state: RunState) -> RunPlan:
-    """The plan of a run that stands at `state`; `max_steps` replaces the number of epochs, as in transformers.
+    """Return the plan of a run that is at `state`; `max_steps` replaces the number of epochs, as in transformers.
 
     A stream (`units` None) is one epoch of `max_steps`.
     """
@@ -91,41 +118,13 @@ def plan_run(units: int | None, global_batch: int, epochs: int, max_steps: int |
 
 
 def is_evaluation_due(state: RunState, plan: RunPlan, eval_steps: int | None) -> bool:
-    """After this step: at the end of an epoch and of the run, and every `eval_steps`."""
+    """Whether to evaluate after this step: at the end of an epoch and of the run, and every `eval_steps`."""
     every = eval_steps is not None and state.step % eval_steps == 0
     return state.is_between_epochs or plan.is_done(state) or every
 
 
 def is_checkpoint_due(state: RunState, strategy: str, save_steps: int | None) -> bool:
-    """After this step: every `save_steps` ("steps"), at the end of an epoch ("epoch"), or never ("no")."""
+    """Whether to save after this step: every `save_steps` ("steps"), at the end of an epoch ("epoch"), never ("no")."""
     if strategy == "epoch":
         return state.is_between_epochs
     return strategy == "steps" and state.step % save_steps == 0
-
-
-def cut_micro_batches(args: Namespace, ds_config: dict[str, Any], train_data: PromptDataset) -> None:
-    """On a CPU without ZeRO, run micro batches of 2,048 tokens on average at most, and more of them: the same steps.
-
-    The activations of larger ones are blocks above 32 MB, which are mapped anew each time (`host_memory`), and so few
-    tokens keep a CPU as busy as more do (`benchmarks/RESULTS.md`), in less memory. In 16 bits gradients are added up in
-    16 bits, as by any accumulation. Where ranks share gradients each micro batch would send its own, and padded batches
-    stay as they were asked for: what is longest in them would change. `args` and `ds_config` are set to what is run.
-    """
-    asked = args.per_device_train_batch_size
-    on_cpu = get_accelerator().device_name() == "cpu" and parse_gpus(args.dry_run) is None
-    if not on_cpu or args.padding != "free" or args.zero_stage > 0 or len(train_data) == 0:
-        return
-    each = args.max_seq_len if args.packing else float(train_data.lengths().mean())
-    micro = max(
-        (size for size in range(1, asked + 1) if asked % size == 0 and size * each <= TOKENS_AT_ONCE), default=1
-    )
-    if micro == asked:
-        return
-    args.per_device_train_batch_size = ds_config["train_micro_batch_size_per_gpu"] = micro
-    args.gradient_accumulation_steps *= asked // micro
-    ds_config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-    unit = "packed rows" if args.packing else "samples"
-    print_rank_0(
-        f"Micro batches: {asked} {unit} as {asked // micro} x {micro}, the same optimizer step "
-        "(a CPU is as fast so, in less memory)"
-    )

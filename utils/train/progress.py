@@ -1,7 +1,7 @@
-"""What a run says about its training steps, live or in lines, and the records they leave."""
+"""Progress of training: the figures of its steps, printed live or in lines, and recorded in metrics.jsonl."""
 
+import math
 import time
-from argparse import Namespace
 
 import deepspeed
 import torch
@@ -10,13 +10,26 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
 from utils.data.batching.batches import TrainBatch
-from utils.distributed.ranks import all_reduce_sum, global_rank, print_rank_0, world_size
-from utils.logging.console import advance_run_bar, has_live_line, is_narrow, open_run_bar, say, show_figures
+from utils.data.batching.sampler import StepSize
+from utils.distributed.ranks import all_reduce_sum, is_rank_0, print_rank_0, world_size
+from utils.logging.console import (
+    advance_run_bar,
+    close_run_bar,
+    has_live_line,
+    is_narrow,
+    open_run_bar,
+    say,
+    show_figures,
+)
+from utils.logging.loss_curve import draw_losses
 from utils.logging.metrics_file import MetricsFile
 from utils.logging.trackers import send_record
 from utils.machine.device import device_label, peak_memory_gb
-from utils.perf import Throughput, measure_throughput, throughput_line
+from utils.module.attention import clear_documents
+from utils.perf import Throughput, Work, measure_throughput, throughput_line
+from utils.run_config import RunConfig
 from utils.train.plan import RunPlan
+from utils.train.state import RunState
 
 
 class Progress:
@@ -25,71 +38,72 @@ class Progress:
     def __init__(
         self,
         engine: deepspeed.DeepSpeedEngine,
-        args: Namespace,
-        device: torch.device,
-        metrics: MetricsFile,
+        config: RunConfig,
         plan: RunPlan,
-        first_step: int = 0,
+        state: RunState,
     ) -> None:
-        """`first_step`: optimizer steps already taken, by the run this one goes on from."""
-        self.plan = plan
-        self.engine, self.args, self.metrics, self.device = engine, args, metrics, device
+        """Follow `state`, the position of the run, which its owner advances after every optimizer step."""
+        self.engine, self.plan, self.state = engine, plan, state
+        self.args, self.device = config.args, config.device
+        self.metrics = MetricsFile(config.args.output_dir, is_rank_0(), state.metrics_bytes)
         self.device_name = device_label()
-        self.losses = StepLosses(device)
-        self.epoch = 0
-        self.step = first_step
+        self.losses = StepLosses(config.device)
+        self.announced_epoch = 0
         # Of the steps since the losses were last collected: learning rate, and the gradient norm as DeepSpeed has it.
         self.rates: list[float] = []
         self.norms: list[torch.Tensor | float | None] = []
         self.last: dict[str, float | None] = {}  # the record of the step collected last
         self.restart_clock()
-        open_run_bar(plan.steps, first_step)
+        open_run_bar(plan.steps, state.step)
 
-    def start_epoch(self, epoch: int, micro_batches: int) -> None:
-        """Announce an epoch, counted from 1; the windows of a stream are one."""
-        if epoch != self.epoch:
-            print_rank_0(f"Beginning of Epoch {epoch}/{self.plan.epochs}, Total Micro Batches {micro_batches}")
+    def start_epoch(self, micro_batches: int) -> None:
+        """Print the beginning of an epoch, counted from 1; all windows of a stream are one epoch."""
+        if self.state.epoch != self.announced_epoch:
+            print_rank_0(
+                f"Beginning of Epoch {self.state.epoch}/{self.plan.epochs}, Total Micro Batches {micro_batches}"
+            )
             self.restart_clock()
-        self.epoch = epoch
+        self.announced_epoch = self.state.epoch
 
-    def add(self, loss: torch.Tensor, micro: TrainBatch) -> None:
-        """One micro batch is through; `loss` is its summed loss."""
-        self.losses.add(loss, micro.weight > 0)
-        self.slots += micro.tensors["input_ids"].numel() if micro.weight > 0 else 0
-        if not micro.is_last:
-            return
-        self.losses.finish_step(micro.step.label_tokens)
+    def add_micro_batch(self, loss: torch.Tensor, batch: TrainBatch) -> None:
+        """Note the summed loss of a micro batch without reading it, so the device is not synchronized."""
+        self.losses.add(loss, batch.weight > 0)
+        self.slots += batch.tensors["input_ids"].numel() if batch.weight > 0 else 0
+
+    def finish_step(self, step: StepSize) -> None:
+        """Note an optimizer step, once the run's state has advanced; report it where `--logging_steps` says so."""
+        self.losses.finish_step(step.label_tokens)
         self.rates.append(self.engine.get_lr()[0])
-        # A step that was skipped has no norm: what the engine holds may be that of another step.
+        # A skipped step has no norm: the engine may still hold that of another step.
         self.norms.append(self.engine.get_global_grad_norm() if self.engine.was_step_applied() else None)
-        self.step += 1
         self.steps += 1
-        self.tokens += micro.step.tokens
-        self.samples += micro.step.samples
-        advance_run_bar(self.epoch, self.plan.epochs)
+        self.tokens += step.tokens
+        self.samples += step.samples
+        advance_run_bar(self.state.epochs_begun, self.plan.epochs)
         if self.args.print_loss:
             self.record_losses()
-        if self.step % self.args.logging_steps == 0:
+        if self.state.step % self.args.logging_steps == 0:
             self.report()
 
     def report(self) -> None:
-        """Record what is outstanding and say how the steps since the last report went. Every rank must call it."""
+        """Record and print the figures of the steps since the last report. Every rank must call it."""
         self.record_losses()
         if self.samples:
             get_accelerator().synchronize()
             seconds = time.perf_counter() - self.start
+            work = Work(self.tokens, self.samples, seconds)
             rates = measure_throughput(
-                self.engine.module, self.args, seconds, tokens=self.tokens, samples=self.samples,
-                world_size=world_size(), device_name=self.device_name,
+                self.engine.module, self.args.gradient_checkpointing, work, world_size=world_size(),
+                device_name=self.device_name,
             )  # fmt: skip
             padding = 1 - self.tokens / all_reduce_sum([self.slots], self.device)[0]
             memory = peak_memory_gb(self.device)
             self.record(
-                epoch=self.epoch, step=self.step, tokens_per_second=rates.tokens_per_second,
+                epoch=self.state.epochs_begun, step=self.state.step, tokens_per_second=rates.tokens_per_second,
                 samples_per_second=rates.samples_per_second, tflops_per_device=rates.tflops,
                 peak_share=rates.peak_share, padding_share=padding, memory_gb=memory, seconds=seconds,
             )  # fmt: skip
-            if global_rank() == 0:
+            if is_rank_0():
                 self._show(rates, padding, memory, seconds)
         self.restart_clock()
 
@@ -97,6 +111,9 @@ class Progress:
         loss, rate, norm = (self.last[name] for name in ("loss", "learning_rate", "grad_norm"))
         peak = "?" if rates.peak_share is None else f"{rates.peak_share:.0%}"
         speed = rates.tokens_per_second
+        throughput = throughput_line(rates, world_size(), self.device_name)
+        if has_live_line():
+            say(throughput)
         if has_live_line() and is_narrow():
             norm_words = "skipped" if norm is None else f"{norm:.2g}"
             show_figures(
@@ -109,24 +126,34 @@ class Progress:
                 f"pad {padding:.1%}, peak {peak}, {memory:.1f} GB"
             )
         else:
-            left = (self.plan.steps - self.step) * seconds / self.steps
+            state, plan = self.state, self.plan
+            left = (plan.steps - state.step) * seconds / self.steps
             say(
-                f"Step {self.step}/{self.plan.steps}, epoch {self.epoch}/{self.plan.epochs}: loss {loss:.4f}, learning "
+                f"Step {state.step}/{plan.steps}, epoch {state.epochs_begun}/{plan.epochs}: loss {loss:.4f}, learning "
                 f"rate {rate:.2e}, gradient norm {_short(norm)}, padding {padding:.1%}, memory {memory:.2f} GB, "
-                f"{_clock(left)} left"
+                f"{_clock(left)} left. {throughput}"
             )
-        say(throughput_line(rates, world_size(), self.device_name))
+
+    def begin_evaluation(self) -> None:
+        """Print that perplexity is measured."""
+        print_rank_0(f"***** Evaluating perplexity, Epoch {self.state.epochs_begun}/{self.plan.epochs} *****")
+
+    def end_evaluation(self, perplexity: float, loss: float) -> None:
+        """Print and record what was measured; nan where there is no evaluation data."""
+        measured = f"ppl: {perplexity}, loss: {loss}"
+        print_rank_0("no evaluation data: no perplexity" if math.isnan(loss) else measured)
+        self.record(epoch=self.state.epochs_begun, step=self.state.step, eval_loss=loss, perplexity=perplexity)
 
     def record_losses(self) -> None:
-        """Bring over and write the figures of all steps so far. Every rank must call it."""
+        """Read the figures of all steps so far from the device and write them. Every rank must call it."""
         recent = self.losses.collect()
-        first = self.step - len(recent) + 1
+        epoch, first = self.state.epochs_begun, self.state.step - len(recent) + 1
         for number, (loss, rate, norm) in enumerate(zip(recent, self.rates, self.norms, strict=True), first):
             norm = None if norm is None else float(norm)
             self.last = {"loss": loss, "learning_rate": rate, "grad_norm": norm}
-            self.record(epoch=self.epoch, step=number, **self.last)
+            self.record(epoch=epoch, step=number, **self.last)
             if self.args.print_loss:
-                print_rank_0(f"Epoch: {self.epoch}, Step: {number}, loss = {loss}")
+                print_rank_0(f"Epoch: {epoch}, Step: {number}, loss = {loss}")
         self.rates, self.norms = [], []
 
     def record(self, **record: float | None) -> None:
@@ -134,8 +161,15 @@ class Progress:
         self.metrics.write(**record)
         send_record(self.engine, record)
 
+    def close(self) -> None:
+        """End the live line and the row layout of the last batch, and draw the loss curve."""
+        close_run_bar()
+        clear_documents()
+        if self.args.output_dir is not None and is_rank_0():
+            print_rank_0(f"Loss curve: {draw_losses(self.args.output_dir)}")
+
     def restart_clock(self) -> None:
-        """What comes now is measured anew: what was done since the last report (evaluating) is no training."""
+        """Start measuring anew: evaluating and saving are no part of the training speed."""
         self.tokens, self.samples, self.steps, self.slots = 0, 0, 0, 0
         self.start = time.perf_counter()
 
@@ -150,7 +184,7 @@ def _clock(seconds: float) -> str:
 
 
 class StepLosses:
-    """Collects the loss of optimizer steps on the device and brings them over in one go when asked."""
+    """Collects the losses of optimizer steps on the device and reads them all at once when asked."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -165,14 +199,14 @@ class StepLosses:
             self.current = self.current + summed_loss.detach()
 
     def finish_step(self, step_label_tokens: int) -> None:
-        """The step is complete; it had so many label tokens over all ranks."""
+        """Complete the step, which had so many label tokens over all ranks."""
         self.sums.append(self.current)
         self.tokens.append(step_label_tokens)
         self.last = self.current, step_label_tokens
         self.current = torch.zeros((), device=self.device)
 
     def collect(self) -> list[float]:
-        """Mean loss per label token of every step since the last call. Every rank must call it."""
+        """Return the mean loss per label token of every step since the last call. Every rank must call it."""
         if not self.sums:
             return []
         sums = torch.stack(self.sums)
@@ -183,7 +217,7 @@ class StepLosses:
         return losses
 
     def of_last_step(self) -> float:
-        """Mean loss per label token of the step just finished. Waits for the device; every rank must call it."""
+        """Return the mean loss per label token of the last step. Waits for the device; every rank must call it."""
         total = self.last[0].detach().clone()
         if dist.is_initialized():
             dist.all_reduce(total)

@@ -1,11 +1,10 @@
-"""`{output_dir}/run.json`: what a run was given, on what it ran, and how it ended."""
+"""`{output_dir}/run.json`: the arguments and decisions of a run, its machine, and how it ended."""
 
 import json
 import os
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -18,14 +17,17 @@ import torch
 import transformers
 
 from utils.data.prompt_dataset import PromptDataset
-from utils.distributed.ranks import global_rank, world_size
+from utils.data.training_data import TrainingData
+from utils.distributed.failures import Interrupted
+from utils.distributed.ranks import is_rank_0, world_size
 from utils.errors import UserError
+from utils.files import write_json
 from utils.logging.metrics_file import METRICS_FILE, curve, read_metrics
 from utils.machine.device import device_label, peak_memory_gb
 from utils.model.model_utils import count_parameters
+from utils.run_config import RunConfig
 from utils.train.plan import RunPlan
 from utils.train.state import RunState
-from utils.train.stop_request import Interrupted
 
 RUN_FILE = "run.json"
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,32 +35,29 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @contextmanager
 def recorded_run(
-    engine: deepspeed.DeepSpeedEngine,
-    args: Namespace,
-    train_data: PromptDataset,
-    eval_data: PromptDataset,
-    plan: RunPlan,
-    state: RunState,
+    engine: deepspeed.DeepSpeedEngine, config: RunConfig, data: TrainingData, state: RunState, plan: RunPlan
 ) -> Iterator[None]:
-    """Write run.json at the start of what is within, and again at its end, however it ends.
+    """Write run.json at the start of the block, and again at its end, however it ends.
 
-    A run that goes on adds to the `starts` of the one before; a killed one stays "running".
+    A resumed run adds to the `starts` of the run before; a killed one stays "running".
     """
-    if args.output_dir is None or global_rank() != 0:
+    output_dir = config.args.output_dir
+    if output_dir is None or not is_rank_0():
         yield
         return
     began = time.perf_counter()
     start = describe_start(engine, state)
     run = {
         "status": "running",
-        "arguments": plain_arguments(args),
+        "arguments": config.plain_arguments,
+        "decisions": config.decisions,
         "data": {
-            "cache": cache_folder(train_data), "train": data_sizes(train_data), "eval": data_sizes(eval_data)
+            "cache": cache_folder(data.train), "train": data_sizes(data.train), "eval": data_sizes(data.evaluation),
         },
         "plan": {"steps": plan.steps, "epochs": plan.epochs, "samples_or_rows_per_step": plan.global_batch},
-        "starts": [*(earlier_starts(args.output_dir) if state.step else []), start],
+        "starts": [*(earlier_starts(output_dir) if state.step else []), start],
     }  # fmt: skip
-    write_run_file(args.output_dir, run)
+    write_run_file(output_dir, run)
 
     def end(status: str, reason: str | None = None) -> None:
         start["seconds"] = round(time.perf_counter() - began, 3)
@@ -67,20 +66,20 @@ def recorded_run(
         start["peak_memory_gb"] = round(peak_memory_gb(engine.device), 3)
         if reason:
             start["reason"] = reason
-        run["result"] = final_figures(args.output_dir)
-        write_run_file(args.output_dir, run)
+        run["result"] = final_figures(output_dir)
+        write_run_file(output_dir, run)
 
     try:
         yield
     except BaseException as err:
-        with suppress(UserError, OSError, ValueError):  # what ended the run is what is to be heard of
+        with suppress(UserError, OSError, ValueError):  # the error that ended the run is the one to report
             end("interrupted" if isinstance(err, (Interrupted, KeyboardInterrupt)) else "failed", str(err))
         raise
     end("finished" if plan.is_done(state) else "early stop")
 
 
 def describe_start(engine: deepspeed.DeepSpeedEngine, state: RunState) -> dict[str, Any]:
-    """One start of the program: when, how, on what."""
+    """Describe one start of the program: time, command, device, versions."""
     modules = (torch, transformers, deepspeed, datasets)
     parameters, trained_parameters = count_parameters(engine.module)
     return {
@@ -98,7 +97,7 @@ def describe_start(engine: deepspeed.DeepSpeedEngine, state: RunState) -> dict[s
 
 
 def git_commit() -> str | None:
-    """The commit this code is at, with "+changes" where files differ from it; None outside a checkout of it."""
+    """Return the commit of this code, with "+changes" where files differ from it; None outside a checkout of it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -113,13 +112,13 @@ def git_commit() -> str | None:
 
 
 def cache_folder(data: PromptDataset) -> str | None:
-    """The folder of the tokenised data; its name is its key."""
+    """Return the folder of the tokenized-data cache; its name is its key."""
     files = data.table.cache_files
     return os.path.dirname(os.path.dirname(files[0]["filename"])) if files else None
 
 
 def data_sizes(data: PromptDataset) -> dict[str, int]:
-    """Samples, their tokens, and how many of those are labels."""
+    """Count samples, their tokens, and the label tokens among them."""
     if len(data) == 0:
         return {"samples": 0, "tokens": 0, "label_tokens": 0}
     return {
@@ -128,7 +127,7 @@ def data_sizes(data: PromptDataset) -> dict[str, int]:
 
 
 def final_figures(output_dir: str) -> dict[str, float]:
-    """What metrics.jsonl ends with: the last loss, and the perplexity before training, the last and the lowest."""
+    """Return the last loss of metrics.jsonl, and the perplexity before training, the last and the lowest."""
     if not os.path.isfile(os.path.join(output_dir, METRICS_FILE)):
         return {}
     records = read_metrics(output_dir)
@@ -147,7 +146,7 @@ def final_figures(output_dir: str) -> dict[str, float]:
 
 
 def earlier_starts(output_dir: str) -> list[dict[str, Any]]:
-    """The starts of the run this one goes on from; none where its file is missing or unreadable."""
+    """Return the starts of the run that is resumed; none where its file is missing or unreadable."""
     try:
         with open(os.path.join(output_dir, RUN_FILE), encoding="utf-8") as file:
             return list(json.load(file)["starts"])
@@ -158,19 +157,7 @@ def earlier_starts(output_dir: str) -> list[dict[str, Any]]:
 def write_run_file(output_dir: str, run: dict[str, Any]) -> None:
     """Write run.json, whole or not at all; UserError when it can't be written."""
     path = os.path.join(output_dir, RUN_FILE)
-    work = f"{path}.incomplete"
     try:
-        os.makedirs(output_dir, exist_ok=True)
-        with open(work, "w", encoding="utf-8") as file:
-            json.dump(run, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-        os.replace(work, path)
+        write_json(path, run)
     except OSError as err:
         raise UserError(f"{path} can't be written ({err}): is the disk full, or the folder gone?") from err
-
-
-def plain_arguments(args: Namespace) -> dict[str, Any]:
-    """Every argument as a JSON file holds it."""
-    values = {key: getattr(value, "value", value) for key, value in vars(args).items()}
-    plain = (str, int, float, bool, list, type(None))
-    return {key: value if isinstance(value, plain) else str(value) for key, value in values.items()}

@@ -1,4 +1,4 @@
-"""Where a run is in its data and schedule, and what is due after a step: plain numbers, saved in every checkpoint."""
+"""The position of a run in its data and schedule: plain numbers, saved in every checkpoint."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -26,16 +26,16 @@ class RunState:
 
     @property
     def epochs_begun(self) -> int:
-        """What the position is called in "Epoch e/n": the epoch in progress or, between two, the one just done."""
+        """Return e of "Epoch e/n": the epoch in progress or, between two epochs, the one just done."""
         return self.epoch - (self.is_between_epochs or self.step == 0)
 
     @property
     def is_between_epochs(self) -> bool:
-        """An epoch is to begin; a stream has none, it ends with the run."""
+        """Whether an epoch is about to begin; never in a stream, which is one epoch."""
         return self.units_done == 0 and self.stream is None
 
     def advance(self, units: int, units_in_all: int, next_window: dict[str, Any] | None = None) -> None:
-        """An optimizer step is done over so many of the epoch's units, or of the window's with a `next_window`."""
+        """Advance by an optimizer step over so many units of the epoch, or of the window before `next_window`."""
         self.step += 1
         self.units_done += units
         if self.units_done >= units_in_all:
@@ -55,10 +55,10 @@ class RunState:
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON file; an infinite loss becomes null."""
+        """Return plain values for a JSON file; an infinite loss becomes null."""
         return {key: None if value == math.inf else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunState":
-        """The state `to_dict` wrote."""
+        """Return the state that `to_dict` wrote."""
         return cls(**{**values, "best_loss": math.inf if values["best_loss"] is None else values["best_loss"]})

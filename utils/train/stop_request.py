@@ -1,4 +1,4 @@
-"""Being asked to stop: signals are noted, and all ranks agree on the step after which they stop."""
+"""Stop a run on a signal: signals are noted, and all ranks agree on the step after which they stop."""
 
 import os
 import signal
@@ -9,14 +9,9 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-# "Try again later" (EX_TEMPFAIL of sysexits.h): the run stopped as asked and can go on; 1 and 2 are failures.
-EXIT_INTERRUPTED = 75
-EXIT_BY_SIGINT = 130
+from utils.distributed.ranks import is_rank_0
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-class Interrupted(Exception):
-    """The run has stopped as asked, between two steps; the message says where it can go on from."""
 
 
 class StopRequest:
@@ -43,7 +38,7 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGINT)
         if self.received is None:
             self.received = signal.Signals(number).name
-            if not dist.is_initialized() or dist.get_rank() == 0:
+            if is_rank_0():
                 # Not print: the signal may have come in the middle of one.
                 what = "the training is done, saving goes on" if self._over else "stopping after this step"
                 os.write(sys.stdout.fileno(), f"\n{self.received}: {what} ...\n".encode())
@@ -70,6 +65,6 @@ class StopRequest:
         return bool(flag.item())
 
     def close(self) -> None:
-        """The training is over: a signal that comes now must not cut the saving short."""
+        """End the requests: a signal that arrives after the training does not interrupt saving."""
         self._collect()
         self._over = True

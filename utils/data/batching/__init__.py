@@ -1,1 +1,1 @@
-"""Form micro batches: order and sampling, packing, collating."""
+"""Forms micro batches: order and sampling, packing, collating."""

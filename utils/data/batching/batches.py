@@ -1,32 +1,37 @@
-"""Batches of a data set: the planned micro batches, read ahead and laid out as the run asks."""
+"""Batches of a data set: the planned micro batches, read ahead and laid out in the run's padding."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
 from utils.data.batching.collate import collate_free, collate_padded, collate_slice
 from utils.data.batching.sampler import MicroBatch, StepSize, Units, plan_micro_batches, step_sizes
-from utils.data.prompt_dataset import PromptDataset
+
+if TYPE_CHECKING:
+    from utils.data.prompt_dataset import PromptDataset
+    from utils.run_config import BatchCut
 
 Collate = Callable[[Sequence[dict[str, torch.Tensor]]], dict[str, Any]]
 
 
 class TrainBatch(NamedTuple):
-    """One micro batch of this rank and what it counts for."""
+    """One micro batch of this rank, and its weight in the optimizer step."""
 
     tensors: dict[str, Any]
-    weight: float  # makes DeepSpeed's averages the mean over the step's label tokens; 0 for a stand-in
-    is_last: bool  # the optimizer steps after this one
+    weight: float  # makes DeepSpeed's averages the mean over the step's label tokens; 0 for a dummy batch
+    is_last: bool  # the optimizer steps after this micro batch
     step: StepSize
 
 
 def collate_for(padding: str, pad_token_id: int, max_seq_len: int, part: tuple[int, int] = (0, 1)) -> Collate:
-    """How samples become a batch: "free" (one row, no padding), "longest" or "max_length".
+    """Return the function that makes a batch of samples.
 
-    `part` (k, N): this rank gets part k of N of every row ("free" only).
+    Args:
+        padding: "free" (samples end to end in one row), "longest" (padded to the longest) or "max_length".
+        part: (k, N), "free" only: this rank gets part k of N of every row.
     """
     if padding == "free":
         return collate_free if part[1] == 1 else partial(collate_slice, part=part)
@@ -34,59 +39,44 @@ def collate_for(padding: str, pad_token_id: int, max_seq_len: int, part: tuple[i
 
 
 def load_batches(
-    dataset: PromptDataset, plans: list[MicroBatch], collate: Collate, on_cpu: bool
+    dataset: "PromptDataset", plans: list[MicroBatch], collate: Collate, on_cpu: bool
 ) -> Iterator[dict[str, Any]]:
-    """Read and collate the planned micro batches: ahead, in a process of its own, where a GPU does the training.
+    """Return an iterator over the planned micro batches, collated.
 
-    On a CPU another process would take time from the training itself.
+    Where a GPU trains, a worker process reads ahead; on a CPU it would take time from the training.
     """
     workers = 0 if on_cpu or not plans else 1
     return iter(
         DataLoader(
             dataset, batch_sampler=[plan.indices for plan in plans], collate_fn=collate, num_workers=workers,
             prefetch_factor=4 if workers else None, pin_memory=not on_cpu,
-            # Of its own, so that starting to read takes nothing from the random numbers of the training.
+            # A generator of its own, so that reading does not advance the random numbers of the training.
             generator=torch.Generator(),
         )
     )  # fmt: skip
 
 
-def train_batches(
-    dataset: PromptDataset,
-    units: Units,
-    collate: Collate,
-    micro_batch: int,
-    accumulation: int,
-    world_size: int,
-    rank: int,
-    on_cpu: bool = True,
-    averaged_over: int | None = None,
-) -> Iterator[TrainBatch]:
-    """This rank's micro batches of one epoch over `units`.
-
-    Args:
-        world_size: data parallel ranks, of which this is number `rank`; those that share rows count as one.
-        averaged_over: what DeepSpeed divides the ranks' summed gradients by, where that is another number.
-    """
-    plans = list(plan_micro_batches(units, micro_batch, accumulation, world_size, rank))
-    steps = step_sizes(units, micro_batch * accumulation * world_size)
-    for plan, tensors in zip(plans, load_batches(dataset, plans, collate, on_cpu), strict=True):
+def train_batches(dataset: "PromptDataset", units: Units, collate: Collate, cut: "BatchCut") -> Iterator[TrainBatch]:
+    """Yield this rank's micro batches of one pass over `units`."""
+    plans = list(plan_micro_batches(units, cut.micro_batch, cut.accumulation, cut.ranks, cut.rank))
+    steps = step_sizes(units, cut.micro_batch * cut.accumulation * cut.ranks)
+    for plan, tensors in zip(plans, load_batches(dataset, plans, collate, cut.on_cpu), strict=True):
         step = steps[plan.step]
-        # DeepSpeed divides by the accumulation steps and averages over the ranks: undone here.
-        weight = accumulation * (averaged_over or world_size) / step.label_tokens if plan.counts else 0.0
+        # DeepSpeed divides by the accumulation steps and averages over the ranks; this weight undoes both.
+        divisor = cut.accumulation * (cut.averaged_over or cut.ranks)
+        weight = divisor / step.label_tokens if plan.counts else 0.0
         yield TrainBatch(tensors, weight, plan.is_last, step)
 
 
-def eval_batches(
-    dataset: PromptDataset, collate: Collate, micro_batch: int, world_size: int, rank: int, on_cpu: bool = True
-) -> Iterator[tuple[dict[str, Any], bool]]:
-    """This rank's evaluation batches and whether they count (a stand-in on a rank without samples does not).
+def eval_batches(dataset: "PromptDataset", collate: Collate, cut: "BatchCut") -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yield this rank's evaluation batches of `cut.micro_batch` samples, and whether each counts.
 
-    Samples of like length go together: a sum over the whole set does not depend on its order.
+    A dummy batch, for a rank without samples, does not count. Samples of similar length are batched together: a sum
+    over the whole set does not depend on the order.
     """
     lengths = dataset.lengths()
     order = (-lengths).argsort(kind="stable")
     units = Units(order, order, lengths[order], lengths[order])
-    plans = list(plan_micro_batches(units, micro_batch, 1, world_size, rank))
-    for plan, tensors in zip(plans, load_batches(dataset, plans, collate, on_cpu), strict=True):
+    plans = list(plan_micro_batches(units, cut.micro_batch, 1, cut.ranks, cut.rank))
+    for plan, tensors in zip(plans, load_batches(dataset, plans, collate, cut.on_cpu), strict=True):
         yield tensors, plan.counts

@@ -1,4 +1,4 @@
-"""Pack documents into rows: best-fit decreasing, no document split."""
+"""Packs documents into rows by best-fit decreasing; no document is split."""
 
 from bisect import bisect_left, insort
 
@@ -6,17 +6,17 @@ import numpy as np
 
 
 def pack_best_fit(lengths: np.ndarray, row_length: int, order: np.ndarray) -> list[np.ndarray]:
-    """Rows of documents of at most `row_length` tokens together.
+    """Pack documents into rows of at most `row_length` tokens each.
 
-    Best-fit decreasing (Johnson 1973): the longest document first, each into the fullest row it still fits.
-    It never needs more than 11/9 of the best possible number of rows, plus one.
+    Best-fit decreasing (Johnson 1973): the longest document first, each into the fullest row that still has room for
+    it. It never needs more than 11/9 of the least possible number of rows, plus one.
 
     Args:
-        lengths: [documents] tokens of each, none above `row_length`.
-        order: [documents] breaks ties, so that another epoch's order makes other rows.
+        lengths: [documents] tokens of each, at most `row_length`.
+        order: [documents] a permutation that breaks ties, so that each epoch makes rows of its own.
 
     Returns:
-        one array of document numbers per row. How many rows there are depends on the lengths alone.
+        One array of document numbers per row. The number of rows depends on the lengths alone.
 
     Raises:
         ValueError: a document is longer than a row.
@@ -24,7 +24,7 @@ def pack_best_fit(lengths: np.ndarray, row_length: int, order: np.ndarray) -> li
     if len(lengths) and lengths.max() > row_length:
         raise ValueError(f"a document of {lengths.max()} tokens does not fit a row of {row_length}")
     rows: list[list[int]] = []
-    open_rows: dict[int, list[int]] = {}  # free tokens -> rows with that much room
+    open_rows: dict[int, list[int]] = {}  # free tokens -> rows with that many
     rooms: list[int] = []  # the keys of open_rows, ascending
     for document in order[np.argsort(-lengths[order], kind="stable")].tolist():
         length = int(lengths[document])

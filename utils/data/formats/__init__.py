@@ -1,1 +1,1 @@
-"""Turn rows into texts: known data sets' common base, the user's own columns, chat templates."""
+"""Turns rows into texts: the base of the known data sets, the user's own columns, chat templates."""

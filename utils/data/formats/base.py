@@ -1,4 +1,4 @@
-"""What every data set has in common: from a description to rows, texts and a cache key."""
+"""The base of all data sets: from a description to rows, texts and a fingerprint."""
 
 import hashlib
 import inspect
@@ -20,16 +20,16 @@ from utils.errors import UserError
 
 Sample = dict[str, Any]
 TRAIN_EVAL_SPLIT = "9,1"
-# Of a stream: enough for a steady perplexity, and few enough to be kept in memory.
+# Rows of a stream: enough for a steady perplexity, and few enough for memory.
 STREAM_EVAL_ROWS = 1000
 
-# By the text that --data_path must contain; filled as classes are defined.
+# The known data sets by the text that --data_path must contain; defining a class adds it.
 RAW_DATASETS: dict[str, type["PromptRawDataset"]] = {}
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text at a place in a sample, with fixed words around it; None where the sample has nothing there."""
+    """Reads the text at a path inside a sample and puts fixed words around it; None where the sample has no value."""
 
     path: tuple[str | int, ...]
     before: str = ""
@@ -44,7 +44,7 @@ class Text:
         return around(value, self.before, self.after)
 
     def column(self) -> Columns:
-        """The column this text is taken from, with the kind it must have."""
+        """Return the column that this text is read from, with the kind it must have."""
         kind: Kind = str
         for step in reversed(self.path[1:]):
             kind = [kind] if isinstance(step, int) else {step: kind}
@@ -53,27 +53,27 @@ class Text:
 
 @cache
 def _source(cls: type) -> str:
-    """The code of a class; Python reads its whole file to find it, which takes a tenth of a second."""
+    """Return the source code of a class; cached, since finding it takes a tenth of a second."""
     return inspect.getsource(cls)
 
 
 def around(text: str | None, before: str, after: str = "") -> str | None:
-    """`before + text + after`, or None for None."""
+    """Return `before + text + after`, or None for None."""
     return None if text is None else before + text + after
 
 
 def human(*path: str | int) -> Text:
-    """A question: ` Human: ... Assistant:`."""
+    """Make a question of the value at this path: ` Human: ... Assistant:`."""
     return Text(path, " Human: ", " Assistant:")
 
 
 def reply(*path: str | int) -> Text:
-    """An answer that follows `Assistant:` after a space."""
+    """Make an answer of the value at this path, with the space that follows `Assistant:`."""
     return Text(path, " ")
 
 
 def as_is(*path: str | int) -> Text:
-    """A text that needs no words around it."""
+    """Use the value at this path as it is."""
     return Text(path)
 
 
@@ -82,26 +82,26 @@ class PromptRawDataset:
 
     Subclasses describe one data set with these attributes:
         dataset_name: its name on the hub.
-        argument: what `--data_path` must contain; the name on the hub unless given.
+        argument: the text that `--data_path` must contain; by default the name on the hub.
         train_split, eval_split: its splits; eval_split None divides the train split 9 to 1.
-        hub_config: which configuration to read where there are several.
-        prompt, chosen, rejected: how to get each text from a sample; None where there is none.
+        hub_config: the configuration to read, where there are several.
+        prompt, chosen, rejected: make each text of a sample; `rejected` is None where there is none.
         columns: columns needed beyond those of `prompt`, `chosen` and `rejected`.
         optional, not_null: columns that may be missing; columns that must have a value in every row.
-        add_special_tokens: whether the tokenizer puts its own around the texts; not where they already hold them.
+        add_special_tokens: whether the tokenizer adds its special tokens; False where the texts contain them.
 
-    A text is None where the sample has none; a record whose `get_prompt_and_chosen` is None must be left out.
+    A text is None where the sample has none; a record whose `get_prompt_and_chosen` is None must be dropped.
 
     Args:
         output_path: folder for files made from the data.
-        seed: decides how a single split is divided.
-        local_rank: rank on this machine, -1 without ranks.
-        dataset_name: what the user gave: a path that exists, or a name on the hub.
-        streaming: rows are read as they are needed, as `datasets.IterableDataset`, and never all of them: there is no
-            fingerprint then, and the first rows stand in for an evaluation split where there is none.
+        seed: divides a single split into training and evaluation rows.
+        local_rank: rank on this node, -1 without ranks.
+        dataset_name: an existing path, or a name on the hub.
+        streaming: read rows as they are needed, as `datasets.IterableDataset`, never all of them: there is no
+            fingerprint then, and the first rows are the evaluation split where there is none.
 
     Raises:
-        UserError: the data cannot be had, or is not what the description says.
+        UserError: the data can't be read, or do not fit the description.
     """
 
     dataset_name: str
@@ -135,7 +135,7 @@ class PromptRawDataset:
         self.raw_datasets = self._load()
 
     def _find_source(self, given: str) -> str:
-        """The path or hub name that the user's text stands for."""
+        """Return the path or hub name that the user's text stands for."""
         # "mirror/mkqa-Chinese" stands for the data set in "mirror/mkqa" when there is no folder of that name.
         renamed = given.replace(self.argument, self.dataset_name)
         for candidate in (given, renamed):
@@ -160,23 +160,23 @@ class PromptRawDataset:
         return load_from_hub(self.source, splits, self.schema(), self.argument, self.hub_config)
 
     def _load_files(self, files: list[str], schema: Schema, root: str) -> SplitData:
-        """The records of one split's files below `root`."""
+        """Load, or stream, the records of one split's files below `root`."""
         return stream_files(files, schema) if self.streaming else load_files(files, schema, self.output_path, root)
 
     @classmethod
     def schema(cls) -> Schema:
-        """Which columns are read and checked."""
+        """Return the columns that are read and checked."""
         columns: Columns = {}
         for text in (cls.prompt, cls.chosen, cls.rejected):
             columns |= text.column() if isinstance(text, Text) else {}
         return Schema(columns | cls.columns, cls.optional, cls.not_null)
 
     def get_train_data(self) -> datasets.Dataset | datasets.IterableDataset:
-        """The training rows, memory-mapped or as a stream."""
+        """Return the training rows, memory-mapped or as a stream."""
         return self._data("train")
 
     def get_eval_data(self) -> datasets.Dataset | datasets.IterableDataset:
-        """The evaluation rows, memory-mapped; of a stream, its first ones."""
+        """Return the evaluation rows, memory-mapped; of a stream, the first rows alone."""
         return self._data("eval")
 
     def _data(self, split: str) -> datasets.Dataset | datasets.IterableDataset:
@@ -208,10 +208,10 @@ class PromptRawDataset:
         return self.raw_datasets[name or self.train_split]
 
     def fingerprint(self, split: str) -> str:
-        """A key for anything made from the texts of `split` ("train" or "eval").
+        """Return a hash for caches of anything made from the texts of `split` ("train" or "eval").
 
-        It changes with the content of the data, with the seed where that decides which rows belong to the
-        split, and with the code that makes the texts; it is the same in every process and run.
+        It changes with the content of the data, with the seed where it decides which rows belong to the split, and
+        with the code that makes the texts; it is the same in every process and run.
         """
         which = f"{split} {self.seed}" if self.eval_split is None else split
         rules = [_source(cls) for cls in (Text, *type(self).__mro__[:-1])]
@@ -219,44 +219,44 @@ class PromptRawDataset:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def describe(self) -> str | None:
-        """What was decided about this data set, in a line for the user; None where its name says it all."""
+        """Return a line on what was decided about this data set; None for a known one, where nothing is left open."""
         return None
 
     def try_rows(self, completion_only: bool, limit: int | None = None) -> None:
-        """Raise UserError where the first rows show that texts can't be made; known sets' texts always can."""
+        """Raise UserError where texts can't be made of the first rows; those of known data sets always can."""
 
     def get_prompt(self, sample: Sample) -> str | None:
-        """What is said before the answer."""
+        """Return what comes before the answer."""
         return self.prompt(sample)
 
     def get_chosen(self, sample: Sample) -> str | None:
-        """The answer to learn."""
+        """Return the answer to learn."""
         return self.chosen(sample)
 
     def get_rejected(self, sample: Sample) -> str | None:
-        """The worse answer."""
+        """Return the worse answer."""
         return None if self.rejected is None else self.rejected(sample)
 
     def get_prompt_and_chosen(self, sample: Sample) -> str | None:
-        """The prompt with the answer to learn."""
+        """Return the prompt with the answer to learn."""
         return joined(self.get_prompt(sample), self.get_chosen(sample))
 
     def get_prompt_and_rejected(self, sample: Sample) -> str | None:
-        """The prompt with the worse answer."""
+        """Return the prompt with the worse answer."""
         return joined(self.get_prompt(sample), self.get_rejected(sample))
 
     def response_spans(self, sample: Sample, text: str) -> list[tuple[int, int]]:
-        """Where in `text`, the prompt with the answer to learn, answers stand: [start, end) in characters, in order."""
+        """Return the ranges [start, end) of characters in `text`, the prompt with the answer, that are answers."""
         return [(_common_prefix(self.get_prompt(sample) or "", text), len(text))]
 
 
 def _common_prefix(prompt: str, text: str) -> int:
-    """How many characters of `text` are the prompt's; all of them, unless a set joins the two in its own way."""
+    """Return how many characters of `text` are the prompt's: not all of them where a set joins both in its own way."""
     if text.startswith(prompt):
         return len(prompt)
     return next(at for at, pair in enumerate(zip(f"{prompt}\0", f"{text}\1", strict=False)) if pair[0] != pair[1])
 
 
 def joined(prompt: str | None, response: str | None) -> str | None:
-    """Prompt and response as one text, or None when one of them is None."""
+    """Join prompt and response, or return None when one of them is None."""
     return None if prompt is None or response is None else prompt + response

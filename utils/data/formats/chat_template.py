@@ -1,7 +1,7 @@
-"""How a conversation becomes one text: by a chat template, in the Human/Assistant form, or as it stands.
+"""Renders a conversation as one text: by a chat template, in the Human/Assistant form, or unchanged.
 
-A template's text holds all special tokens itself, so it is tokenised without adding any (`add_special_tokens`
-False); it is rendered as text, and token ids come from one joint encoding, like those of every other data set.
+A template writes all special tokens itself, so its text is tokenized without adding any (`add_special_tokens` False).
+It is rendered as text and encoded as a whole, like the texts of every other data set.
 """
 
 import os
@@ -27,7 +27,7 @@ _EXCERPT = 120
 
 
 class ChatFormat(NamedTuple):
-    """What `--chat_template` comes to with one tokenizer."""
+    """What `--chat_template` means with one tokenizer."""
 
     kind: str = HUMAN_ASSISTANT  # TEMPLATE, HUMAN_ASSISTANT or AS_IS
     is_auto: bool = True
@@ -38,12 +38,12 @@ class ChatFormat(NamedTuple):
 
 
 def resolve_chat_format(choice: str, tokenizer: PreTrainedTokenizerBase, end_token: str) -> ChatFormat:
-    """The format that a `--chat_template` stands for.
+    """Return the format that a `--chat_template` means.
 
     Args:
         choice: `auto` (the tokenizer's own template if it has one, else the Human/Assistant form),
-            `human_assistant`, `none` (texts as they stand), or the path of a jinja file.
-        end_token: the text of the token that ends every sample.
+            `human_assistant`, `none` (texts unchanged), or the path of a jinja file.
+        end_token: the token that ends every sample, as text.
 
     Raises:
         UserError: no such file, or a template that does not render.
@@ -52,7 +52,7 @@ def resolve_chat_format(choice: str, tokenizer: PreTrainedTokenizerBase, end_tok
     own = tokenizer.chat_template
     own = own.get("default") if isinstance(own, dict) else own
     if choice == AS_IS:
-        return ChatFormat(AS_IS, is_auto, origin="as they stand")
+        return ChatFormat(AS_IS, is_auto, origin="unchanged")
     if choice == HUMAN_ASSISTANT or (is_auto and not own):
         return ChatFormat(HUMAN_ASSISTANT, is_auto)
     if is_auto:
@@ -77,7 +77,7 @@ def _read_template(path: str) -> str:
 
 
 def render(chat: ChatFormat, messages: list[Message]) -> str:
-    """The whole conversation as text, without the end token where a template has written it last.
+    """Return the whole conversation as text, without white space after an end token that a template wrote last.
 
     Raises:
         UserError: the template refuses the conversation, or the format has no place for one of its roles.
@@ -85,27 +85,27 @@ def render(chat: ChatFormat, messages: list[Message]) -> str:
     if chat.kind != TEMPLATE:
         return "".join(_turn(message) for message in messages)
     text = _by_template(chat, messages)
-    # A line break after the last end token would be followed by a second one.
+    # After a line break, tokenization would add a second end token.
     stripped = text.rstrip()
     return stripped if chat.end and stripped.endswith(chat.end) else text
 
 
 def render_prompt(chat: ChatFormat, messages: list[Message]) -> str:
-    """The conversation up to where the assistant begins to answer."""
+    """Return the conversation up to where the assistant's answer begins."""
     if chat.kind != TEMPLATE:
         return "".join(_turn(message) for message in messages) + SPEAKERS["assistant"]
     return _by_template(chat, messages, add_generation_prompt=True) if messages else ""
 
 
 def assistant_spans(chat: ChatFormat, messages: list[Message], text: str) -> list[Span]:
-    """Where in `text`, the rendered conversation, the assistant speaks: [start, end) in characters, in order.
+    """Return the ranges [start, end) of characters in `text`, the rendered conversation, that the assistant wrote.
 
-    A template that marks answers with `{% generation %}` is taken at its word. Otherwise an answer begins where the
-    conversation before it, rendered with the generation prompt, ends. What closes an answer belongs to it, as that is
-    what teaches a model to stop: an end token after it, and after the last one all that is left.
+    A template that marks answers with `{% generation %}` defines them. Otherwise an answer begins where the
+    conversation before it, rendered with the generation prompt, ends. What closes an answer belongs to it, since it
+    teaches the model to stop: an end token after it, and after the last answer the rest of the text.
 
     Raises:
-        UserError: the template marks nothing in this conversation, or does not let answers be found.
+        UserError: the template marks nothing in this conversation, or answers can't be found in its text.
     """
     if chat.kind != TEMPLATE:
         return _spoken_spans(messages)
@@ -164,8 +164,8 @@ def _rendered_span(chat: ChatFormat, messages: list[Message], place: int, text: 
     until = _by_template(chat, messages[: place + 1]).rstrip()
     if text.startswith(prompt) and text.startswith(until):
         return start, len(until)
-    # Some templates (Qwen 3) write the last answer in another way than the same one in the middle: what closes it
-    # is the same, though, and so is the answer itself.
+    # Some templates (Qwen 3) render the last answer differently from an earlier one, but its own words and what closes
+    # it are the same in both.
     content = messages[place]["content"].strip()
     closing = until[until.rfind(content) + len(content) :]
     at = text.find(content + closing, start)

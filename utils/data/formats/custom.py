@@ -1,8 +1,8 @@
-"""Data sets of the user's own: any file or folder whose columns say what they are.
+"""The user's own data: any file or folder whose columns have known names.
 
-Recognised are conversations (`messages`), a prompt with an answer (`response`, `completion`, or `chosen` and
-`rejected`), and `instruction`, `input` and `output`; `--columns` gives other names. A prompt and its answer are a
-conversation of two turns, so all of them are rendered in one way (`utils.data.formats.chat_template`).
+Known are conversations (`messages`), a prompt with an answer (`response`, `completion`, or `chosen` and `rejected`),
+and `instruction`, `input` and `output`; `--columns` maps other names to these. A prompt with its answer is treated as a
+conversation of two turns, so every format is rendered by `utils.data.formats.chat_template`.
 """
 
 import hashlib
@@ -15,14 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.data.formats import chat_template as chat_format
 from utils.data.formats.base import STREAM_EVAL_ROWS, PromptRawDataset, Sample
-from utils.data.formats.chat_template import AS_IS, TEMPLATE, ChatFormat, Message, resolve_chat_format
+from utils.data.formats.chat_template import AS_IS, AUTO, TEMPLATE, ChatFormat, Message, resolve_chat_format
 from utils.data.reading.arrow_files import SplitData, column_names, is_saved, load_saved, open_saved, place_of_row
 from utils.data.reading.find_files import other_files, own_files
 from utils.data.reading.schema import CONVERSATION, Schema
 from utils.data.reading.streams import stream_saved
 from utils.errors import UserError
 
-# In this order; the first whose columns are there is taken: needed roles, roles that may be missing.
+# (needed roles, optional roles); the first format whose columns exist is used.
 FORMATS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("messages",), ()),
     (("prompt", "chosen"), ("rejected",)),
@@ -40,29 +40,32 @@ ROLE_NAMES = (
 
 
 class OwnOptions(NamedTuple):
-    """What the command line says about data sets of one's own."""
+    """How the user's own data become text."""
 
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = {}  # by role, from `--columns`
     chat: ChatFormat = ChatFormat()
 
 
 def own_options(
-    tokenizer: PreTrainedTokenizerBase, end_id: int, columns: dict[str, str] | None, chat_template: str
+    tokenizer: PreTrainedTokenizerBase,
+    end_id: int,
+    columns: dict[str, str] | None = None,
+    chat_template: str = AUTO,
 ) -> OwnOptions:
-    """The options of samples that end in `end_id`; for `chat_template` see `utils.data.formats.chat_template`."""
+    """Return the options for samples that end in `end_id`; for `chat_template` see `resolve_chat_format`."""
     end_token = tokenizer.convert_ids_to_tokens(end_id)
     return OwnOptions(columns or {}, resolve_chat_format(chat_template, tokenizer, end_token))
 
 
-def recognise_columns(found: list[str], given: dict[str, str], origin: str) -> dict[str, str]:
-    """Which column plays which role; roles that may be missing are named whether their column is there or not.
+def column_roles(found: list[str], given: dict[str, str], origin: str) -> dict[str, str]:
+    """Return the column of each role of the format that the columns fit; optional roles are always included.
 
     Args:
         found: the columns of the data.
         given: columns by role, from `--columns`.
 
     Raises:
-        UserError: the columns are those of no known format.
+        UserError: the columns fit no known format.
     """
     for needed, optional in FORMATS:
         roles = {role: given.get(role, role) for role in (*needed, *optional)}
@@ -79,9 +82,9 @@ def recognise_columns(found: list[str], given: dict[str, str], origin: str) -> d
 class OwnFormatDataset(PromptRawDataset):
     """A file or folder of the user's own; see the top of the module.
 
-    Rows whose prompt or answer is blank have no text and are left out; so is what follows the last answer of a
-    conversation. Evaluation rows come from files (or a split) named for it; where there are none, a tenth of the
-    rows is kept for it.
+    Rows whose prompt or answer is blank have no text and are dropped, as are messages after the last answer of a
+    conversation. Evaluation rows come from files (or a split) named for evaluation; without any, a tenth of the rows
+    is kept for it.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class OwnFormatDataset(PromptRawDataset):
         self.chat = self.options.chat
         self.files_of: dict[str, list[str]] = {}
         super().__init__(output_path, seed, local_rank, dataset_name, streaming)
-        self._settle_format()
+        self._choose_format()
 
     def _find_source(self, given: str) -> str:
         return given
@@ -113,7 +116,7 @@ class OwnFormatDataset(PromptRawDataset):
         else:
             files_of = self.files_of = own_files(self.source)
             names = column_names(files_of["train"][0])
-        self.roles = recognise_columns(names, self.options.columns, self.source)
+        self.roles = column_roles(names, self.options.columns, self.source)
         self.eval_split = "eval" if "eval" in files_of else None
         self.eval_origin = ", ".join(os.path.basename(file) for file in files_of.get("eval", []))
         schema = self._schema()
@@ -129,20 +132,20 @@ class OwnFormatDataset(PromptRawDataset):
         needed = tuple(column for column in columns if column not in optional)
         return Schema(columns, optional, needed, (self.roles["messages"],) if "messages" in self.roles else ())
 
-    def _settle_format(self) -> None:
-        """Choose how texts are made: prompts that are already rendered must not be rendered again."""
+    def _choose_format(self) -> None:
+        """Choose how texts are made; prompts that are already rendered stay as they are."""
         if "messages" in self.roles:
             if self.chat.kind == AS_IS:
                 raise UserError(f"--chat_template {AS_IS}: {self.source} holds conversations, which need a format.")
         elif self.chat.is_auto:
             rows = islice(self._source_split("train").dataset, ROWS_TRIED)
             if all((self._prompt_text(row) or "").rstrip().endswith(FINISHED_PROMPT) for row in rows):
-                origin = f'as they stand, since prompts end in "{FINISHED_PROMPT}"'
+                origin = f'unchanged, since prompts end in "{FINISHED_PROMPT}"'
                 self.chat = ChatFormat(AS_IS, origin=origin)
         self.add_special_tokens = self.chat.kind != TEMPLATE
 
     def describe(self) -> str:
-        """The decisions made about this data set, in words."""
+        """Return a line on what was decided about this data set."""
         rows = self._source_split("train").dataset
         there = rows.column_names or list(next(iter(rows)))
         columns = ", ".join(
@@ -158,7 +161,7 @@ class OwnFormatDataset(PromptRawDataset):
         return line
 
     def fingerprint(self, split: str) -> str:
-        """As of every data set, and of the columns' roles and the format."""
+        """Return a hash of what the base class includes, the roles of the columns and the format."""
         how = (sorted(self.roles.items()), self.chat.kind, self.chat.template, self.chat.end)
         return hashlib.sha256(f"{super().fingerprint(split)} {how}".encode()).hexdigest()
 
@@ -176,7 +179,7 @@ class OwnFormatDataset(PromptRawDataset):
         return sample.get(column)
 
     def _conversation(self, sample: Sample, rejected: bool = False) -> list[Message] | None:
-        """The turns up to and with the last answer; None where there is nothing to learn."""
+        """Return the messages up to and including the last answer; None where there is nothing to learn."""
         if "messages" not in self.roles:
             prompt, answer = self._prompt_text(sample), self._answer_text(sample, rejected)
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
@@ -187,30 +190,30 @@ class OwnFormatDataset(PromptRawDataset):
         return messages if messages and not _is_blank(messages[-1]["content"]) else None
 
     def get_prompt(self, sample: Sample) -> str | None:
-        """The conversation up to where its last answer begins."""
+        """Return the conversation up to where its last answer begins."""
         if self.chat.kind == AS_IS:
             return self._prompt_text(sample)
         messages = self._conversation(sample)
         return None if messages is None else chat_format.render_prompt(self.chat, messages[:-1])
 
     def get_prompt_and_chosen(self, sample: Sample) -> str | None:
-        """The conversation with its last answer."""
+        """Return the conversation with its last answer."""
         return self._joined(sample, rejected=False)
 
     def get_prompt_and_rejected(self, sample: Sample) -> str | None:
-        """The conversation with the worse answer."""
+        """Return the conversation with the worse answer."""
         return self._joined(sample, rejected=True)
 
     def get_chosen(self, sample: Sample) -> str | None:
-        """What `get_prompt_and_chosen` has after the prompt."""
+        """Return what follows the prompt in `get_prompt_and_chosen`."""
         return self._after_prompt(sample, self.get_prompt_and_chosen(sample))
 
     def get_rejected(self, sample: Sample) -> str | None:
-        """What `get_prompt_and_rejected` has after the prompt."""
+        """Return what follows the prompt in `get_prompt_and_rejected`."""
         return self._after_prompt(sample, self.get_prompt_and_rejected(sample))
 
     def response_spans(self, sample: Sample, text: str) -> list[tuple[int, int]]:
-        """Where the assistant speaks, in all turns."""
+        """Return the ranges of characters that the assistant wrote, in all turns."""
         if self.chat.kind == AS_IS:
             return super().response_spans(sample, text)
         return chat_format.assistant_spans(self.chat, self._conversation(sample), text)
@@ -230,10 +233,10 @@ class OwnFormatDataset(PromptRawDataset):
     # ------------------------------------------------------------------------------------------ checks
 
     def try_rows(self, completion_only: bool, limit: int | None = ROWS_TRIED) -> None:
-        """Render the first rows of each split (all without a limit), to find what a template refuses.
+        """Render the first `limit` rows of each split (None: all), to find rows that a template refuses.
 
         Raises:
-            UserError: a row can't be rendered, or (completion_only) has no answer to label.
+            UserError: a row can't be rendered, or (`completion_only`) has no answer to label.
         """
         for split, data in self.raw_datasets.items():
             for place, row in enumerate(islice(data.dataset, limit)):
@@ -260,10 +263,10 @@ def _misses_bos(chat: ChatFormat) -> bool:
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
-    """`ROLE=COLUMN,ROLE=COLUMN` as a dict.
+    """Parse `ROLE=COLUMN,ROLE=COLUMN` into a dict of columns by role.
 
     Raises:
-        UserError: not of that form, an unknown role, or one named twice.
+        UserError: the text is not of that form, or names an unknown role or one role twice.
     """
     columns: dict[str, str] = {}
     for pair in (text or "").split(",") if text is not None else ():

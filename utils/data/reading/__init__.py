@@ -1,1 +1,1 @@
-"""Read records from files, folders and the hub."""
+"""Reads records from files, folders and the hub."""

@@ -1,8 +1,8 @@
-"""Brings the splits of a data set from disk, checked, as memory-mapped Arrow.
+"""Loads the splits of a data set from disk, checked, as memory-mapped Arrow.
 
-Two sources: a folder made by `save_to_disk`, and a folder (or one file) of parquet, JSON or CSV. The second is
-turned once into an Arrow file below the output folder, whose name is a hash of the content: an edited file is
-noticed, and processes that need the same data share it.
+The source is a folder made by `save_to_disk`, or a folder (or one file) of parquet, JSON or CSV. The latter is
+converted once to an Arrow file below the output folder. Its name is a hash of the content, so an edited file is
+noticed, and processes that need the same data share one copy.
 """
 
 import hashlib
@@ -28,26 +28,26 @@ ARROW_FOLDER = "arrow"
 
 
 class SplitData(NamedTuple):
-    """One split: its rows, and a hash of its content that is the same in every process and run."""
+    """One split of a data set."""
 
     dataset: datasets.Dataset
-    fingerprint: str
+    fingerprint: str  # a hash of the content, the same in every process and run; empty for a stream
 
 
 def load_from_path(
     path: str, splits: Iterable[str], schema: Schema, output_path: str, config: str | None = None
 ) -> dict[str, SplitData]:
-    """Read the wanted splits from a `save_to_disk` folder, or from parquet, JSON or CSV files (found recursively).
+    """Load the wanted splits of a `save_to_disk` folder, or of parquet, JSON or CSV files (found recursively).
 
     Args:
         path: the folder, or one data file.
         splits: the names of the wanted splits.
-        schema: which columns are read and checked.
-        output_path: Arrow files are kept in a folder below.
-        config: where the data set has several configurations, the name of the one to read.
+        schema: the columns that are read and checked.
+        output_path: Arrow files are kept in a folder below it.
+        config: the configuration to read, where the data set has several.
 
     Raises:
-        UserError: nothing to read, a split or column is missing, or the content is not what the schema says.
+        UserError: there is nothing to read, a split or column is missing, or the content does not fit the schema.
     """
     if is_saved(path):
         return load_saved(path, splits, schema)
@@ -60,20 +60,20 @@ def load_from_path(
 
 
 def load_files(files: list[str], schema: Schema, output_path: str, root: str) -> SplitData:
-    """Turn parquet, JSON or CSV files into one memory-mapped data set, or open the Arrow file made of them before.
+    """Convert parquet, JSON or CSV files to one memory-mapped data set, or open the Arrow file of an earlier run.
 
     Raises:
-        UserError: a file, row or column is not what the schema says, or there are no rows.
+        UserError: a file, row or column does not fit the schema, or there are no rows.
     """
     content = hash_files(files, root)
     key = hashlib.sha256(f"{content} {schema}".encode()).hexdigest()[:32]
     target = os.path.join(output_path, ARROW_FOLDER, f"{key}.arrow")
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        # One process converts, the others wait and then open the same file.
+        # One process converts; the others wait and then open the same file.
         with FileLock(f"{target}.lock"):
             if not _is_whole(target):
-                say(f"{root}: new or changed data, turned into {target}")
+                say(f"{root}: new or changed data, converted to {target}")
                 _write_arrow(target, files, schema)
                 with write_aside(f"{target}.crc") as file:
                     file.write(str(checksum(target)).encode())
@@ -88,7 +88,7 @@ def load_files(files: list[str], schema: Schema, output_path: str, root: str) ->
 
 
 def hash_files(files: list[str], root: str) -> str:
-    """A hash of the names below `root` and the bytes of these files."""
+    """Return a hash of the bytes of these files and of their names below `root`."""
     digest = hashlib.sha256()
     for file in sorted(files):
         try:
@@ -102,7 +102,7 @@ def hash_files(files: list[str], root: str) -> str:
 
 
 def _is_whole(path: str) -> bool:
-    """The Arrow file is there, and as it was written."""
+    """Whether the Arrow file exists and has the content that was written."""
     try:
         with open(f"{path}.crc", encoding="ascii") as file:
             return int(file.read()) == checksum(path)
@@ -111,7 +111,7 @@ def _is_whole(path: str) -> bool:
 
 
 def read_batches(files: list[str], schema: Schema) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """The records of parquet, JSON or CSV files in batches, each record checked; raises UserError at the first bad."""
+    """Return schema and batches of parquet, JSON or CSV files; reading a bad record raises UserError."""
     is_parquet = files[0].lower().endswith(PARQUET_SUFFIXES)
     return _parquet_batches(files, schema) if is_parquet else _record_batches(files, schema)
 
@@ -156,7 +156,7 @@ def _parquet_batches(files: list[str], schema: Schema) -> tuple[pa.Schema, Itera
         check_columns(file_schema, schema, file)
     first = found[files[0]]
     names = [name for name in schema.columns if name in first.names]
-    # Shards may spell the type of a text differently (large strings, all null): plain columns get one type.
+    # The type of a text may differ between shards (large strings, all null), so plain columns are cast to one type.
     target = pa.schema(
         [
             (name, first.field(name).type if isinstance(kind, (list, dict)) else arrow_type(kind))
@@ -193,7 +193,7 @@ def _check_rows(batch: pa.RecordBatch | pa.Table, schema: Schema, where: str, be
 
 
 def column_names(file: str) -> list[str]:
-    """The columns of a data file: of its first record, where the format names them in each.
+    """Return the columns of a data file; of JSON and CSV, those of the first record.
 
     Raises:
         UserError: the file can't be read, or holds no record.
@@ -207,7 +207,7 @@ def column_names(file: str) -> list[str]:
 
 
 def place_of_row(files: list[str], row: int) -> str:
-    """The file and record of a row, counted from 0, of a split made of `files`, in words for a message."""
+    """Name the file and record of row `row` (from 0) of a split made of `files`, for a message."""
     for file in files:
         is_parquet = file.lower().endswith(PARQUET_SUFFIXES)
         rows = pq.read_metadata(file).num_rows if is_parquet else sum(1 for _ in _iter_records(file))
@@ -230,7 +230,7 @@ def is_saved(path: str) -> bool:
 
 
 def open_saved(path: str) -> dict[str, datasets.Dataset]:
-    """The splits of a folder made by `save_to_disk`; one without splits is the train split.
+    """Return the splits of a folder made by `save_to_disk`; a data set without splits is the train split.
 
     Raises:
         UserError: the folder is not complete.
@@ -243,7 +243,7 @@ def open_saved(path: str) -> dict[str, datasets.Dataset]:
 
 
 def load_saved(path: str, splits: Iterable[str], schema: Schema) -> dict[str, SplitData]:
-    """The wanted splits of a folder made by `save_to_disk`, checked; raises UserError."""
+    """Load and check the wanted splits of a folder made by `save_to_disk`; raises UserError."""
     found = open_saved(path)
     loaded = {}
     for split in splits:
@@ -252,11 +252,11 @@ def load_saved(path: str, splits: Iterable[str], schema: Schema) -> dict[str, Sp
         for start in range(0, len(dataset), ROWS_PER_BATCH) if schema.conversations else ():
             _check_rows(dataset.with_format("arrow")[start : start + ROWS_PER_BATCH], schema, f"{path}, record", start)
         files = [entry["filename"] for entry in dataset.cache_files]
-        # Rows taken through an index (select, shuffle) are stored flattened: the Arrow bytes are the content.
+        # `save_to_disk` flattens rows selected by an index, so the bytes of the Arrow files are the content.
         loaded[split] = SplitData(only_columns(dataset, schema), hash_files(files, path))
     return loaded
 
 
 def only_columns(dataset: datasets.Dataset, schema: Schema) -> datasets.Dataset:
-    """The data set with the columns of the schema alone, in the order of the schema."""
+    """Return the data set with the schema's columns alone, in the schema's order."""
     return dataset.select_columns([name for name in schema.columns if name in dataset.column_names])

@@ -1,4 +1,4 @@
-"""Finds the data files of a folder and reads off their names which split each belongs to."""
+"""Finds the data files of a folder, and the split of each from its name."""
 
 import os
 import re
@@ -11,20 +11,20 @@ JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 CSV_SUFFIXES = (".csv",)
 DATA_SUFFIXES = PARQUET_SUFFIXES + JSON_SUFFIXES + CSV_SUFFIXES
 
-# Written beside the data by `datasets` itself: they hold no records.
+# `datasets` writes these beside the data; they hold no records.
 _METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-# Of several, the first is what a data set of the user's own is evaluated on.
+# The user's own data are evaluated on the first of these that exists.
 EVAL_NAMES = ("eval", "evaluation", *_VALIDATION_NAMES, "test", "testing")
 _SPLIT_WORDS = {"train", "training", "test", "testing", "eval", "evaluation", *_VALIDATION_NAMES}
 _SHARD_NAME = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 
 
 def pick_split(found: Iterable[str], wanted: str, origin: str) -> str:
-    """The name under which the wanted split is there: the validation split goes by several names.
+    """Return the name of the wanted split among those found; a validation split has several usual names.
 
     Raises:
-        UserError: it is not there.
+        UserError: there is no such split.
     """
     found = list(found)
     names = (wanted, *_VALIDATION_NAMES) if wanted in _VALIDATION_NAMES else (wanted,)
@@ -38,10 +38,10 @@ def pick_split(found: Iterable[str], wanted: str, origin: str) -> str:
 
 
 def find_data_files(path: str, config: str | None = None) -> dict[str, list[str]]:
-    """The data files below `path` by split name; parquet if there is any, else JSON, else CSV.
+    """Return the data files below `path` by split name: parquet if there is any, else JSON, else CSV.
 
-    The split is read off the file name (train-00000-of-00001.parquet, dev.jsonl), else off the folders in
-    between (train/0000.parquet). Where no name says anything, all files are the train split.
+    The split is read from the file name (train-00000-of-00001.parquet, dev.jsonl), else from the names of the folders
+    (train/0000.parquet). Where no name contains a split, all files are the train split.
 
     Raises:
         UserError: there are no data files.
@@ -76,17 +76,17 @@ def _by_split(files: list[str], root: str) -> dict[str, list[str]]:
 
 
 def own_files(path: str, splits: dict[str, list[str]] | None = None) -> dict[str, list[str]]:
-    """Files to train on, as "train", and perhaps to evaluate on, as "eval", of a data set of the user's own.
+    """Return the files of the user's own data to train on, as "train", and to evaluate on, as "eval" if there are any.
 
-    A file is trained on whatever its name; next to `train.jsonl`, `eval.jsonl` (or test, validation, ...) is its
-    evaluation file, next to `chat_train.jsonl` `chat_eval.jsonl`. In a folder, names say which is which.
+    A single file is trained on whatever its name. Its evaluation file lies beside it: `eval.jsonl` (or test,
+    validation, ...) for `train.jsonl`, `chat_eval.jsonl` for `chat_train.jsonl`. In a folder, the names decide.
 
     Args:
         path: a file or folder.
-        splits: files by split, where they are known already.
+        splits: files by split, where they are already known.
 
     Raises:
-        UserError: no data file, or none to train on.
+        UserError: there is no data file, or none to train on.
     """
     if os.path.isfile(path):
         if not path.lower().endswith(DATA_SUFFIXES):
@@ -107,7 +107,7 @@ def own_files(path: str, splits: dict[str, list[str]] | None = None) -> dict[str
 
 
 def other_files(path: str, used: dict[str, list[str]]) -> list[str]:
-    """Data files below a folder that are not among those used, by their names below it."""
+    """Return the data files below a folder that are not used, as paths relative to it."""
     if os.path.isfile(path):
         return []
     taken = {file for files in used.values() for file in files}
@@ -127,11 +127,11 @@ def _evaluation_file_beside(path: str) -> str | None:
 
 
 def _walk(path: str) -> Iterator[str]:
-    """All files below a folder, or the file itself."""
+    """Yield all files below a folder, or the file itself."""
     if os.path.isfile(path):
         yield path
     for folder, subfolders, names in os.walk(path, followlinks=True):
-        # Hidden folders hold download bookkeeping and notebook copies.
+        # Hidden folders hold download metadata and notebook copies.
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         yield from (
             os.path.join(folder, name) for name in names if not name.startswith(".") and name not in _METADATA_FILES
@@ -139,7 +139,7 @@ def _walk(path: str) -> Iterator[str]:
 
 
 def name_parts(file: str, root: str) -> list[str]:
-    """The names from the file's own (without suffixes) up to the folder below `root`."""
+    """Return the file's name without suffixes, then the names of its folders up to `root`."""
     relative = os.path.basename(file) if file == root else os.path.relpath(file, root)
     *folders, name = relative.split(os.sep)
     return [name.split(".")[0], *reversed(folders)]

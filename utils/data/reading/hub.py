@@ -1,4 +1,4 @@
-"""Brings the splits of a data set from the Hugging Face hub, checked, and says what to do if that fails."""
+"""Loads and checks the splits of a data set on the Hugging Face hub; errors tell how to make a local copy."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,24 +18,24 @@ PARQUET_REVISION = "refs/convert/parquet"
 PROBE_SECONDS = 5.0
 
 _SCRIPT_MESSAGE = "Dataset scripts are no longer supported"
-# No network, no such data set, no access, no such configuration, unreadable content, no disk space.
+# Raised without network, access or disk space, and for missing or unreadable data sets and configurations.
 _HUB_ERRORS = (OSError, ValueError, RuntimeError, HTTPError, DatasetsError)
 
 
 def load_from_hub(
     name: str, splits: Iterable[str], schema: Schema, argument: str, config: str | None = None
 ) -> dict[str, SplitData]:
-    """Read the wanted splits of a data set on the hub, or of the copy in the local hub cache.
+    """Return the wanted splits of a data set on the hub, or of its copy in the local hub cache.
 
-    The fingerprint is the one `datasets` makes from name, configuration, version and commit: the data of a
-    commit never changes.
+    Their fingerprints are those `datasets` makes from name, configuration, version and commit; a commit's data never
+    change.
 
     Args:
         name: the name on the hub.
         splits: the names of the wanted splits.
         schema: which columns are read and checked.
-        argument: what the path of a local copy must contain to be known as this data set, for the message.
-        config: where the data set has several configurations, the name of the one to read.
+        argument: what the path of a local copy must contain to be recognized as this data set, for the message.
+        config: the configuration to read, where the data set has several.
 
     Raises:
         UserError: the hub cannot be reached or refuses, a split or column is missing, or a type is wrong.
@@ -52,7 +52,7 @@ def load_from_hub(
 def open_on_hub(
     name: str, argument: str, config: str | None = None, streaming: bool = False
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """The splits of a data set on the hub, downloaded or (`streaming`) to be read as they are needed.
+    """Return the splits of a data set on the hub, downloaded, or (`streaming`) read as they are needed.
 
     Raises:
         UserError: the hub cannot be reached or refuses.
@@ -64,33 +64,33 @@ def open_on_hub(
 
 
 def _ask_hub(name: str, config: str | None, streaming: bool) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    with _no_waiting(unreachable_reason(name)):
+    with _no_retries(unreachable_reason(name)):
         try:
             return load_dataset(name, config, streaming=streaming)
         except RuntimeError as err:
             if _SCRIPT_MESSAGE not in str(err):
                 raise
         try:
-            # The hub keeps a parquet copy of most data sets that were scripts, one folder per configuration.
+            # The hub has a parquet copy of most data sets that were scripts, with one folder per configuration.
             return load_dataset(name, data_dir=config, revision=PARQUET_REVISION, streaming=streaming)
         except _HUB_ERRORS as err:
             raise RuntimeError(f"{_SCRIPT_MESSAGE}, and no parquet copy can be read ({err})") from err
 
 
 def unreachable_reason(name: str) -> str | None:
-    """Ask the hub once, with a short time-out; what went wrong when it does not answer, else None."""
+    """Ask the hub once, with a short time-out; return the error where it does not answer, else None."""
     try:
         HfApi().dataset_info(name, timeout=PROBE_SECONDS)
     except HfHubHTTPError:
-        return None  # It answered; what it refuses, load_dataset will say.
+        return None  # the hub answered; what it refuses, `load_dataset` reports
     except (OSError, HTTPError) as err:
         return f"{type(err).__name__}: {err}"
     return None
 
 
 @contextmanager
-def _no_waiting(reason: str | None) -> Iterator[None]:
-    """With a reason: let `datasets` use what is cached or give up at once, where it would retry for long."""
+def _no_retries(reason: str | None) -> Iterator[None]:
+    """Where the hub is unreachable for this reason, have `datasets` use its cache or fail at once, without retries."""
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or reason is not None
     try:

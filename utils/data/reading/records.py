@@ -1,6 +1,6 @@
-"""Reads the records of a JSON file one by one, strictly, and says in which record and line a fault is.
+"""Reads the records of JSON and CSV files one by one, strictly; errors name the record and the line.
 
-A file is a list of objects, or one object per line (JSON Lines); either may be packed with gzip. It is read
+A JSON file is a list of objects, or one object per line (JSON Lines); either may be compressed with gzip. It is read
 in blocks, so a large file takes little memory.
 """
 
@@ -15,17 +15,17 @@ from typing import Any, TextIO
 from utils.errors import UserError
 
 BLOCK_CHARS = 1 << 20
+LONGEST_FIELD = 1 << 30  # of CSV; the csv module's default limit, 128 KiB, is less than a long document
+CSV_ADVICE = "write one record per line below a line of column names, texts with commas or line breaks in double quotes"
 SHAPE_ADVICE = 'write a list of objects, [{"...": "..."}, ...], or one object per line (JSON Lines)'
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 _JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-CSV_ADVICE = "write one record per line below a line of column names, texts with commas or line breaks in double quotes"
-LONGEST_FIELD = 1 << 30  # the module's own limit, 128 KiB, is less than a long document
 
 
 def json_kind(value: Any) -> str:
-    """What a JSON value is, in words for a message: "a list", "a number", ..."""
+    """Name the kind of a JSON value for a message: "a list", "a number", ..."""
     return _JSON_NAMES.get(type(value), "a number")
 
 
@@ -54,7 +54,7 @@ def _open_text(path: str) -> TextIO:
 
 
 class _Reader:
-    """A text stream with a place in it: looks at the next character, takes the next value."""
+    """A text stream read value by value, with its position and line."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -63,7 +63,7 @@ class _Reader:
         self.line = 1
 
     def _more(self) -> bool:
-        # Twice as much each time: a value larger than a block is then not parsed over and over.
+        # Read twice as much each time, so that a value larger than a block is not parsed over and over.
         block = self.stream.read(max(BLOCK_CHARS, len(self.text) - self.place))
         self.text = self.text[self.place :] + block
         self.place = 0
@@ -74,7 +74,7 @@ class _Reader:
         self.place = place
 
     def peek(self) -> str:
-        """The next character that is no white space, "" at the end."""
+        """Return the next character that is not white space, "" at the end; it stays unread."""
         while True:
             self._advance(_SPACE.match(self.text, self.place).end())
             if self.place < len(self.text):
@@ -83,27 +83,27 @@ class _Reader:
                 return ""
 
     def skip(self) -> None:
-        """Step over the character that `peek` showed."""
+        """Skip the character that `peek` returned."""
         self.place += 1
 
     def value(self) -> Any:
-        """The JSON value that begins here; raises json.JSONDecodeError."""
+        """Read the JSON value that begins here; raises json.JSONDecodeError."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.place)
             except json.JSONDecodeError as err:
-                if not self._may_be_cut(err) or not self._more():
+                if not self._may_be_incomplete(err) or not self._more():
                     raise
                 continue
             self._advance(end)
             return value
 
-    def _may_be_cut(self, err: json.JSONDecodeError) -> bool:
-        """Whether the error may come from the end of the block, not from the file."""
+    def _may_be_incomplete(self, err: json.JSONDecodeError) -> bool:
+        """Whether the error may be due to the end of the block rather than to the file."""
         return err.msg.startswith("Unterminated string") or err.pos > len(self.text) - 16
 
     def line_of(self, err: json.JSONDecodeError) -> int:
-        """The line in the file that an error of `value` points at."""
+        """Return the line of the file at which `value` failed."""
         return self.line + self.text.count("\n", self.place, err.pos)
 
 
@@ -126,7 +126,7 @@ def _records(reader: _Reader, path: str) -> Iterator[tuple[int, int, dict]]:
 
 
 def _at_end(reader: _Reader, path: str, is_list: bool, number: int) -> bool:
-    """Step over what stands between two records; True when there is no further one."""
+    """Skip what separates two records; return True when no further record follows."""
     following = reader.peek()
     if not is_list:
         return following == ""

@@ -1,8 +1,8 @@
-"""Describes and checks the columns a data set must have.
+"""Describes and checks the columns that a data set must have.
 
-A column's kind is written in plain Python: `str`, `int`, `float`, `[kind]` for a list, `{"field": kind}` for
-an object. `{"question": {"full_text": str}, "labels": int}` describes two columns. Null is allowed
-everywhere; columns that must not be null are named by the data set.
+A column's kind is written in plain Python: `str`, `int`, `float`, `[kind]` for a list, `{"field": kind}` for an
+object. `{"question": {"full_text": str}, "labels": int}` describes two columns. Null is allowed everywhere but in the
+columns that a data set names as not null.
 """
 
 from collections.abc import Callable
@@ -19,20 +19,16 @@ Columns = dict[str, Kind]
 
 
 class Schema(NamedTuple):
-    """The columns to read; those in `optional` may be missing, `not_null` ones have a value in every row.
-
-    Columns in `conversations` hold lists of messages, see `conversation_fault`.
-    """
+    """The columns to read."""
 
     columns: Columns
-    optional: tuple[str, ...] = ()
-    not_null: tuple[str, ...] = ()
-    conversations: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()  # may be missing
+    not_null: tuple[str, ...] = ()  # have a value in every row
+    conversations: tuple[str, ...] = ()  # hold lists of messages, see `conversation_fault`
 
 
 CONVERSATION: Kind = [{"role": str, "content": str}]
 ROLES = ("system", "user", "assistant", "tool")
-
 
 _NAMES = {str: "a string", int: "a whole number", float: "a number"}
 _JSON: dict[type, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
@@ -46,7 +42,7 @@ _ARROW_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size
 
 
 def arrow_type(kind: Kind) -> pa.DataType:
-    """The Arrow type of a column of this kind."""
+    """Return the Arrow type of a column of this kind."""
     if isinstance(kind, list):
         return pa.list_(arrow_type(kind[0]))
     if isinstance(kind, dict):
@@ -55,14 +51,14 @@ def arrow_type(kind: Kind) -> pa.DataType:
 
 
 def kind_name(kind: Kind) -> str:
-    """A kind in words for a message: "a list", "a string", ..."""
+    """Name a kind for a message: "a list", "a string", ..."""
     if isinstance(kind, list):
         return "a list"
     return "an object" if isinstance(kind, dict) else _NAMES[kind]
 
 
 def value_fault(value: Any, kind: Kind, where: str) -> str | None:
-    """What is wrong with a JSON value that should be of this kind, in words; None when nothing is."""
+    """Describe what is wrong with a JSON value that should be of this kind; None if nothing is."""
     if value is None:
         return None
     if isinstance(kind, list):
@@ -81,7 +77,7 @@ def value_fault(value: Any, kind: Kind, where: str) -> str | None:
 
 
 def record_fault(record: dict[str, Any], schema: Schema) -> str | None:
-    """What is wrong with a record of a file, in words; None when nothing is."""
+    """Describe what is wrong with a record of a file; None if nothing is."""
     for name, kind in schema.columns.items():
         if name not in record and name not in schema.optional:
             return f'has no "{name}" (it has {", ".join(record) or "nothing"})'
@@ -96,7 +92,7 @@ def record_fault(record: dict[str, Any], schema: Schema) -> str | None:
 
 
 def conversation_fault(messages: list[dict[str, Any]] | None, where: str) -> str | None:
-    """What is wrong with a list of `{"role", "content"}` of the right types, in words; None when nothing is."""
+    """Describe what is wrong with a list of `{"role", "content"}` of the right types; None if nothing is."""
     if not messages:
         return f'"{where}" holds no message'
     for place, message in enumerate(messages):
@@ -123,7 +119,7 @@ def _is_encodable(text: str) -> bool:
 
 
 def type_fault(found: pa.DataType, kind: Kind, where: str) -> str | None:
-    """What is wrong with an Arrow type that should be of this kind, in words; None when nothing is."""
+    """Describe what is wrong with an Arrow type that should be of this kind; None if nothing is."""
     if pa.types.is_null(found):
         return None
     if isinstance(kind, list):
@@ -145,7 +141,7 @@ def type_fault(found: pa.DataType, kind: Kind, where: str) -> str | None:
 
 
 def check_dataset(dataset: datasets.Dataset, schema: Schema, origin: str) -> None:
-    """Raise UserError unless there are rows, the needed columns of the right types, no forbidden nulls."""
+    """Raise UserError unless there are rows, and the needed columns with the right types and no forbidden nulls."""
     if len(dataset) == 0:
         raise UserError(f"{origin} holds no records{_in_split(dataset)}: at least one is needed.")
     check_columns(dataset.features.arrow_schema, schema, f"{origin}{_in_split(dataset)}")
@@ -164,7 +160,7 @@ def _in_split(dataset: datasets.Dataset) -> str:
 
 
 def check_columns(found: pa.Schema, schema: Schema, origin: str) -> None:
-    """Raise UserError unless all needed columns are there with the right types."""
+    """Raise UserError unless all needed columns exist and have the right types."""
     missing = [name for name in schema.columns if name not in found.names and name not in schema.optional]
     if missing:
         raise UserError(

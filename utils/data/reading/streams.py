@@ -1,7 +1,7 @@
-"""Rows of a data set one after the other, as they are needed: nothing is copied, downloaded whole or written.
+"""Streams the rows of a data set as they are needed: nothing is copied, downloaded whole or written.
 
 The counterpart of `utils.data.reading.arrow_files` and `utils.data.reading.hub` for `--streaming`. Every stream is a
-`datasets.IterableDataset`, whose `state_dict` says where it stands and brings another one there.
+`datasets.IterableDataset`, whose `state_dict` holds its position, from which another one can read on.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,10 +19,10 @@ from utils.errors import UserError
 def stream_from_path(
     path: str, splits: Iterable[str], schema: Schema, config: str | None = None
 ) -> dict[str, SplitData]:
-    """The wanted splits of a `save_to_disk` folder, or of parquet, JSON or CSV files (found recursively).
+    """Stream the wanted splits of a `save_to_disk` folder, or of parquet, JSON or CSV files (found recursively).
 
     Raises:
-        UserError: nothing to read, a split or column is missing, or the first rows are not what the schema says.
+        UserError: there is nothing to read, a split or column is missing, or the first rows do not fit the schema.
     """
     if is_saved(path):
         return stream_saved(path, splits, schema)
@@ -31,13 +31,13 @@ def stream_from_path(
 
 
 def stream_files(files: list[str], schema: Schema) -> SplitData:
-    """The records of parquet, JSON or CSV files, one file after the other, each checked as it comes.
+    """Stream the records of parquet, JSON or CSV files, one file after the other; each is checked as it is read.
 
     Raises:
-        UserError: there is no record, or the first is not what the schema says.
+        UserError: there is no record, or the first does not fit the schema.
     """
     rows = datasets.IterableDataset.from_generator(_rows_of, gen_kwargs={"files": files, "schema": schema})
-    return _opened(rows, schema, files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files")
+    return _checked_start(rows, files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files")
 
 
 def _rows_of(files: list[str], schema: Schema) -> Iterator[dict[str, Any]]:
@@ -48,31 +48,31 @@ def _rows_of(files: list[str], schema: Schema) -> Iterator[dict[str, Any]]:
 
 
 def stream_saved(path: str, splits: Iterable[str], schema: Schema) -> dict[str, SplitData]:
-    """The wanted splits of a folder made by `save_to_disk`; raises UserError."""
+    """Stream the wanted splits of a folder made by `save_to_disk`; raises UserError."""
     found = open_saved(path)
     streams = {}
     for split in splits:
         rows = only_columns(found[pick_split(found, split, path)], schema).to_iterable_dataset()
-        streams[split] = _opened(_checked(rows, schema, f'{path}, split "{split}"'), schema, path)
+        streams[split] = _checked_start(_checked(rows, schema, f'{path}, split "{split}"'), path)
     return streams
 
 
 def stream_from_hub(
     name: str, splits: Iterable[str], schema: Schema, argument: str, config: str | None = None
 ) -> dict[str, SplitData]:
-    """The wanted splits of a data set on the hub, read from there while the run goes on; raises UserError."""
+    """Stream the wanted splits of a data set on the hub; raises UserError."""
     found = open_on_hub(name, argument, config, streaming=True)
     streams = {}
     for split in splits:
         rows = found[pick_split(found, split, f"{name} on the Hugging Face hub")]
-        streams[split] = _opened(_checked(rows, schema, f'{name}, split "{split}"'), schema, name)
+        streams[split] = _checked_start(_checked(rows, schema, f'{name}, split "{split}"'), name)
     return streams
 
 
 def _checked(rows: datasets.IterableDataset, schema: Schema, origin: str) -> datasets.IterableDataset:
-    """The same rows with the schema's columns alone, each of them checked as it comes."""
+    """Return the rows with the schema's columns alone; each row is checked as it is read."""
     arguments = {"schema": schema, "origin": origin}
-    found = rows.column_names or list(next(iter(rows), {}))  # JSON on the hub names its columns in its rows alone
+    found = rows.column_names or list(next(iter(rows), {}))  # JSON on the hub names its columns only in its rows
     return rows.map(_checked_row, with_indices=True, fn_kwargs=arguments, remove_columns=found)
 
 
@@ -83,8 +83,8 @@ def _checked_row(row: dict[str, Any], number: int, schema: Schema, origin: str) 
     return {name: row[name] for name in schema.columns if name in row}
 
 
-def _opened(rows: datasets.IterableDataset, schema: Schema, origin: str) -> SplitData:
-    """Read the first row, to find what is wrong with the source before anything is built on it."""
+def _checked_start(rows: datasets.IterableDataset, origin: str) -> SplitData:
+    """Return the stream once its first row can be read, so that a bad source is found before the run starts."""
     if next(iter(rows), None) is None:
         raise UserError(f"{origin} holds no records: at least one is needed.")
     return SplitData(rows, "")

@@ -1,1 +1,1 @@
-"""Turn texts into token ids."""
+"""Turns texts into token ids."""

@@ -1,16 +1,16 @@
-"""Byte-level BPE by tiktoken: the ids of a tokenizer of GPT-2's kind, several times as fast as `tokenizers` makes them.
+"""Byte-level BPE by tiktoken: the ids of a GPT-2 style tokenizer, several times as fast as `tokenizers` makes them.
 
-Taken over: BPE over bytes without dropout, words cut by one regular expression, no normalizer but NFC (OPT, GPT-2,
-GPT-NeoX). Left to the tokenizer itself: every other kind; vocabularies whose merges lead to one token in several
-ways (Llama 3); texts that hold an added token, as chat formats do; texts that NFC would change; and texts with a
-character outside Unicode 3.2's, since the two libraries may know different versions of Unicode.
+Encoded by tiktoken: BPE over bytes without dropout, words split by one regular expression, no normalizer but NFC (OPT,
+GPT-2, GPT-NeoX). Left to the tokenizer itself: every other kind; vocabularies whose merges make one token in several
+ways (Llama 3); texts that contain an added token, as chat formats do; texts that NFC would change; and texts with a
+character outside Unicode 3.2, since the two libraries may implement different versions of Unicode.
 
 Why the ids are the same. Both merge the pair of least rank, the leftmost first, but `tokenizers` ranks pairs and
-tiktoken what they become. Where every token has one pair, the two differ only when tiktoken joins x and y into a token
-t whose pair is another one. Up to there both did the same inside t, and so did `tokenizers` with t alone, which would
-end at x y. So no such x, y exist if `tokenizers` turns every token, taken as a word, into itself; that is looked up for
-the whole vocabulary. Words are cut by the same expression, on characters both libraries class alike: 1,456 are tried
-each time, all of them in `tests/data/test_byte_bpe.py`.
+tiktoken ranks their results. Where every token has one pair, the two differ only when tiktoken joins x and y into a
+token t whose pair is another one. Until then both did the same inside t, and so did `tokenizers` with t alone, which
+would end at x y. So no such x, y exist if `tokenizers` encodes every token, given as a word, as itself; that is checked
+for the whole vocabulary. Words are split by the same expression, on characters that both libraries classify alike:
+1,456 characters are tried each time, all of them in `tests/data/test_byte_bpe.py`.
 """
 
 import json
@@ -29,25 +29,23 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 try:
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
-except ImportError:  # it is only quicker with it
+except ImportError:  # optional: without it the same ids take longer
     tiktoken = None
 
-SEPARATOR = "\ufdd0"  # what no text here holds: Unicode gives it to no character
+SEPARATOR = "\ufdd0"  # Unicode assigns it to no character, so no text encoded here contains it
 MAX_THREADS = 8
-ROWS_WORTH_IT = 5_000  # to make a stand-in takes half a second, and so many texts save it
+ROWS_WORTH_IT = 5_000  # making a `ByteBpe` takes half a second, which so many texts save
 TRIED = [*range(0x500), *range(0x2000, 0x2070), *range(0x3000, 0x3040)]  # alphabets, spaces, signs
-LETTERS_OF_OTHERS = "\u017f\u212a"  # to ignore case, some take these for an s and a k
+CASE_VARIANTS = "\u017f\u212a"  # some libraries take these for s and k when they ignore case
 NOT_IN_UTF8 = {bytes([byte]) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}  # some vocabularies lack them
 BYTES = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
 
 
 @cache
 def unknown_character() -> re.Pattern[str]:
-    """Matches all but the characters that Unicode 3.2 (2002) and this Python's Unicode class alike."""
+    """Return a pattern that matches all characters but those that Unicode 3.2 (2002) and Python's classify alike."""
     old, new = unicodedata.ucd_3_2_0.category, unicodedata.category
-    codes = [
-        code for code in range(0x10000) if old(chr(code)) not in ("Cn", "Cs") and chr(code) not in LETTERS_OF_OTHERS
-    ]
+    codes = [code for code in range(0x10000) if old(chr(code)) not in ("Cn", "Cs") and chr(code) not in CASE_VARIANTS]
     codes = [code for code in codes if old(chr(code))[0] == new(chr(code))[0]]
     starts = [code for code, before in zip(codes, [-2, *codes], strict=False) if code != before + 1]
     ends = [code for code, after in zip(codes, [*codes[1:], -2], strict=True) if after != code + 1]
@@ -56,7 +54,7 @@ def unknown_character() -> re.Pattern[str]:
 
 
 class ByteBpe:
-    """Tokenizes as the tokenizer it replaces in `tokenize_rows.py`; texts it can't take go to that tokenizer."""
+    """Gives the ids of the tokenizer it replaces in `tokenize_rows.py`, which still encodes what tiktoken can't."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pattern: str, ids: dict[str, int], nfc: bool) -> None:
         self.tokenizer = tokenizer
@@ -73,14 +71,14 @@ class ByteBpe:
         self.before, self.after = whole[:at], whole[at + len(bare) :]
 
     def takes(self, text: str) -> bool:
-        """Whether `text` is encoded here."""
+        """Whether `text` is encoded here, not by the tokenizer."""
         plain = text.isascii() or (
             not unknown_character().search(text) and (not self.nfc or unicodedata.is_normalized("NFC", text))
         )
         return plain and not self.added.search(text)
 
     def __call__(self, texts: list[str], add_special_tokens: bool = True, **options: Any) -> dict[str, list[list[int]]]:
-        """Token ids of each text, under "input_ids"."""
+        """Return the token ids of each text, under "input_ids"."""
         here = [self.takes(text) for text in texts]
         others = [text for text, taken in zip(texts, here, strict=True) if not taken]
         made_there = iter(
@@ -92,12 +90,13 @@ class ByteBpe:
         return {"input_ids": ids}
 
     def _encoded(self, texts: list[str]) -> Iterator[list[int]]:
-        """The texts over the threads `tokenizers` would use, each thread's as one: between calls one alone runs."""
+        """Encode the texts over as many threads as `tokenizers` uses."""
         many = os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() not in ("false", "0", "off", "no", "f", "n")
         threads = min(os.cpu_count() or 1, MAX_THREADS, len(texts)) if many else 1
         if threads < 2:
             yield from self._encoded_as_one(texts)
             return
+        # Each thread joins its texts to one, since threads run in parallel only within a call of tiktoken.
         parts = [texts[len(texts) * n // threads : len(texts) * (n + 1) // threads] for n in range(threads)]
         with ThreadPoolExecutor(threads) as pool:
             for part in pool.map(self._encoded_as_one, parts):
@@ -112,34 +111,34 @@ class ByteBpe:
 
 
 def quick_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrainedTokenizerBase | ByteBpe:
-    """What to tokenise `rows` texts with: `tokenizer`, or its stand-in where there is one and it is worth making."""
+    """Return what to encode `rows` texts with: `tokenizer`, or a `ByteBpe` with its ids where that saves time."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if tiktoken is None or backend is None or rows < ROWS_WORTH_IT:
         return tokenizer
-    return _stand_in(tokenizer, backend.to_str()) or tokenizer
+    return _byte_bpe(tokenizer, backend.to_str()) or tokenizer
 
 
-@lru_cache(maxsize=1)  # the parts of a run's data sets come one after another
-def _stand_in(tokenizer: PreTrainedTokenizerBase, content: str) -> ByteBpe | None:
-    """What gives the same ids as `tokenizer` with this tokenizer.json, or None where that is not certain."""
+@lru_cache(maxsize=1)  # a run encodes several parts of data sets with one tokenizer
+def _byte_bpe(tokenizer: PreTrainedTokenizerBase, content: str) -> ByteBpe | None:
+    """Return a `ByteBpe` with the ids of `tokenizer`, whose tokenizer.json this is; None where that is not certain."""
     rules = json.loads(content)
     pattern, ids = _word_pattern(rules["pre_tokenizer"]), _ids_in_order(rules["model"])
     normalizer = (rules["normalizer"] or {}).get("type")
     if pattern is None or ids is None or normalizer not in (None, "NFC"):
         return None
-    model = tokenizer.backend_tokenizer.model  # without the cutting of words: each token is taken as one
+    model = tokenizer.backend_tokenizer.model  # does not split words, so each token is encoded as one word
     if any(len(model.tokenize(token)) != 1 for token in ids):
         return None
-    stand_in = ByteBpe(tokenizer, pattern, ids, normalizer == "NFC")
+    quick = ByteBpe(tokenizer, pattern, ids, normalizer == "NFC")
     letters = "".join(f"{letter}a {letter}" for letter in map(chr, range(0xD800)))
-    if stand_in.encoding.decode(stand_in.encoding.encode_ordinary(letters)) != letters:
-        return None  # what an expression does not match is a word too, but tiktoken leaves it out
+    if quick.encoding.decode(quick.encoding.encode_ordinary(letters)) != letters:
+        return None  # `tokenizers` makes words of what the expression does not match; tiktoken drops it
     tried = [f"a{letter}1{letter} {letter}.{letter}{letter}\n" for letter in map(chr, TRIED)]
-    return stand_in if stand_in(tried) == {"input_ids": tokenizer(tried)["input_ids"]} else None
+    return quick if quick(tried) == {"input_ids": tokenizer(tried)["input_ids"]} else None
 
 
 def _word_pattern(rules: dict[str, Any] | None) -> str | None:
-    """The expression that cuts words, of a tokenizer.json's pre_tokenizer; None where it is more than that."""
+    """Return the expression by which a tokenizer.json's pre_tokenizer splits words; None where it does more."""
     steps = (rules or {}).get("pretokenizers") or [rules or {}]
     *cuts, last = steps
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
@@ -152,7 +151,7 @@ def _word_pattern(rules: dict[str, Any] | None) -> str | None:
 
 
 def _ids_in_order(model: dict[str, Any]) -> dict[str, int] | None:
-    """Of a tokenizer.json's model the ids of all bytes and of all that merges make, in that order, by their letters."""
+    """Return the id of each token of a tokenizer.json's model, bytes first, then merges; None for other kinds."""
     different = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
     if model["type"] != "BPE" or any(model.get(name) for name in different):
         return None

@@ -1,23 +1,42 @@
-"""From rows to token ids: whole texts, encoded jointly, ended once, cut to length."""
+"""Turns rows into token ids: each text encoded as a whole, ended by one end token, truncated to `max_seq_len`."""
 
-from argparse import Namespace
-from typing import Any
+import copy
+from typing import Any, NamedTuple
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from utils.data.formats.base import PromptRawDataset
 from utils.data.prompt_dataset import ID_COLUMNS
-from utils.data.raw_datasets import PromptRawDataset
+from utils.data.tokenization.byte_bpe import ByteBpe, quick_tokenizer
 from utils.errors import UserError
 
 DEFAULT_END_TOKEN = "<|endoftext|>"
 
 
+class SampleForm(NamedTuple):
+    """What a sample is."""
+
+    tokenizer: PreTrainedTokenizerBase
+    end_token: str  # the token that ends every sample, as text
+    max_seq_len: int  # longer samples are truncated
+    completion_only: bool = False  # label only the responses (phase 1)
+
+    @property
+    def end_id(self) -> int:
+        """The id of the end token, see `end_token_id`. Read it once, not per row: it looks up the whole vocabulary."""
+        return end_token_id(self.tokenizer, self.end_token)
+
+
 def end_token_id(tokenizer: PreTrainedTokenizerBase, end_of_conversation_token: str) -> int:
-    """The one id that ends every sample; UserError when the tokenizer has no such single token."""
+    """Return the id that ends every sample.
+
+    Raises:
+        UserError: the tokenizer has no such single token.
+    """
     token_id = tokenizer.get_vocab().get(end_of_conversation_token)
     if token_id is None and end_of_conversation_token == DEFAULT_END_TOKEN:
-        token_id = tokenizer.eos_token_id  # nobody asked for the default: the tokenizer's own end is meant
+        token_id = tokenizer.eos_token_id  # the default was not asked for: the tokenizer's own end token is meant
     if token_id is None:
         raise UserError(
             f"the end-of-conversation token {end_of_conversation_token!r} is not one token of this tokenizer "
@@ -26,37 +45,66 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, end_of_conversation_token: 
     return token_id
 
 
+def end_of_conversation_token(tokenizer: PreTrainedTokenizerBase, eot_token: str | None, model_name: str) -> str:
+    """Return the text of the token that ends every sample: `eot_token`, or the tokenizer's eos where it is None.
+
+    Args:
+        eot_token: `--eot_token` where `--add_eot_token` is given, else None.
+        model_name: the model whose tokenizer this is, for the message.
+
+    Raises:
+        UserError: there is no end token, or it is not one token of the tokenizer.
+    """
+    token = tokenizer.eos_token if eot_token is None else eot_token
+    if token is None:
+        raise UserError(f"the tokenizer of {model_name} has no end token: add one with --add_eot_token.")
+    end_token_id(tokenizer, token)
+    return token
+
+
 def sample_features(phase: int, completion_only: bool) -> datasets.Features:
-    """The columns of tokenised samples."""
+    """Return the columns of tokenized samples."""
     ids = {name: datasets.List(datasets.Value("int32")) for name in ID_COLUMNS[phase]}
-    features = datasets.Features({**ids, "cut": datasets.Value("bool")})
+    features = datasets.Features({**ids, "truncated": datasets.Value("bool")})
     if completion_only:
         features["label_spans"] = datasets.List(datasets.Value("int32"))
     return features
 
 
-def _with_end(ids: list[int], end_id: int) -> list[int]:
-    """`ids` ending in `end_id` exactly once (some tokenizers append it themselves)."""
-    return ids if ids and ids[-1] == end_id else [*ids, end_id]
+def row_tokenizer(sample: SampleForm, rows: int) -> PreTrainedTokenizerBase | ByteBpe:
+    """Return what encodes `rows` texts: the sample's tokenizer, or tiktoken where it is faster and gives the same ids.
+
+    tiktoken does not tell which characters a token covers, which completion-only loss needs.
+    """
+    return sample.tokenizer if sample.completion_only else quick_tokenizer(sample.tokenizer, rows)
 
 
-def _texts(rows: list[dict], source: PromptRawDataset, phase: int) -> list[tuple[str, ...]]:
-    """The texts each row gives this phase; rows that lack one are left out."""
-    ways = {
-        1: (source.get_prompt_and_chosen,),
-        2: (source.get_prompt_and_chosen, source.get_prompt_and_rejected),
-        3: (source.get_prompt,),
-    }[phase]
-    texts = [tuple(way(row) for way in ways) for row in rows]
-    return [pair for pair in texts if None not in pair]
+def map_arguments(
+    raw: PromptRawDataset, sample: SampleForm, phase: int, tokenizer: PreTrainedTokenizerBase | ByteBpe
+) -> dict[str, Any]:
+    """Return the arguments of a data set's `map` that tokenize the rows of `raw` for one phase.
+
+    Args:
+        tokenizer: made by `row_tokenizer`.
+    """
+    source = copy.copy(raw)
+    source.raw_datasets = None  # a worker process needs to know how texts are made, not the data
+    arguments = {"source": source, "tokenizer": tokenizer, "end_id": sample.end_id, "max_seq_len": sample.max_seq_len}
+    if not sample.completion_only:
+        arguments["phase"] = phase
+    return {
+        "function": tokenize_completions if sample.completion_only else tokenize,
+        "batched": True,
+        "fn_kwargs": arguments,
+        "features": sample_features(phase, sample.completion_only),
+    }
 
 
-def tokenise(
+def tokenize(
     columns: dict[str, list], source: PromptRawDataset, tokenizer: Any, phase: int, end_id: int, max_seq_len: int
 ) -> dict[str, list]:
-    """One batch of rows -> the phase's id columns and `cut`; rows without a text or a label are left out."""
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    flat = [text for pair in _texts(rows, source, phase) for text in pair]
+    """Turn one batch of rows into the phase's id columns and `truncated`; drops rows without a text or a label."""
+    flat = [text for pair in _texts(_rows(columns), source, phase) for text in pair]
     encoded = []
     if flat:
         encoded = tokenizer(
@@ -64,40 +112,32 @@ def tokenise(
         )["input_ids"]
     if phase == 3:
         kept = [ids for ids in encoded if 0 < len(ids) <= max_seq_len]
-        return {"prompt_ids": kept, "cut": [False] * len(kept)}
+        return {"prompt_ids": kept, "truncated": [False] * len(kept)}
     whole = [_with_end(ids, end_id) for ids in encoded]
     names = ID_COLUMNS[phase]
-    result: dict[str, list] = {name: [] for name in [*names, "cut"]}
+    result: dict[str, list] = {name: [] for name in [*names, "truncated"]}
     for start in range(0, len(whole), len(names)):
         pair = whole[start : start + len(names)]
-        if min(map(len, pair)) < 2:  # nothing follows the first token: no label
+        if min(map(len, pair)) < 2:  # nothing follows the first token, so there is no label
             continue
         for name, ids in zip(names, pair, strict=True):
             result[name].append(ids[:max_seq_len])
-        result["cut"].append(max(map(len, pair)) > max_seq_len)
+        result["truncated"].append(max(map(len, pair)) > max_seq_len)
     return result
 
 
-def _token_span(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """The tokens that cover the characters [start, end); one that covers others too belongs to them."""
-    first = next((at for at, (_, stop) in enumerate(offsets) if stop > start), len(offsets))
-    last = next((at for at in range(len(offsets) - 1, first - 1, -1) if offsets[at][0] < end), first - 1)
-    return first, last + 1
-
-
-def tokenise_completions(
+def tokenize_completions(
     columns: dict[str, list], source: PromptRawDataset, tokenizer: Any, end_id: int, max_seq_len: int
 ) -> dict[str, list]:
-    """As `tokenise` for phase 1, with `label_spans`: the tokens of the responses, as start and end by turns.
+    """Turn rows into phase 1 samples as `tokenize` does, and add `label_spans`: starts and ends of responses in turn.
 
-    Prompt and responses are encoded jointly, so the ids are the same as without; the boundaries are read off the
-    characters each token covers. A token that covers both belongs to the response. What follows a response that
-    ends the text, the end token, belongs to it too.
+    Prompt and responses are encoded together, so the ids are those of `tokenize`; where a response begins and ends is
+    read off the characters that each token covers. A token that covers both prompt and response belongs to the
+    response. The end token belongs to a response that ends the text.
     """
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    pairs = [(row, source.get_prompt_and_chosen(row)) for row in rows]
+    pairs = [(row, source.get_prompt_and_chosen(row)) for row in _rows(columns)]
     pairs = [(row, text) for row, text in pairs if text is not None]
-    result: dict[str, list] = {"input_ids": [], "label_spans": [], "cut": []}
+    result: dict[str, list] = {"input_ids": [], "label_spans": [], "truncated": []}
     if not pairs:
         return result
     encoded = tokenizer(
@@ -111,19 +151,37 @@ def tokenise_completions(
         for start, end in source.response_spans(row, text):
             first, last = _token_span(offsets, start, end)
             last = len(whole) if end == len(text) else last
-            if max(first, 1) < min(last, kept):  # a first token is predicted by nothing
+            if max(first, 1) < min(last, kept):  # nothing predicts the first token
                 spans += [max(first, 1), min(last, kept)]
-        if spans:  # else no label is left
+        if spans:  # without one there is no label
             result["input_ids"].append(whole[:kept])
             result["label_spans"].append(spans)
-            result["cut"].append(len(whole) > max_seq_len)
+            result["truncated"].append(len(whole) > max_seq_len)
     return result
 
 
-def end_of_conversation_token(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The token that ends every sample: `--eot_token` if it was asked for, else the tokenizer's own eos."""
-    token = args.eot_token if args.add_eot_token else tokenizer.eos_token
-    if token is None:
-        raise UserError(f"the tokenizer of {args.model_name_or_path} has no end token: add one with --add_eot_token.")
-    end_token_id(tokenizer, token)
-    return token
+def _rows(columns: dict[str, list]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _texts(rows: list[dict], source: PromptRawDataset, phase: int) -> list[tuple[str, ...]]:
+    """Return the texts that each row gives this phase; drops rows that lack one."""
+    ways = {
+        1: (source.get_prompt_and_chosen,),
+        2: (source.get_prompt_and_chosen, source.get_prompt_and_rejected),
+        3: (source.get_prompt,),
+    }[phase]
+    texts = [tuple(way(row) for way in ways) for row in rows]
+    return [pair for pair in texts if None not in pair]
+
+
+def _with_end(ids: list[int], end_id: int) -> list[int]:
+    """Return `ids` ending in `end_id` exactly once (some tokenizers append it themselves)."""
+    return ids if ids and ids[-1] == end_id else [*ids, end_id]
+
+
+def _token_span(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """Return the range of tokens that cover the characters [start, end), wholly or in part."""
+    first = next((at for at, (_, stop) in enumerate(offsets) if stop > start), len(offsets))
+    last = next((at for at in range(len(offsets) - 1, first - 1, -1) if offsets[at][0] < end), first - 1)
+    return first, last + 1

@@ -1,0 +1,237 @@
+"""Prepares the samples of a phase before a run: data sets split, tokenized, mixed and cached.
+
+Rows are tokenized in batches over several processes, kept unpadded as Arrow and memory-mapped, so memory stays flat
+however large the data are. The name of a cache folder is a hash of everything that changes its content.
+"""
+
+import hashlib
+import os
+import sys
+from functools import partial
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+
+from utils.data import cache as prompt_cache
+from utils.data.cache import cache_lock
+from utils.data.formats.custom import OwnFormatDataset, OwnOptions
+from utils.data.mixture import DataSources, parse_source, weighted
+from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
+from utils.data.raw_datasets import PromptRawDataset, find_raw_dataset_class, known_name
+from utils.data.splits import PUBLISHED, get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
+from utils.data.tokenization.tokenize_rows import SampleForm, map_arguments, row_tokenizer, sample_features
+from utils.errors import UserError
+from utils.files import build_folder
+from utils.logging.console import say
+
+# A fast tokenizer uses every core by itself: for fewer rows than this, starting processes costs more than it saves.
+ROWS_PER_PROCESS = 25_000
+
+
+class Preparation(NamedTuple):
+    """Where and how data are prepared."""
+
+    local_rank: int  # rank on this node, -1 without ranks; only the first one prints what the data are
+    cache_folder: str  # on the node's own or a shared disk
+    phase: int  # 1: SFT, 2: reward, 3: RLHF; phase k uses part k of the split
+    seed: int
+    rebuild: bool = False  # build anew even where the cache fits
+    num_proc: int | None = None  # tokenizing processes; None decides by the number of rows and cores
+
+    @property
+    def prints(self) -> bool:
+        """Whether this process prints what the data are."""
+        return self.local_rank <= 0
+
+
+def get_raw_dataset(
+    dataset_name: str,
+    output_path: str,
+    seed: int,
+    local_rank: int,
+    own: OwnOptions | None = None,
+    streaming: bool = False,
+) -> PromptRawDataset:
+    """Open a data set: the known one whose name `dataset_name` contains (as a mirror's path does), else the user's own.
+
+    Args:
+        own: how the user's own data are read; None: in the Human/Assistant form, with the usual column names.
+        streaming: read rows as they are needed, see `PromptRawDataset`.
+
+    Raises:
+        UserError: there is no such name or path, or its data can't be read or is malformed.
+    """
+    if known_name(dataset_name) is None and os.path.exists(dataset_name):
+        return OwnFormatDataset(output_path, seed, local_rank, dataset_name, own, streaming)
+    return find_raw_dataset_class(dataset_name)(output_path, seed, local_rank, dataset_name, streaming)
+
+
+def prepare_prompt_data(
+    sources: DataSources, sample: SampleForm, own: OwnOptions, preparation: Preparation
+) -> tuple[PromptDataset, PromptDataset]:
+    """Return the mixed, tokenized data of one phase as (train, eval), from the cache where it fits.
+
+    One process per cache folder builds; the others wait for its lock and then find the result. No collective is used,
+    so a slow build never runs into the process group's time-out.
+
+    Raises:
+        UserError: bad data, or no training sample is left.
+    """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    place, phase = preparation.cache_folder, preparation.phase
+    with cache_lock(place):
+        raws = []
+        for text, shares in sources.of_phase(phase):
+            name, weight = parse_source(text)
+            raw = get_raw_dataset(name, place, preparation.seed, preparation.local_rank, own)
+            raws.append((raw, shares, weight))
+        key = prompt_cache.key(raws, len(sources.data_path), sample, phase, preparation.seed)
+        folder = os.path.join(place, f"prompts_{key}")
+        reason = "asked for" if preparation.rebuild else prompt_cache.damage(folder)
+        if reason:
+            build_folder(folder, partial(_build, sources, sample, own, preparation))
+            say(f"Data cache {folder}: built ({reason})")  # by the process that got the lock first, on any rank
+    report = prompt_cache.read_report(folder)
+    if preparation.prints:
+        for line in filter(None, (raw.describe() for raw, *_ in raws)):
+            say(line)
+        if not reason:
+            say(f"Data cache {folder}: hit")
+        say("\n".join(prompt_cache.describe(report, sample.max_seq_len, phase)))
+    if report["train"]["samples"] == 0:
+        raise UserError(
+            f"no training sample: part {phase} of --data_split {sources.data_split} of {', '.join(sources.data_path)} "
+            "is empty. Give that part a larger share, or more data."
+        )
+    tables = [datasets.load_from_disk(os.path.join(folder, split)) for split in prompt_cache.SPLITS]
+    train, evaluation = (_prompt_dataset(table, sample, phase) for table in tables)
+    return train, evaluation
+
+
+def _build(sources: DataSources, sample: SampleForm, own: OwnOptions, preparation: Preparation, work: str) -> None:
+    """Write the content of a cache folder into the folder `work`."""
+    mixed: dict[str, list[PromptDataset]] = {split: [] for split in prompt_cache.SPLITS}
+    for number, (name, shares) in enumerate(sources.of_phase(preparation.phase)):
+        part_folder = os.path.join(work, f"part{number}")
+        pair = prepare_data_set(name, shares, sample, own, preparation, part_folder)
+        for split, part in zip(mixed, pair, strict=True):
+            mixed[split].append(part)
+    for split, parts in mixed.items():
+        _save_mix(parts, len(sources.data_path), preparation.seed, os.path.join(work, split))
+    prompt_cache.finish(work, mixed, ID_COLUMNS[preparation.phase])
+
+
+def prepare_data_set(
+    dataset_name: str,
+    data_split: str,
+    sample: SampleForm,
+    own: OwnOptions | None,
+    preparation: Preparation,
+    work_folder: str | None = None,
+) -> tuple[PromptDataset, PromptDataset]:
+    """Return the phase's part of one data set's training and evaluation rows, tokenized: (train, eval).
+
+    Args:
+        dataset_name: `NAME` or `NAME:0.3`, which uses that share of the part's training rows.
+        work_folder: where to write the Arrow files; None keeps the result in memory.
+    """
+    name, weight = parse_source(dataset_name)
+    raw = get_raw_dataset(name, preparation.cache_folder, preparation.seed, preparation.local_rank, own)
+    parts = []
+    for split, rows in (("train", raw.get_train_data()), ("eval", raw.get_eval_data())):
+        index = _rows_of_phase(raw, split, data_split, len(rows), preparation)
+        if split == "train" and weight != 1:
+            given, index = len(index), weighted(index, weight)
+            if preparation.prints:
+                say(f"{raw.dataset_name} train: weight {weight:g}, {len(index)} rows of {given}")
+        work_file = None
+        if work_folder:
+            os.makedirs(work_folder, exist_ok=True)
+            work_file = os.path.join(work_folder, f"{split}.arrow")
+        try:
+            chosen = rows.select(index)
+            part = tokenize_part(chosen, raw, sample, preparation.phase, preparation.num_proc, work_file)
+        except UserError:
+            raw.try_rows(sample.completion_only, limit=None)  # raises with the row's place, which workers don't know
+            raise
+        part.rows_given = len(index)
+        parts.append(part)
+    return parts[0], parts[1]
+
+
+def _rows_of_phase(
+    raw: PromptRawDataset, split: str, data_split: str, size: int, preparation: Preparation
+) -> np.ndarray:
+    """Return the row numbers of the phase's part of a split; prints where the published rule can't divide it."""
+    index = get_raw_dataset_split_index(
+        preparation.local_rank, preparation.cache_folder, raw.dataset_name_clean, preparation.seed, split, data_split,
+        preparation.phase - 1, size, preparation.rebuild,
+    )  # fmt: skip
+    rule = split_boundaries(data_split, size).rule
+    if rule != PUBLISHED and preparation.prints:
+        say(f"{raw.dataset_name} {split}: {data_split} of {size} rows is divided by the {rule} rule")
+    return index
+
+
+def tokenize_part(
+    rows: datasets.Dataset,
+    raw: PromptRawDataset,
+    sample: SampleForm,
+    phase: int,
+    num_proc: int | None = None,
+    work_file: str | None = None,
+) -> PromptDataset:
+    """Return the rows tokenized for one phase.
+
+    Args:
+        raw: makes texts of the rows.
+        num_proc: processes; None decides by the number of rows and cores.
+        work_file: Arrow file to write to; None keeps the result in memory.
+    """
+    features = sample_features(phase, sample.completion_only)
+    if len(rows) == 0:  # `map` would not make the columns
+        empty = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+        return _prompt_dataset(empty, sample, phase)
+    tokenizer = row_tokenizer(sample, len(rows))
+    if tokenizer is not sample.tokenizer:
+        say(f"{raw.dataset_name}: {len(rows)} rows tokenized by tiktoken, with this tokenizer's ids")
+    workers = num_proc or max(1, min(os.cpu_count() or 1, len(rows) // ROWS_PER_PROCESS))
+    if workers > 1:
+        # Processes already use every core, and the tokenizer's own threads deadlock after a fork.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # The result goes to `work_file`, never to the library's cache, so any fingerprint that names this file will do.
+    fingerprint = hashlib.sha256(repr((work_file, sorted(features), sample.max_seq_len)).encode()).hexdigest()[:16]
+    table = rows.map(
+        **map_arguments(raw, sample, phase, tokenizer),
+        remove_columns=rows.column_names,
+        num_proc=workers if workers > 1 else None,
+        cache_file_name=work_file,
+        keep_in_memory=work_file is None,
+        load_from_cache_file=False,
+        new_fingerprint=fingerprint,
+        desc=f"tokenizing {raw.dataset_name_clean}",
+    )
+    return _prompt_dataset(table, sample, phase)
+
+
+def _prompt_dataset(table: datasets.Dataset, sample: SampleForm, phase: int) -> PromptDataset:
+    return PromptDataset(table, phase, sample.tokenizer.pad_token_id, sample.max_seq_len)
+
+
+def _save_mix(parts: list[PromptDataset], main_sets: int, seed: int, folder: str) -> None:
+    """Join the parts as published: the main sets, shuffled if several; then the SFT-only sets added, all shuffled."""
+    tables = [part.table.with_format(None).remove_columns("truncated") for part in parts]
+    mixed = tables[:main_sets]
+    if len(mixed) > 1:
+        mixed = [_shuffled(mixed, seed)]
+    if len(tables) > main_sets:
+        mixed = [_shuffled(mixed + tables[main_sets:], seed)]
+    # Without the number, an empty table would write no file, and its folder could not be loaded again.
+    mixed[0].save_to_disk(folder, num_shards=None if len(mixed[0]) else 1)
+
+
+def _shuffled(tables: list[datasets.Dataset], seed: int) -> datasets.Dataset:
+    joined = datasets.concatenate_datasets(tables)
+    return joined.select(get_shuffle_idx(seed, len(joined)))
