@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md tell people to run exists, parses and, for the demo, runs."""
+"""The documents: their commands exist, parse and, for the demo, run; their links, paths and tables are right."""
 
 import glob
 import importlib
@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, make_json_data
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+PAGES = tuple(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))
+RESULTS = tuple(f"benchmarks/results/{path.name}" for path in sorted(ROOT.glob("benchmarks/results/*.md")))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *PAGES, "benchmarks/RESULTS.md", *RESULTS)
 REAL = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
 
 
@@ -33,18 +35,25 @@ def load(path: str):
     return module
 
 
-def block_commands() -> Iterator[str]:
+def without_blocks(text: str) -> str:
+    """The text without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def block_commands(documents: tuple[str, ...] = DOCUMENTS) -> Iterator[str]:
     """Every command in a bash block of the documents."""
-    for name in DOCUMENTS:
+    for name in documents:
         for block in re.findall(r"```bash\n(.*?)```", text_of(name), re.DOTALL):
             for line in block.splitlines():
                 yield from (part.strip() for part in line.split("&&"))
 
 
-def table_commands() -> Iterator[str]:
+def table_commands(documents: tuple[str, ...] = DOCUMENTS) -> Iterator[str]:
     """Every command in back quotes."""
-    for name in DOCUMENTS:
-        yield from re.findall(r"`((?:make|bash|sbatch|python|deepspeed) [^`]+)`", text_of(name))
+    for name in documents:
+        text = without_blocks(text_of(name))
+        for quoted in re.findall(r"`((?:\w+=\S+ )?(?:make|bash|sbatch|python|deepspeed)\s[^`]+)`", text):
+            yield from (part.strip() for part in " ".join(quoted.split()).split("&&"))
 
 
 def expanded(pattern: str) -> list[str]:
@@ -61,11 +70,22 @@ def expanded(pattern: str) -> list[str]:
     return found
 
 
+def check_measurement(script: str, arguments: list[str]) -> None:
+    """The script exists and takes these arguments."""
+    source = text_of(script)
+    if "\ndef build_parser" in source:
+        load(script).build_parser().parse_args(arguments)
+        return
+    flags = [word for word in arguments if word.startswith("--")]
+    assert all(f'"{flag}"' in source for flag in flags), f"{script} has not all of {flags}"
+
+
 def check(command: str) -> None:
     """Paths, targets and arguments of one command are right."""
-    from utils.args import build_parser
+    from utils.arguments.parser import build_parser
 
     words = shlex.split(command)
+    words = words[1:] if re.match(r"[A-Z_]+=", words[0]) else words  # a variable set for this command
     program = Path(words[0]).name
     if program == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
@@ -74,7 +94,7 @@ def check(command: str) -> None:
         flags = [word.startswith("--") for word in words]
         further = words[flags.index(True) :] if True in flags else []
         if words[1].startswith("evaluation_scripts/"):
-            from utils.eval_args import build_parser as evaluation_parser
+            from utils.prompt_eval.arguments import build_parser as evaluation_parser
 
             evaluation_parser().parse_args(further)
         else:
@@ -84,17 +104,20 @@ def check(command: str) -> None:
         rest = words[words.index("main.py") + 1 :]
         if rest not in ([], ["…"], ["..."]):
             build_parser().parse_args(rest)
-    elif words[1:3] == ["-m", "utils.data.inspect"]:
-        build_parser().parse_args(words[3:])
-    elif words[1:3] == ["-m", "utils.memory"]:
-        from utils.memory import build_parser as memory_parser
+    elif words[1:3] in (["-m", "tools.inspect_data"], ["-m", "utils.data.inspect"]):
+        assert importlib.util.find_spec(words[2])
+        if words[3:]:  # without arguments the program is only named
+            build_parser().parse_args(words[3:])
+    elif words[1:3] in (["-m", "tools.memory_table"], ["-m", "utils.memory"]):
+        from tools.memory_table import build_parser as memory_parser
 
-        memory_parser().parse_args(words[3:])
-    elif words[1].startswith("benchmarks/"):
-        sys.path.append(str(ROOT / "benchmarks"))
-        load(words[1]).build_parser().parse_args(words[2:])
+        assert importlib.util.find_spec(words[2])
+        if words[3:]:
+            memory_parser().parse_args(words[3:])
+    elif words[1].startswith(("benchmarks/", "tests/soak/")):
+        check_measurement(words[1], words[2:])
     elif words[1] == "prompt_eval.py":
-        from utils.eval_args import parse_args
+        from utils.prompt_eval.arguments import parse_args
 
         parse_args(words[2:])
     elif words[1:3] == ["-m", "pytest"]:
@@ -106,7 +129,7 @@ def check(command: str) -> None:
         assert program in ("git", "cd", "source", "python3", "pip", "hf"), command
 
 
-@pytest.mark.parametrize("command", [*block_commands(), *table_commands()])
+@pytest.mark.parametrize("command", list(dict.fromkeys([*block_commands(), *table_commands()])))
 def test_command(command):
     check(command)
 
@@ -114,14 +137,16 @@ def test_command(command):
 def test_the_check_finds_mistakes():
     for command in (
         "bash training_scripts/none.sh", "python main.py --no_such_flag", "make nothing", "rm -r x",
-        "bash evaluation_scripts/run_chat.sh out --no_such_flag",
+        "bash evaluation_scripts/run_chat.sh out --no_such_flag", "python benchmarks/none.py",
+        "python benchmarks/data_prep.py --no_such_flag", "python -m tools.inspect_data --no_such_flag",
     ):  # fmt: skip
-        with pytest.raises((AssertionError, SystemExit, subprocess.CalledProcessError)):
+        with pytest.raises((AssertionError, SystemExit, OSError, subprocess.CalledProcessError)):
             check(command)
 
 
 def test_the_promised_commands_are_in_the_readme():
-    commands = [*block_commands(), *table_commands()]
+    readme = ("README.md",)
+    commands = [*block_commands(readme), *table_commands(readme)]
     for promised in ("make demo", "make test", "deepspeed --num_gpus 8 main.py", "python main.py"):
         assert any(command.startswith(promised) for command in commands), promised
     scripts = [
@@ -137,16 +162,24 @@ def test_the_promised_commands_are_in_the_readme():
 
 def test_tables_of_arguments_are_up_to_date():
     module = load("tools/argument_table.py")
-    readme = text_of("README.md")
-    assert module.with_tables(readme) == readme, "run python tools/argument_table.py"
+    page = text_of("docs/arguments.md")
+    assert module.with_tables(page) == page, "run python tools/argument_table.py"
 
 
-@pytest.mark.parametrize(
-    ("module", "begin"), [("utils.args", "<!-- arguments"), ("utils.eval_args", "<!-- prompt_eval.py")]
-)
+def test_a_stale_table_of_arguments_is_found():
+    module = load("tools/argument_table.py")
+    page = text_of("docs/arguments.md")
+    for old, new in (("`--seed N` | `1234`", "`--seed N` | `4321`"), ("`--zero_stage {", "`--zero_stages {")):
+        assert old in page and module.with_tables(page.replace(old, new)) == page
+
+
+PARSERS = [("utils.arguments.parser", "<!-- main.py"), ("utils.prompt_eval.arguments", "<!-- prompt_eval.py")]
+
+
+@pytest.mark.parametrize(("module", "begin"), PARSERS)
 def test_table_holds_every_flag_with_its_default(module, begin):
     """The same seen from the other side, without the tool's own rows."""
-    part = text_of("README.md").split(begin)[1].split("<!-- end of arguments -->")[0]
+    part = text_of("docs/arguments.md").split(begin)[1].split("<!-- end of arguments -->")[0]
     shown = dict(re.findall(r"^\| `(--\w+)[^`]*` \| (.*?) \|", part, re.MULTILINE))
     parser = importlib.import_module(module).build_parser()
     actions = {option: action for action in parser._actions for option in action.option_strings}
@@ -158,6 +191,26 @@ def test_table_holds_every_flag_with_its_default(module, begin):
             assert float(default.strip("`")) == value, flag
 
 
+def test_the_ten_arguments_of_the_readme_are_those_of_the_table():
+    row = re.compile(r"^\| (`--\w+[^`]*`) \| (.*?) \|", re.MULTILINE)
+    table = dict(row.findall(text_of("docs/arguments.md").split("## Arguments of prompt_eval.py")[0]))
+    shown = row.findall(text_of("README.md"))
+    assert len(shown) == 10 and all(table[flag] == default for flag, default in shown)
+
+
+def test_documents_are_short_and_begin_with_their_question():
+    lines = {name: text_of(name).splitlines() for name in DOCUMENTS}
+    assert len(lines["README.md"]) <= 250 and len(lines["benchmarks/RESULTS.md"]) <= 100
+    for name in PAGES:
+        assert re.fullmatch(r"# [A-Z].*\?", lines[name][0]), f"{name} does not begin with a question"
+        assert f"]({name})" in text_of("README.md"), f"{name} is not in the README's index"
+
+
+def test_every_page_of_results_is_in_its_index():
+    index = text_of("benchmarks/RESULTS.md")
+    assert all(name.removeprefix("benchmarks/") in index for name in RESULTS)
+
+
 def test_no_cell_of_a_table_is_cut_in_two():
     """A bar inside a cell needs a backslash, in back quotes too."""
     for name in DOCUMENTS:
@@ -166,20 +219,34 @@ def test_no_cell_of_a_table_is_cut_in_two():
             assert len(cells) == 1, f"{name}: {table[:80]}"
 
 
-def test_every_data_set_is_in_the_readme():
+def test_every_data_set_is_documented():
     from utils.data.raw_datasets import RAW_DATASETS
 
-    missing = [name for name in RAW_DATASETS if f"`{name}`" not in text_of("README.md")]
+    missing = [name for name in RAW_DATASETS if f"`{name}`" not in text_of("docs/data.md")]
     assert not missing
 
 
-def test_links_and_named_files_exist():
-    for name in DOCUMENTS:
-        text = text_of(name)
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (ROOT / target).exists(), f"{name}: {target}"
-        for path in re.findall(r"`((?:utils|tools|tests|data|demo|evaluation_scripts)/[\w./]+)`", text):
-            assert (ROOT / path).exists(), f"{name}: {path}"
+def anchors(name: str) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", without_blocks(text_of(name)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_and_named_files_exist(name):
+    text = text_of(name)
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", text):
+        path = ((ROOT / name).parent / target).resolve() if target else ROOT / name
+        assert path.exists(), f"{name}: {target}"
+        assert not anchor or anchor in anchors(str(path.relative_to(ROOT))), f"{name}: {target}#{anchor}"
+    for path in re.findall(r"`((?:utils|tools|tests|data|demo|docs|benchmarks|\w+_scripts)/[\w./]+)`", text):
+        assert (ROOT / path).exists(), f"{name}: {path}"
+
+
+def test_the_readme_names_every_folder_of_utils():
+    tree = text_of("README.md").split("\nutils/\n")[1].split("```")[0]
+    folders = {path.parent.name for path in ROOT.glob("utils/*/__init__.py")}
+    assert folders == set(re.findall(r"^  (\w+)/", tree, re.MULTILINE))
 
 
 def test_figures_of_the_demo_are_those_of_its_data():
@@ -275,7 +342,7 @@ def test_ci_run_tells_how_it_went(tmp_path, status, closing):
 def test_requirements_are_pinned_and_hold_what_is_imported():
     """A fresh machine gets what this one has, and whatever is imported is named."""
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)", text_of("requirements.txt") + text_of("requirements-dev.txt"), re.M))
-    ours = {"utils", "main", "prompt_eval", "make_tiny_opt", "make_demo_data", "conftest", "reference_run"}
+    ours = {"utils", "tools", "benchmarks", "demo", "tests", "main", "prompt_eval"}
     ours |= {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
     packages = packages_distributions()  # modules go by another name than their package, or several come in one
     for folder in (".", "utils", "tools", "evaluation_scripts", "tests"):

@@ -1,4 +1,4 @@
-"""Every message docs/troubleshooting.md explains is one the program really gives."""
+"""Every message that docs/troubleshooting.md explains is one that the program prints."""
 
 import json
 import re
@@ -7,20 +7,20 @@ import pytest
 import torch
 from conftest import ROOT, write_json_data
 
-from utils.failures import as_user_error
+from utils.distributed.failures import as_user_error
 
 TEXT = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 MESSAGES = re.findall(r"^### `(.+)`$", TEXT, re.MULTILINE)
 
 
 def pattern_of(message: str) -> re.Pattern:
-    """`…` in the document stands for what differs from case to case."""
+    """Return a pattern in which `…` matches what differs from case to case."""
     return re.compile(".+?".join(map(re.escape, message.split("…"))))
 
 
 @pytest.fixture(scope="module")
 def said(tiny_opt, json_data, tmp_path_factory) -> dict[str, list]:
-    """By a word of the message: arguments that bring it about."""
+    """Return the arguments that cause each message, by a word of it."""
     folder = tmp_path_factory.mktemp("troubles")
     (folder / "empty").mkdir()
     bare = folder / "bare"
@@ -84,7 +84,7 @@ def test_message(message, said, run_arguments, run_inside, monkeypatch):
         status, _, error = run_inside([*run_arguments, "--learning_rate", "1e30", "--max_bad_steps", "1"])
         assert status == 2
     else:
-        assert "processes were started" in message, f"no case brings about: {message}"
+        assert "processes were started" in message, f"no case causes: {message}"
         monkeypatch.setenv("LOCAL_SIZE", "4096")
         status, _, error = run_inside(run_arguments)
         assert status == 2

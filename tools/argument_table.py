@@ -1,7 +1,7 @@
-"""Keep README.md's tables of arguments as the parsers have them: main.py's and prompt_eval.py's.
+"""Write the tables of arguments in docs/arguments.md from the parsers of main.py and prompt_eval.py.
 
-Without an argument the tables between their markers are written anew; with `--check` nothing is changed and the
-exit status is 1 when one is out of date.
+Without an argument, the tables between their markers are rewritten. With `--check` nothing is changed, and the exit
+status is 1 when a table is out of date.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-# Where a table begins -> the module with its parser.
+PAGE = ROOT / "docs" / "arguments.md"
+# The marker before a table -> the module with its parser.
 BEGINS = {
-    "<!-- arguments: written by tools/argument_table.py -->": "utils.args",
-    "<!-- prompt_eval.py: written by tools/argument_table.py -->": "utils.eval_args",
+    "<!-- main.py: written by tools/argument_table.py -->": "utils.arguments.parser",
+    "<!-- prompt_eval.py: written by tools/argument_table.py -->": "utils.prompt_eval.arguments",
 }
 END = "<!-- end of arguments -->"
-# DeepSpeed's own, under its former name; they do what --deepspeed and --deepspeed_config do.
+# DeepSpeed's former names of --deepspeed and --deepspeed_config.
 FORMER_NAMES = {"--deepscale", "--deepscale_config"}
 
 
 def shown_default(action: argparse.Action) -> str:
-    """The default as one would type it; the cache folder as it is on any machine."""
+    """Return the default as one would type it; the cache folder is shown relative to the home folder."""
     value = action.default
     if isinstance(action, argparse._StoreTrueAction):
         return "off"
@@ -41,7 +41,7 @@ def shown_default(action: argparse.Action) -> str:
 
 
 def shown_name(action: argparse.Action) -> str:
-    """The flag, and what follows it."""
+    """Return the flag and its value's name or choices."""
     flag = max(action.option_strings, key=len)
     if action.nargs == 0:
         return f"`{flag}`"
@@ -53,7 +53,7 @@ def shown_name(action: argparse.Action) -> str:
 
 
 def rows(parser: argparse.ArgumentParser) -> list[tuple[str, str, str, str]]:
-    """(group, flag, default, meaning) of every argument, in the parser's order."""
+    """Return (group, flag, default, meaning) of every argument, in the parser's order."""
     found = []
     for group in parser._action_groups:
         for action in group._group_actions:
@@ -65,7 +65,7 @@ def rows(parser: argparse.ArgumentParser) -> list[tuple[str, str, str, str]]:
 
 
 def table(parser: argparse.ArgumentParser) -> str:
-    """The Markdown between the markers."""
+    """Return the Markdown between the markers."""
     lines, group = [], None
     for title, flag, default, meaning in rows(parser):
         if title != group:
@@ -75,30 +75,30 @@ def table(parser: argparse.ArgumentParser) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def with_tables(readme: str) -> str:
-    """`readme` with every table as its parser has it now."""
+def with_tables(page: str) -> str:
+    """Return `page` with every table as its parser has it now."""
     for begin, module in BEGINS.items():
-        before, rest = readme.split(begin)
+        before, rest = page.split(begin)
         new = table(importlib.import_module(module).build_parser())
-        readme = f"{before}{begin}\n{new}{END}{rest.split(END, 1)[1]}"
-    return readme
+        page = f"{before}{begin}\n{new}{END}{rest.split(END, 1)[1]}"
+    return page
 
 
 def main() -> int:
     """Entry point."""
-    options = argparse.ArgumentParser(description="Keep README.md's tables of arguments up to date.")
-    options.add_argument("--check", action="store_true", help="change nothing, only tell")
+    options = argparse.ArgumentParser(description="Write the tables of docs/arguments.md from the parsers.")
+    options.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a table is old")
     check = options.parse_args().check
     sys.path.insert(0, str(ROOT))
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no looking for devices, for a list of names
-    old = README.read_text(encoding="utf-8")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # a list of names needs no search for devices
+    old = PAGE.read_text(encoding="utf-8")
     new = with_tables(old)
     if new == old:
         return 0
     if check:
-        print("README.md's tables of arguments are out of date: run python tools/argument_table.py", file=sys.stderr)
+        print("docs/arguments.md is out of date: run python tools/argument_table.py", file=sys.stderr)
         return 1
-    README.write_text(new, encoding="utf-8")
+    PAGE.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -7,7 +7,7 @@
 samples, the same number of tokens a step. Communication is counted by wrapping torch.distributed's collectives, in
 steps of their own whose collectives are waited for one by one: bytes and seconds without any overlap. DeepSpeed's own
 comms logger is no use here, since it stops its clock when an asynchronous collective has been started. `model` prints
-tables from the arithmetic of `scaling_model.py` with all its assumptions.
+tables from the arithmetic of `step_model.py` with all its assumptions.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def payload(name: str, arguments: list[Any]) -> int:
 
 
 def sent_bytes(moved: dict[str, int], ranks: int) -> float:
-    """Bytes a rank sends for these payloads by ring algorithms, counted as in `scaling_model.Traffic.sent`."""
+    """Bytes a rank sends for these payloads by ring algorithms, counted as in `step_model.Traffic.sent`."""
     passes = {"all_reduce": 2}
     return (ranks - 1) / ranks * sum(passes.get(name, 1) * size for name, size in moved.items())
 

@@ -1,4 +1,4 @@
-"""Tables of `scaling.py model`: the arithmetic of `scaling_model.py` for OPTs on 8 to 512 GPUs."""
+"""Tables of `scaling.py model`: the arithmetic of `step_model.py` for OPTs on 8 to 512 GPUs."""
 
 import argparse
 import sys

@@ -3,12 +3,12 @@
     python benchmarks/throughput/throughput.py --tokenizer FOLDER --data_path .../Dahoas/rm-static
 
 A randomly initialised OPT of the 125m shape (`--hidden`, `--layers` for others) trains under DeepSpeed exactly
-as main.py trains it: same batches, same loss, same optimizer. A run goes by turns (`throughput_turns.py`): in each
+as main.py trains it: same batches, same loss, same optimizer. A run goes by turns (`turns.py`): in each
 the machine's matrix rate is measured and every layout trains on the same documents, packed in one optimizer step, the
 others in several. So noise of the machine falls on all alike, and all have documents of the same lengths. The peak
 memory of a layout is that of a process of its own, which takes the two steps of most tokens, the same documents for all
 that take samples: in a shared process it depends on what other layouts left on the heap. `--peer trl`
-(`throughput_trl.py`) adds TRL's SFTTrainer on the same model and token ids to every turn, where trl is installed.
+(`trl_peer.py`) adds TRL's SFTTrainer on the same model and token ids to every turn, where trl is installed.
 `--profile` says after the turns what their time goes to.
 """
 
