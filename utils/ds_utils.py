@@ -99,6 +99,8 @@ def build_ds_config(config: RunConfig) -> dict[str, Any]:
     ds_config["zero_optimization"] |= scale_settings(config)
     ds_config["train_micro_batch_size_per_gpu"] = config.batches.micro_batch
     ds_config["gradient_accumulation_steps"] = config.batches.accumulation
+    # DeepSpeed's own timer of throughput waits for the device twice in every micro batch; Progress measures it instead.
+    ds_config["timers"] = {"throughput": {"enabled": False}}
     ds_config = merge_config(ds_config, overrides)
     ds_config["train_batch_size"] = config.batches.global_batch
     if args.sequence_parallel_size > 1:  # read where weights are partitioned while they load

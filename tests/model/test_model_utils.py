@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.module.test_lora import CONFIGS
 from utils.errors import UserError
-from utils.model.model_utils import create_hf_model, grow_embeddings, max_positions
+from utils.model.model_utils import create_hf_model, enable_checkpointing, grow_embeddings, max_positions
 from utils.model.tokenizer import load_hf_tokenizer
 
 
@@ -117,6 +118,15 @@ def test_positions_of_every_family():
     assert positions["opt"] == positions["gpt2"] == positions["neox"] == 32
     assert positions["bloom"] is None, "its positions have no end"
     assert all(positions[family] > 1000 for family in ("llama", "qwen3", "gemma2"))
+
+
+def test_checkpointing_by_the_name_of_an_older_transformers():
+    calls = []
+    older = SimpleNamespace(gradient_checkpointing_enable=lambda **options: calls.append(options))
+    enable_checkpointing(older, offload=False)
+    assert calls == [{"gradient_checkpointing_kwargs": {"use_reentrant": False}}]
+    with pytest.raises(UserError, match="--activation_offloading needs a newer transformers"):
+        enable_checkpointing(older, offload=True)
 
 
 @needs_shared

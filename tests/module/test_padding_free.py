@@ -208,6 +208,23 @@ def test_fused_loss_equals_plain_cross_entropy(dtype, variant, monkeypatch):
             assert error < tolerance, error
 
 
+def test_a_frequent_token_does_not_overflow_fp16():
+    """Many rows of one token along one hidden direction: their summed gradient, scaled, is above 65504."""
+    from utils.module.fused_loss import LogitTransform, fused_loss
+
+    rows = 2000
+    hidden = torch.zeros(rows, 16)
+    hidden[:, 3] = 2.0
+    weight = torch.zeros(VOCABULARY, 16)
+    targets = torch.full((rows,), 5)
+    exact = weight.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(hidden @ exact.t(), targets, reduction="sum").backward()
+    half = weight.half().requires_grad_()
+    (fused_loss(hidden.half().requires_grad_(), half, None, targets, LogitTransform(1.0, None)) / rows).backward()
+    assert torch.isfinite(half.grad).all()
+    torch.testing.assert_close(half.grad.float() * rows, exact.grad, rtol=2e-3, atol=1e-2 * rows / VOCABULARY)
+
+
 def test_fused_loss_leaves_frozen_weights_alone():
     model = make("llama", tie_word_embeddings=False)
     install_loss(model, fused=True)

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HTTPError
 from torch.utils.data import DataLoader, IterableDataset
 
 from utils.data import cache as prompt_cache
+from utils.data.batching.batches import ignore_stop_signals
 from utils.data.formats.base import STREAM_EVAL_ROWS, PromptRawDataset
 from utils.data.formats.custom import OwnOptions
 from utils.data.mixture import parse_source
@@ -180,7 +181,7 @@ class PromptStream(PromptDataset):
         # A generator of its own, so that reading does not advance the random numbers of the training.
         loader = DataLoader(
             windows, batch_size=None, num_workers=1, prefetch_factor=1, collate_fn=_unchanged,
-            generator=torch.Generator(),
+            generator=torch.Generator(), worker_init_fn=ignore_stop_signals,
         )  # fmt: skip
         self._windows = iter(loader)
 

@@ -111,7 +111,12 @@ def create_hf_model(
 
 def enable_checkpointing(model: PreTrainedModel, offload: bool) -> None:
     """Keep only the inputs of the blocks for the backward; `offload`: in pinned CPU memory, transformers' own way."""
-    model.activation_checkpointing_enable(offload=offload)
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(offload=offload)
+    elif offload:
+        raise UserError("--activation_offloading needs a newer transformers: this one can't move activations.")
+    else:  # the name in transformers 5.17
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

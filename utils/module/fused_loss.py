@@ -152,6 +152,18 @@ def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
     return part.float() if total is None else total.add_(part)
 
 
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return `left @ right`; of fp16 in float32, since the sum over many rows of a frequent token exceeds fp16.
+
+    Such an overflow would come before any loss scale could prevent it.
+    """
+    if left.dtype != torch.float16:
+        return left @ right
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
 class _FusedLoss(torch.autograd.Function):
     """`fused_loss` with its gradients computed in the forward, chunk by chunk.
 
@@ -181,9 +193,9 @@ class _FusedLoss(torch.autograd.Function):
             logits = F.linear(hidden[part], weight, bias)
             total += _chunk_loss(logits, targets[part], transform, factor)
             if wants_hidden:
-                grad_hidden[part] = logits @ weight
+                grad_hidden[part] = _product(logits, weight)
             if wants_weight:
-                grad_weight = _added(grad_weight, logits.t() @ hidden[part])
+                grad_weight = _added(grad_weight, _product(logits.t(), hidden[part]))
             if wants_bias:
                 grad_bias = _added(grad_bias, logits.sum(0, dtype=torch.float32))
         ctx.half_scale = half_scale

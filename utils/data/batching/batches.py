@@ -1,5 +1,6 @@
 """Batches of a data set: the planned micro batches, read ahead and laid out in the run's padding."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,9 +52,19 @@ def load_batches(
             dataset, batch_sampler=[plan.indices for plan in plans], collate_fn=collate, num_workers=workers,
             prefetch_factor=4 if workers else None, pin_memory=not on_cpu,
             # A generator of its own, so that reading does not advance the random numbers of the training.
-            generator=torch.Generator(),
+            generator=torch.Generator(), worker_init_fn=ignore_stop_signals if workers else None,
         )
     )  # fmt: skip
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Make a worker process ignore the signals that ask a run to stop; the run ends its workers itself.
+
+    Launchers and Slurm signal every process of a run. torch's worker dies of SIGTERM, which would end the run with an
+    error instead of a checkpoint.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def train_batches(dataset: "PromptDataset", units: Units, collate: Collate, cut: "BatchCut") -> Iterator[TrainBatch]:
