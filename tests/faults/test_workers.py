@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 from fork_runs import checkpoint_steps, finished_run, losses, start_run
 
 LONG = ["--num_train_epochs", "40", "--save_steps", "1000"]
@@ -50,3 +53,15 @@ def test_a_run_with_workers_ends_by_itself(run_setting, tmp_path):
     finished_run([*run_setting, "--output_dir", tmp_path / "workers"], program=with_workers)
     finished_run([*run_setting, "--output_dir", tmp_path / "plain"])
     assert losses(tmp_path / "workers") == losses(tmp_path / "plain")
+
+
+def test_a_process_ends_though_its_reader_is_still_open():
+    """Python terminates workers at its exit and waits for them: that SIGTERM must not be ignored."""
+    code = (
+        "import torch; from utils.data.batching.batches import ignore_stop_signals as ignore\n"
+        "held = iter(torch.utils.data.DataLoader(range(9), num_workers=1, worker_init_fn=ignore)); print(next(held))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0 and "tensor([0])" in done.stdout, done.stderr

@@ -88,6 +88,7 @@ def initialize_engine(
     if engine.zero_quantized_nontrainable_weights():
         engine.optimizer.quantize_nontrainable_params()  # LoRA froze them after they were loaded
     skip_steps_that_are_not_finite(engine)
+    leave_overflow_to_the_norm(engine)
     keep_freed_memory()  # from here on every step allocates what the one before freed
     return engine
 
@@ -158,3 +159,14 @@ def skip_steps_that_are_not_finite(engine: deepspeed.DeepSpeedEngine) -> None:
                 parameter.grad = None
 
     engine.clip_fp32_gradients = clip
+
+
+def leave_overflow_to_the_norm(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Switch off DeepSpeed's check of every gradient for overflow in 16 bits without ZeRO, a wait for each tensor.
+
+    The norm of all gradients, computed right after, is not finite where one of them is not, and DeepSpeed skips such a
+    step in the same way.
+    """
+    checker = getattr(engine.optimizer, "overflow_checker", None)
+    if checker is not None and hasattr(engine.optimizer, "_skip_invalid_grad_norm"):
+        checker.has_overflow = lambda params, has_moe_params=None: False

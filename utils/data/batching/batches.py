@@ -1,6 +1,8 @@
 """Batches of a data set: the planned micro batches, read ahead and laid out in the run's padding."""
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,6 +41,19 @@ def collate_for(padding: str, pad_token_id: int, max_seq_len: int, part: tuple[i
     return partial(collate_padded, pad_token_id=pad_token_id, pad_to=max_seq_len if padding == "max_length" else None)
 
 
+class OneByOne(torch.utils.data.Dataset):
+    """Reads a data set item by item: a DataLoader would ask it for whole batches, which come padded."""
+
+    def __init__(self, dataset: "PromptDataset") -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.dataset[index]
+
+
 def load_batches(
     dataset: "PromptDataset", plans: list[MicroBatch], collate: Collate, on_cpu: bool
 ) -> Iterator[dict[str, Any]]:
@@ -49,7 +64,7 @@ def load_batches(
     workers = 0 if on_cpu or not plans else 1
     return iter(
         DataLoader(
-            dataset, batch_sampler=[plan.indices for plan in plans], collate_fn=collate, num_workers=workers,
+            OneByOne(dataset), batch_sampler=[plan.indices for plan in plans], collate_fn=collate, num_workers=workers,
             prefetch_factor=4 if workers else None, pin_memory=not on_cpu,
             # A generator of its own, so that reading does not advance the random numbers of the training.
             generator=torch.Generator(), worker_init_fn=ignore_stop_signals if workers else None,
@@ -58,13 +73,21 @@ def load_batches(
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """Make a worker process ignore the signals that ask a run to stop; the run ends its workers itself.
+    """Make a worker process ignore the signals that ask a run to stop, but for the SIGTERM of the run's own process.
 
     Launchers and Slurm signal every process of a run. torch's worker dies of SIGTERM, which would end the run with an
-    error instead of a checkpoint.
+    error instead of a checkpoint. At its own end the run's process terminates its workers by the same signal.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_terminated_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_terminated_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        continue
+    os._exit(0)
 
 
 def train_batches(dataset: "PromptDataset", units: Units, collate: Collate, cut: "BatchCut") -> Iterator[TrainBatch]:

@@ -1,0 +1,50 @@
+"""How often a step reads a value from the device: each read waits for a GPU."""
+
+import re
+
+import pytest
+from fork_runs import finished_run
+
+
+def count_reads(argv: list[str]) -> None:
+    """main.py that prints the reads (`aten::_local_scalar_dense`) of each micro batch with its optimizer step."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import main
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Reads.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    original = main.micro_step
+
+    def counted(engine, batch, device):
+        Reads.count = 0
+        with Reads():
+            loss = original(engine, batch, device)
+        print("READS", Reads.count, sum(p.requires_grad for p in engine.module.parameters()), flush=True)
+        return loss
+
+    main.micro_step = counted
+    main.run(argv)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_reads_do_not_grow_with_the_number_of_tensors(dtype, run_arguments):
+    arguments = [argument.replace("fp32", dtype) for argument in run_arguments]
+    printed = finished_run([*arguments, "--max_steps", "3", "--per_device_train_batch_size", "8"], program=count_reads)
+    found = [tuple(map(int, pair)) for pair in re.findall(r"READS (\d+) (\d+)", printed)]
+    assert len(found) == 3
+    assert all(reads <= 4 < tensors / 4 for reads, tensors in found), found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_that_is_not_finite_is_still_skipped_in_bf16(ranks, run_arguments, tmp_path):
+    arguments = [argument.replace("fp32", "bf16") for argument in run_arguments]
+    command = [*arguments, "--learning_rate", "1e30", "--max_bad_steps", "2", "--output_dir", tmp_path]
+    printed = finished_run([*command, "--per_device_train_batch_size", "8"], ranks, status=2)
+    assert "2 steps in a row" in printed and "skipped: its" in printed and "Traceback" not in printed
