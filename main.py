@@ -37,6 +37,8 @@ from utils.export.save import adapter_folder, export_form, save_verified_model
 from utils.logging.console import phase
 from utils.model.build import create_model, model_form
 from utils.model.layout_check import choose_layout
+from utils.model.learning_rate import advise_rate
+from utils.model.special_tokens import stop_where_answers_end
 from utils.model.tokenizer import create_tokenizer
 from utils.module.neftune import add_embedding_noise
 from utils.run_config import RunConfig
@@ -63,7 +65,9 @@ def main(args: Namespace) -> None:
         dry_run(config, ds_config, tokenizer, data, groups)
         return
 
-    model = create_model(args.model_name_or_path, model_form(args), tokenizer, ds_config, config.eot_token)
+    model = create_model(args.model_name_or_path, model_form(args), tokenizer, ds_config)
+    stop_where_answers_end(model, tokenizer, data.train)
+    advise_rate(model, args.learning_rate, args.lora_learning_rate, args.lora_dim)
     engine = create_engine(config, model, ds_config, groups)
     layout = choose_layout(engine.module, config.layout, len(tokenizer), config.device, config.sequence_part)
     config = config.with_layout(layout)

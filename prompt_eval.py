@@ -2,7 +2,7 @@
 
 What it does
   * asks both models the same prompts in batches, by any of six decoding strategies, each model with its own
-    tokenizer; an answer ends at the end token or at the next "Human:";
+    tokenizer; an answer ends at the end token or at the next "Human:" (`--no-stop_at_human`: at the end token alone);
   * measures the answers (length, how they end, how varied they are), both perplexities with `--data_path`, and wins
     and losses with `--scorer_command`;
   * prints the answers one below the other, and with `--report` writes a page to share;
@@ -30,6 +30,7 @@ from utils.prompt_eval.config import HEADINGS, EvalConfig
 from utils.prompt_eval.models import check_fit, chosen_device, evaluation_data, load, measure_perplexity
 from utils.prompt_eval.prompts import PROMPTS
 from utils.prompt_eval.report import write_report
+from utils.prompt_eval.same_texts import describe_samples, describe_training
 from utils.prompt_eval.show import print_utils, show_answers, show_figures
 
 __all__ = [
@@ -42,12 +43,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     config = EvalConfig.resolve(args)
     device = chosen_device(args.device)
+    print(f"Settings: {', '.join(config.settings)}")
     if args.interactive:
         talk(config, device)
         return
 
     tokenizers = check_checkpoints(config)
-    data = {name: evaluation_data(config, tokenizer, config.models[name]) for name, tokenizer in tokenizers.items()}
+    baseline = tokenizers["baseline"]
+    data = {
+        name: evaluation_data(config, tokenizer, config.models[name], baseline)
+        for name, tokenizer in tokenizers.items()
+    }
+    ends = {name: tokenizer.eos_token for name, tokenizer in tokenizers.items()}
+    if line := describe_samples(data, ends):
+        print("\n".join(filter(None, [line, describe_training(config.models["finetuned"], args)])))
     results = {name: ask_checkpoint(config, name, data[name], device) for name in config.models}
     show_answers(config, results)
     figures, scorer_error = measure(config, results)

@@ -140,6 +140,7 @@ def train(name: str) -> None:
     create_optimizer(tiny, args.learning_rate, offload=bool(args.offload)).step()
     config = get_train_ds_config(args.offload, args.zero_stage, args.dtype)
     config["train_micro_batch_size_per_gpu"] = args.micro
+    del config["train_batch_size"]  # from the micro batch
     start, peaks = process_memory("VmRSS"), {}
     _reset_peak()
     torch.manual_seed(0)

@@ -182,10 +182,10 @@ def test_table_holds_every_flag_with_its_default(module, begin):
     part = text_of("docs/arguments.md").split(begin)[1].split("<!-- end of arguments -->")[0]
     shown = dict(re.findall(r"^\| `(--\w+)[^`]*` \| (.*?) \|", part, re.MULTILINE))
     parser = importlib.import_module(module).build_parser()
-    actions = {option: action for action in parser._actions for option in action.option_strings}
-    known = {flag for flag in actions if flag.startswith("--")} - {"--help", "--deepscale", "--deepscale_config"}
-    assert set(shown) == known
+    actions = {action.option_strings[0]: action for action in parser._actions}
+    assert set(shown) == set(actions) - {"-h", "--deepscale", "--deepscale_config"}
     for flag, default in shown.items():
+        assert all(re.search(rf"{spelling}\b", part) for spelling in actions[flag].option_strings)
         value = actions[flag].default
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             assert float(default.strip("`")) == value, flag

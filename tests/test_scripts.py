@@ -123,9 +123,14 @@ def parser():
 def test_the_promised_scripts_are_there():
     assert set(STAGES) <= set(map(name_of, SCRIPTS))
     llama = [name for name in map(name_of, SCRIPTS) if name.startswith("llama/")]
-    for family in ["llama", "qwen"]:
+    for family in ["llama", "llama2_7b", "qwen"]:
         own = [name for name in llama if f"run_{family}" in name]
         assert {name.endswith("_lora.sh") for name in own} == {True, False}
+
+
+def test_gradient_checkpointing_has_two_spellings(parser):
+    for flag in ("--gradient_checkpointing", "--gradient_checkpoint"):
+        assert parser.parse_args(["--model_name_or_path", "opt", flag]).gradient_checkpointing is True
 
 
 @every_script
@@ -283,6 +288,48 @@ def test_log_goes_on_with_a_run_that_goes_on(run):
     once = log.read_text()
     assert run(script, "out", "--resume_from_checkpoint").returncode == 0
     assert log.read_text() == 2 * once
+
+
+SINGLE = SWEEP.with_name("run_single.sh")
+FOUR = ["Dahoas/rm-static", "Dahoas/full-hh-rlhf", "Dahoas/synthetic-instruct-gptj-pairwise"]
+FOUR += ["yitingxie/rlhf-reward-datasets"]
+
+
+@pytest.mark.parametrize("offload", ["true", "false"])
+@pytest.mark.parametrize("lora", ["true", "false"])
+def test_the_sweeps_run_by_its_four_words(run, parser, offload, lora):
+    """ZERO_STAGE OFFLOAD LORA OUTPUT, then further arguments."""
+    assert run(SINGLE, "3", offload, lora, "an out", "--print_loss").returncode == 0
+    [call] = run.calls()
+    args = parser.parse_args(call.arguments)
+    assert (args.zero_stage, args.offload) == (3, "cpu" if offload == "true" else None)
+    assert (args.output_dir, args.print_loss) == ("an out", True)
+    assert (args.data_path, args.num_train_epochs) == (FOUR, 16)
+    if lora == "true":
+        assert (args.learning_rate, args.lora_learning_rate, args.weight_decay) == (1e-3, 1e-3, 0.1)
+        assert (args.lora_dim, args.lora_module_name, args.only_optimize_lora) == (128, "decoder.layers.", True)
+    else:
+        assert (args.learning_rate, args.weight_decay, args.lora_dim) == (9.65e-6, 0, 0)
+    assert (run.folder / "an out" / "training.log").exists()
+
+
+def test_the_sweeps_run_by_fewer_words_and_by_wrong_ones(run):
+    assert run(SINGLE, "3", "true").returncode == 0
+    [call] = run.calls()
+    assert (call.value("--zero_stage"), "--offload" in call.arguments) == ("3", True)
+    assert "--lora_dim" not in call.arguments and call.value("--output_dir") == "./output_sweep_single"
+    done = run(SINGLE, "3", "yes", "false", "out")
+    assert (done.returncode, done.stdout) == (2, "OFFLOAD and LORA must be true or false, not yes and false\n")
+    assert not run.notes.exists()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_weight_decay_is_the_originals(run, name):
+    """0.1 in the scripts that train little beside LoRA on several GPUs, 0 elsewhere."""
+    assert run(ROOT / "training_scripts" / name, "out").returncode == 0
+    decays = {float(call.value("--weight_decay")) for call in run.calls()}
+    expected = {0.1} if name.split("/")[-1] in ("run_1.3b_lora.sh", "run_66b.sh", "run_66b_slurm.sh") else {0.0}
+    assert decays == ({0.0, 0.1} if "run_step1_sweep" in name else expected)
 
 
 def test_sweep_goes_on_after_a_failed_run(run):

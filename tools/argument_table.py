@@ -27,8 +27,8 @@ FORMER_NAMES = {"--deepscale", "--deepscale_config"}
 def shown_default(action: argparse.Action) -> str:
     """Return the default as one would type it; the cache folder is shown relative to the home folder."""
     value = action.default
-    if isinstance(action, argparse._StoreTrueAction):
-        return "off"
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if action.required:
         return "required"
     if action.dest == "data_output_path":
@@ -41,8 +41,8 @@ def shown_default(action: argparse.Action) -> str:
 
 
 def shown_name(action: argparse.Action) -> str:
-    """Return the flag and its value's name or choices."""
-    flag = max(action.option_strings, key=len)
+    """Return the flag, in the first of its spellings, and its value's name or choices."""
+    flag = action.option_strings[0]
     if action.nargs == 0:
         return f"`{flag}`"
     if action.choices and action.metavar is None:

@@ -59,8 +59,10 @@ def main(argv: list[str] | None = None) -> None:
     end_token = end_of_conversation_token(tokenizer, eot_token, args.model_name_or_path)
     sample = SampleForm(tokenizer, end_token, args.max_seq_len, args.completion_only_loss)
     own = own_options(tokenizer, sample.end_id, parse_columns(args.columns), args.chat_template)
+    if args.eval_data_path:
+        print("--eval_data_path: not read here; give its names as --data_path to inspect them.")
     sources = DataSources(args.data_path, args.data_split, args.sft_only_data_path)
-    measured = [report_data_set(text, shares, sample, own, args) for text, shares in sources.of_phase(1)]
+    measured = [report_data_set(text, shares, sample, own, args) for text, shares, _ in sources.of_phase(1)]
     if len(measured) > 1:
         print(f"\n=== the {len(measured)} data sets together")
         joined = [Rows(*map(np.concatenate, zip(*parts, strict=True))) for parts in zip(*measured, strict=True)]

@@ -1,59 +1,61 @@
 """DeepSpeed's configuration of a training run."""
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
-from utils.distributed.ranks import print_rank_0
+from deepspeed.accelerator import get_accelerator
+
+from utils.distributed.ranks import print_rank_0, world_size
 from utils.engine.nvme_swap import open_swap_folder
 from utils.errors import UserError
 from utils.logging.trackers import monitor_blocks
 from utils.run_config import RunConfig, merge_config, overrides_precision
 
+GLOBAL_BATCH_SIZE = 32  # these two stand in for a run's own batch sizes, which replace them
+MICRO_BATCH_SIZE = 4
 STEPS_PER_PRINT = 10
 SWAP_BUFFERS = 8  # a module's own weights (LoRA has three of a size) and those read ahead
 # Elements of a part of the optimizer that is read and written at a time; four buffers of it are held.
 SUB_GROUP = 50_000_000
 
 
-def get_train_ds_config(
-    offload: bool | str | None,
-    stage: int = 2,
-    dtype: str = "fp16",
-    enable_hybrid_engine: bool = False,
-    inference_tp_size: int = 1,
-    release_inference_cache: bool = False,
-    pin_parameters: bool = True,
-    tp_gather_partition_size: int = 8,
-    max_out_tokens: int = 512,
-    enable_tensorboard: bool = False,
-    tb_path: str = "",
-    tb_name: str = "",
-) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a training run; the caller adds the batch sizes.
+class TrainSettings(NamedTuple):
+    """What `get_train_ds_config` is given after `offload`, in the order it has had since 2024."""
+
+    dtype: str = "fp16"  # "bf16", "fp16" or "fp32"
+    stage: int = 2  # of ZeRO, 0 to 3
+    enable_hybrid_engine: bool = False
+    inference_tp_size: int = 1
+    release_inference_cache: bool = False
+    pin_parameters: bool = True
+    tp_gather_partition_size: int = 8
+    max_out_tokens: int = 512
+    enable_tensorboard: bool = False  # DeepSpeed's own monitor writes below `{tb_path}/ds_tensorboard_logs/`
+    enable_mixed_precision_lora: bool = False  # keep the weights that LoRA froze in 8 bits (ZeRO 3)
+    tb_path: str = ""
+    tb_name: str = ""
+    offload_optimizer_config: dict[str, Any] | None = None  # these three are laid over what is made here
+    offload_param_config: dict[str, Any] | None = None
+    aio_config: dict[str, Any] | None = None
+
+
+def get_train_ds_config(offload: bool | str | None, *positional: Any, **named: Any) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a training run; the caller replaces the batch sizes.
 
     Args:
         offload: keep parameters (ZeRO 3) and optimizer states (ZeRO 1 and up) in CPU memory; "nvme" means files.
-        stage: ZeRO stage, 0 to 3.
-        dtype: "bf16", "fp16" or "fp32".
-        enable_tensorboard: DeepSpeed's own monitor writes below `{tb_path}/ds_tensorboard_logs/`.
+        positional, named: the fields of `TrainSettings`. By position they are told apart by their types: a dtype
+            first is the order since 2024, (dtype, stage, enable_hybrid_engine, ...); a stage first is that of 2023,
+            (stage, enable_hybrid_engine, ...), or (stage, dtype, enable_hybrid_engine, ...).
 
     Reference: https://www.deepspeed.ai/docs/config-json/
     """
-    device = "cpu" if offload is True else offload or "none"
+    settings = TrainSettings(*_dtype_first(positional, named), **named)
     config: dict[str, Any] = {
+        "train_batch_size": GLOBAL_BATCH_SIZE,
+        "train_micro_batch_size_per_gpu": MICRO_BATCH_SIZE,
         "steps_per_print": STEPS_PER_PRINT,
-        "zero_optimization": {
-            "stage": stage,
-            "overlap_comm": True,
-            "offload_param": {"device": device},
-            "offload_optimizer": {"device": device},
-            "stage3_param_persistence_threshold": 1e4,
-            "stage3_max_live_parameters": 3e7,
-            "stage3_prefetch_bucket_size": 3e7,
-            # torch's own linear keeps a view of the weight for the backward, and with it every weight that ZeRO 3
-            # gathers; DeepSpeed's keeps the weight itself, which is fetched anew.
-            "memory_efficient_linear": True,
-        },
+        "zero_optimization": _zero_block(offload, settings),
         "gradient_clipping": 1.0,
         "prescale_gradients": False,
         "wall_clock_breakdown": False,
@@ -61,26 +63,90 @@ def get_train_ds_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "hybrid_engine": {
-            "enabled": enable_hybrid_engine,
-            "max_out_tokens": max_out_tokens,
-            "inference_tp_size": inference_tp_size,
-            "release_inference_cache": release_inference_cache,
-            "pin_parameters": pin_parameters,
-            "tp_gather_partition_size": tp_gather_partition_size,
+            "enabled": settings.enable_hybrid_engine,
+            "max_out_tokens": settings.max_out_tokens,
+            "inference_tp_size": settings.inference_tp_size,
+            "release_inference_cache": settings.release_inference_cache,
+            "pin_parameters": settings.pin_parameters,
+            "tp_gather_partition_size": settings.tp_gather_partition_size,
         },
         "tensorboard": {
-            "enabled": enable_tensorboard,
-            "output_path": os.path.join(tb_path, "ds_tensorboard_logs/"),
-            "job_name": f"{tb_name}_tensorboard",
+            "enabled": settings.enable_tensorboard,
+            "output_path": os.path.join(settings.tb_path, "ds_tensorboard_logs/"),
+            "job_name": f"{settings.tb_name}_tensorboard",
         },
+        **_precision_block(settings.dtype, loss_scale_window=100),
     }
-    if dtype == "fp16":
-        config["fp16"] = {"enabled": True, "loss_scale_window": 100}
-    elif dtype == "bf16":
-        config["bf16"] = {"enabled": True}
-    elif dtype != "fp32":
-        raise ValueError(f"dtype must be bf16, fp16 or fp32, not {dtype!r}")
+    if settings.aio_config:
+        config["aio"] = settings.aio_config
     return config
+
+
+def get_eval_ds_config(offload: bool, *positional: Any, **named: Any) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a model that only answers: step 3's reference and reward models.
+
+    SFT has no such model. After `offload` (of the parameters) come `dtype` and `stage`, 0 by default; in 2023 `stage`
+    alone, with fp16.
+    """
+    positional = _dtype_first(positional, named)
+    if len(positional) < 2:
+        named.setdefault("stage", 0)
+    settings = TrainSettings(*positional, **named)
+    return {
+        "train_batch_size": GLOBAL_BATCH_SIZE,
+        "train_micro_batch_size_per_gpu": MICRO_BATCH_SIZE,
+        "steps_per_print": STEPS_PER_PRINT,
+        "zero_optimization": {
+            "stage": settings.stage,
+            "stage3_param_persistence_threshold": 1e4,
+            "offload_param": {"device": "cpu" if offload else "none"},
+            "memory_efficient_linear": False,
+        },
+        "gradient_clipping": 1.0,
+        "prescale_gradients": False,
+        "wall_clock_breakdown": False,
+        **_precision_block(settings.dtype),
+    }
+
+
+def _dtype_first(positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+    """Return positional settings in the order of `TrainSettings`; takes a `dtype` it moves out of `named`."""
+    if not positional or isinstance(positional[0], str):
+        return positional
+    stage, *rest = positional
+    dtype = rest.pop(0) if rest and isinstance(rest[0], str) else named.pop("dtype", TrainSettings().dtype)
+    return (dtype, stage, *rest)
+
+
+def _zero_block(offload: bool | str | None, settings: TrainSettings) -> dict[str, Any]:
+    """Return DeepSpeed's block `zero_optimization`."""
+    device = "cpu" if offload is True else offload or "none"
+    block: dict[str, Any] = {
+        "stage": settings.stage,
+        "overlap_comm": True,
+        "offload_param": {"device": device, **(settings.offload_param_config or {})},
+        "offload_optimizer": {"device": device, **(settings.offload_optimizer_config or {})},
+        "stage3_param_persistence_threshold": 1e4,
+        "stage3_max_live_parameters": 3e7,
+        "stage3_prefetch_bucket_size": 3e7,
+        # torch's own linear keeps a view of the weight for the backward, and with it every weight that ZeRO 3
+        # gathers; DeepSpeed's keeps the weight itself, which is fetched anew.
+        "memory_efficient_linear": True,
+    }
+    if settings.enable_mixed_precision_lora:
+        block["zero_quantized_nontrainable_weights"] = True
+        devices = get_accelerator().device_count()
+        if world_size() > devices:  # over several nodes each keeps a copy, and gathers from itself
+            block["zero_hpz_partition_size"] = devices
+    return block
+
+
+def _precision_block(dtype: str, **fp16: Any) -> dict[str, Any]:
+    """Return DeepSpeed's block of a precision, with the settings `fp16` where it is that."""
+    blocks = {"fp16": {"fp16": {"enabled": True, **fp16}}, "bf16": {"bf16": {"enabled": True}}, "fp32": {}}
+    if dtype not in blocks:
+        raise ValueError(f"dtype must be bf16, fp16 or fp32, not {dtype!r}")
+    return blocks[dtype]
 
 
 def build_ds_config(config: RunConfig) -> dict[str, Any]:

@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class MissingDataSet(UserError, RuntimeError):
+    """There is no such data set: also the RuntimeError that scripts for DeepSpeed-Chat expect."""
+
+
 def join_problems(problems: list[str]) -> str:
     """Return one message: the problem itself, or a list of several."""
     if len(problems) == 1:

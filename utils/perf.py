@@ -2,12 +2,12 @@
 
 import re
 from argparse import Namespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from utils.distributed.ranks import print_rank_0
 from utils.distributed.zero3 import whole_numel, whole_shape
+from utils.logging.console import say
 
 # Peak rate of dense 16-bit matrix products in TFLOP/s by the vendors' data sheets. Of several names that are contained
 # in a device's name the longest counts.
@@ -131,23 +131,57 @@ def print_throughput(
     e2e_time: float,
     rank: int = 0,
     *,
-    tokens: int,
-    samples: int,
-    world_size: int,
-    device_name: str,
+    tokens: int | None = None,
+    samples: int = 0,
+    world_size: int = 1,
+    device_name: str = "",
 ) -> str:
-    """Print (on rank 0) and return one throughput line for the work all ranks did in `e2e_time` seconds.
+    """Print (on rank 0) and return one throughput line for what was done in `e2e_time` seconds.
 
     Args:
         hf_model: the bare model.
         args: its `gradient_checkpointing` is read.
-        tokens: tokens over all ranks; padding is not counted.
+        tokens: tokens over all ranks; padding is not counted. None: one micro batch of padded rows, as DeepSpeed-Chat
+            counts it from `args` (see `padded_throughput_line`).
         samples: samples over all ranks.
     """
-    work = Work(tokens, samples, e2e_time)
-    rates = measure_throughput(
-        hf_model, args.gradient_checkpointing, work, world_size=world_size, device_name=device_name
-    )
-    line = throughput_line(rates, world_size, device_name)
-    print_rank_0(line, rank)
+    if tokens is None:
+        line = padded_throughput_line(hf_model, args, e2e_time)
+    else:
+        work = Work(tokens, samples, e2e_time)
+        rates = measure_throughput(
+            hf_model, args.gradient_checkpointing, work, world_size=world_size, device_name=device_name
+        )
+        line = throughput_line(rates, world_size, device_name)
+    if rank <= 0:
+        say(line)
     return line
+
+
+def padded_throughput_line(hf_model: torch.nn.Module, args: Namespace, seconds: float) -> str:
+    """Return DeepSpeed-Chat's line for one micro batch of `per_device_train_batch_size` rows of `max_seq_len` tokens.
+
+    All figures are one device's, whatever the number of ranks. FLOPs by `padded_flops`, in which every token counts,
+    padding too.
+    """
+    rows, length = args.per_device_train_batch_size, args.max_seq_len
+    passes = 4.0 if args.gradient_checkpointing else 3.0
+    if args.lora_dim > 0:  # all but the gradients of the weights that LoRA froze
+        passes -= 1 - 2 * args.lora_dim / hf_model.config.get_text_config().hidden_size
+    billions = sum(whole_numel(parameter) for parameter in hf_model.parameters()) / 1e9
+    tflops = padded_flops(passes, rows, length, hf_model.config.get_text_config()) / seconds / 1e12
+    return (
+        f"Model Parameters: {billions:.3f} B, Latency: {seconds:.2f}s, TFLOPs: {tflops:.2f}, "
+        f"Samples/sec: {rows / seconds:.2f}, Time/seq {seconds / rows:.2f}s, Batch Size: {rows}, "
+        f"Sequence Length: {length}"
+    )
+
+
+def padded_flops(passes: float, rows: int, length: int, config: Any) -> float:
+    """Return Megatron-LM's FLOPs of `passes` forward-equivalents: `24 B s l h^2 (1 + s/6h + V/16lh)` for each.
+
+    `V/16lh` is for the 4 passes of activation checkpointing, of which the head takes only 3.
+    """
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    extra = length / (6 * hidden) + config.vocab_size / (16 * layers * hidden)
+    return 24 * passes * rows * length * layers * hidden**2 * (1 + extra)

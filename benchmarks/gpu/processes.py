@@ -51,8 +51,9 @@ class Finished:
         return Outcome(WRONG, f"exit status {self.status}: {' / '.join(lines[-KEPT_LINES:])[-500:]}", figures)
 
     def losses(self) -> list[float]:
-        """Return the loss of every optimizer step, as `--print_loss` prints it."""
-        return [float(loss) for loss in re.findall(r"^Epoch: \d+, Step: \d+, loss = (\S+)$", self.output, re.MULTILINE)]
+        """Return the losses that `--print_loss` prints: of every optimizer step, where a step is one micro batch."""
+        lines = re.findall(r"^Epoch: \d+, Step: \d+, Rank: 0, loss = (\S+)$", self.output, re.MULTILINE)
+        return [float(loss) for loss in lines]
 
     def evaluations(self) -> list[float]:
         """Return every evaluation loss."""

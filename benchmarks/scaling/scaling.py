@@ -129,6 +129,7 @@ def run_steps(setting: dict[str, Any], collectives: Collectives, device: Any) ->
     config = get_train_ds_config(False, setting["stage"], "fp32")
     config["zero_optimization"].update(setting.get("zero", {}))
     config["train_micro_batch_size_per_gpu"] = len(lengths)
+    del config["train_batch_size"]  # from the micro batch
     model = make_model(setting)
     engine = initialize_engine(model, create_optimizer(model, 1e-5), config)
     choose_layout(engine.module, "free", VOCABULARY, device)

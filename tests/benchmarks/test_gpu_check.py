@@ -89,7 +89,7 @@ def overflowing_run(rises: bool, counted: bool, capsys) -> str:
     steps = NonfiniteSteps(SimpleNamespace(fp16_enabled=lambda: True, optimizer=optimizer), limit=1)
     good = 0
     for step in range(1, 60):
-        print(f"Epoch: 1, Step: {step}, loss = {8 - step / 60}")
+        print(f"Epoch: 0, Step: {step - 1}, Rank: 0, loss = {8 - step / 60}")
         if optimizer.loss_scale > 2**20:
             optimizer.loss_scale /= 2
             steps.check(step, 5.0, [1], None)
@@ -136,7 +136,7 @@ def test_speed_is_the_last_throughput_line_and_memory_comes_with_its_estimate(tm
 
 
 def curve_run(losses: list[float]) -> str:
-    steps = [f"Epoch: 1, Step: {number}, loss = {loss}" for number, loss in enumerate(losses, 1)]
+    steps = [f"Epoch: 0, Step: {number}, Rank: 0, loss = {loss}" for number, loss in enumerate(losses)]
     return "\n".join(["Optimizer: FusedAdam", *steps, "ppl: 20.0, loss: 3.0", "WATCHED {}"])
 
 

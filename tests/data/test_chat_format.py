@@ -11,7 +11,9 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.data.prepared_data import prepare
-from utils.data.formats.chat_template import assistant_spans, render, resolve_chat_format
+from utils.data.formats.chat_template import render, resolve_chat_format
+from utils.data.formats.conversations import Conversation
+from utils.data.formats.labels import answer_spans
 from utils.errors import UserError
 
 CHATML = (
@@ -132,17 +134,19 @@ def test_a_template_that_marks_nothing(tmp_path):
     _, marked = render_jinja_template([TALK], chat_template=wrong, return_assistant_tokens_mask=True, eos_token="</s>")
     assert all(start >= end for start, end in marked[0])
     with pytest.raises(UserError, match="marks no word of the assistant's"):
-        assistant_spans(chat, TALK, render(chat, TALK))
+        answer_spans(chat, Conversation(TALK), render(chat, TALK))
     with pytest.raises(UserError, match="marks no word of the assistant's"):
         build(tmp_path / "d", tokenizer_with(wrong), [TALK])
 
 
-def test_a_template_that_hides_answers():
-    """What it makes of an answer depends on what follows, so the answer can't be found."""
+def test_a_template_that_hides_answers(tmp_path):
+    """What it makes of an answer depends on what follows, so it can't be found: each answer is a sample of its own."""
     template = CHATML.replace("m['content']", "(m['content'] | upper if loop.last else m['content'])")
-    chat = resolve_chat_format("auto", tokenizer_with(template), "</s>")
-    with pytest.raises(UserError, match="does not let message 2 be found"):
-        assistant_spans(chat, TALK, render(chat, TALK))
+    tokenizer = tokenizer_with(template)
+    chat = resolve_chat_format("auto", tokenizer, "</s>")
+    assert answer_spans(chat, Conversation(TALK), render(chat, TALK)) is None
+    train = build(tmp_path / "d", tokenizer, [TALK])
+    assert [labelled(train[i], tokenizer) for i in range(2)] == [["PARIS.<|im_end|>\n</s>"], ["ROME.<|im_end|>\n</s>"]]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -16,7 +16,7 @@ from tests.data.prepared_data import prepare
 from utils.data.batching.collate import collate_padded
 from utils.data.data_utils import create_prompt_dataset
 from utils.data.splits import get_shuffle_idx, split_boundaries
-from utils.data.tokenization.tokenize_rows import SampleForm
+from utils.data.tokenization.tokenize_rows import SampleForm, end_of_conversation_token
 from utils.errors import UserError
 from utils.model.tokenizer import load_hf_tokenizer
 
@@ -166,8 +166,9 @@ def test_the_end_token_asked_for(build, tmp_path):
     assert {ids[-1] for ids in ids_of(build(data, tokenizer=extended, end_of_conversation_token="<|done|>")[0])} == {
         1809
     }
+    own = load_hf_tokenizer(str(ROOT / "demo" / "tiny_opt"))
     with pytest.raises(UserError, match=r"<\|done\|>.*'</s>'.*--add_eot_token"):
-        build(data, end_of_conversation_token="<|done|>")
+        end_of_conversation_token(own, "<|done|>", "tiny_opt")
 
 
 @needs_shared
@@ -182,12 +183,12 @@ def test_the_end_token_asked_for(build, tmp_path):
             None,
             [8801, 27, 24387, 627, 24387, 0],
         ),
-        ("stories260K", None, None, [1, 320, 425, 423, 303, 467, 346, 306, 414, 383, 346, 306, 414, 2]),
+        ("stories260K", None, "</s>", [1, 320, 425, 423, 303, 467, 346, 306, 414, 383, 346, 306, 414, 2]),
     ],
     ids=["opt", "gpt2", "neox", "llama"],
 )
 def test_every_family_ends_with_its_own_token(build, tmp_path, source, config, asked, ids):
-    """Golden ids. A Llama has no `<|endoftext|>`: the default never becomes text, it means the tokenizer's own end."""
+    """Golden ids. A Llama has no `<|endoftext|>`, which would be appended as text: main.py asks for its eos."""
     folder = tmp_path / "model"
     shutil.copytree(SHARED / source, folder, copy_function=shutil.copyfile)
     folder.chmod(0o755)

@@ -63,6 +63,7 @@ def test_the_seed_decides_the_run(other, tiny_opt, cache_folder, run_inside, tmp
     for more in ([], other):
         status, out, err = run_inside([*arguments, *more])
         assert status == 0, err
+        assert "no --output_dir: the model is not saved" in out
         losses.append([line for line in out.splitlines() if "loss = " in line])
     assert len(losses[0]) == 4
     assert (losses[0] == losses[1]) == (not other)

@@ -221,10 +221,10 @@ def test_hub_rows_are_checked_as_they_come(stub_hub, tokenizer):
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_bad_record_is_named_when_it_comes(tokenizer, ahead, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "ROWS_AT_ONCE", 10)
-    write_jsonl(tmp_path / "set", "train-00000-of-00002", range(50))
+    write_jsonl(tmp_path / "set", "train-00000-of-00002", range(1200))  # more than are tried before a run
     (tmp_path / "set" / "train-00001-of-00002.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": 1}\n')
     write_jsonl(tmp_path / "set", "eval", range(3))
-    data, _ = open_stream(tmp_path / "set", tokenizer, 20, ahead=ahead)
+    data, _ = open_stream(tmp_path / "set", tokenizer, 400, ahead=ahead)
     with pytest.raises(UserError, match=r'train-00001-of-00002\.jsonl, record 2 \(line 2\).*"prompt" is a') as fault:
         windows(data, tokenizer, 4)
     assert "DataLoader" not in str(fault.value)
@@ -255,7 +255,7 @@ def test_too_few_rows_are_refused(tokenizer, tmp_path):
 
 def test_what_a_stream_cannot_do_is_said_at_once(run_inside, tiny_opt, shards, tmp_path):
     arguments = ["--model_name_or_path", tiny_opt, "--data_path", shards, "--output_dir", tmp_path / "out"]
-    refused = ["--streaming", "--preprocessing_num_workers", "2", "--save_strategy", "epoch"]
+    refused = ["--streaming", "--data_split", "2,4,4", "--preprocessing_num_workers", "2", "--save_strategy", "epoch"]
     status, _, err = run_inside([*arguments, *refused])
     assert status == 2
     for words in (

@@ -39,7 +39,7 @@ def engine_after_backward(folder, stage: int, lora: bool):
 
     start_process_group(0, 60)
     config = get_train_ds_config(False, stage, "fp32")
-    config["train_micro_batch_size_per_gpu"] = 1
+    config["train_micro_batch_size_per_gpu"] = config["train_batch_size"] = 1
     model = create_hf_model(AutoModelForCausalLM, str(folder), load_hf_tokenizer(str(folder)))
     if lora:
         model = convert_linear_layer_to_lora(model, "auto", 4, 1.0)

@@ -22,9 +22,10 @@ CASES = {
 def test_interrupted_run_goes_on_bit_for_bit(case, run_setting, tmp_path):
     """Stopped twice by a signal to one rank, once early and once late."""
     ranks, extra, number = CASES[case]
-    finished_run([*run_setting, *extra, "--output_dir", tmp_path / "whole"], ranks)
-    command = [*run_setting, *extra, "--output_dir", tmp_path / "stopped", "--resume_from_checkpoint"]
-    for words in ("Step: 1,", "Step: 7,"):
+    setting = [*run_setting, *extra, "--logging_steps", "1"]
+    finished_run([*setting, "--output_dir", tmp_path / "whole"], ranks)
+    command = [*setting, "--output_dir", tmp_path / "stopped", "--resume_from_checkpoint"]
+    for words in ("Step 1/", "Step 7/"):
         run = start_run(command, ranks)
         run.wait_for(words)
         run.kill(number, ranks=[ranks - 1])

@@ -24,7 +24,7 @@ def with_workers(argv: list[str]) -> None:
     multiprocessing.set_start_method("fork", force=True)  # as in a process that no fork server has made
     load, stream = batches.load_batches, training_data.create_prompt_stream
     batches.load_batches = lambda dataset, plans, collate, on_cpu: load(dataset, plans, collate, False)
-    training_data.create_prompt_stream = lambda *given: stream(*given[:-1], True)
+    training_data.create_prompt_stream = lambda *given: stream(*given[:5], True, *given[6:])
     main.run(argv)
 
 

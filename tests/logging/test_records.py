@@ -145,18 +145,52 @@ def test_gradient_norm_is_that_of_the_mean_loss(ranks, stage, run_setting, tiny_
 
 
 def plain_gradient_norm(model_folder, data_folder) -> float:
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    sums, labels = zip(*plain_losses(model, model_folder, data_folder), strict=True)
+    (sum(sums) / sum(labels)).backward()
+    return math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
+
+
+def plain_losses(model, model_folder, data_folder):
+    """(summed loss, label tokens) of every training sample, by plain torch."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
-    total, labels = 0.0, 0
     for record in json.loads((data_folder / "train.json").read_text()):
         ids = [*tokenizer(f" {record['prompt']} {record['chosen']}")["input_ids"], tokenizer.eos_token_id][:64]
         logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
-        total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
-        labels += len(ids) - 1
-    (total / labels).backward()
-    return math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
+        yield torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"), len(ids) - 1
+
+
+# --------------------------------------------------------------------------- the losses of micro batches
+
+LOSS_LINE = re.compile(r"^Epoch: (\d+), Step: (\d+), Rank: (\d+), loss = (\S+)$", re.MULTILINE)
+
+
+def test_every_rank_prints_the_mean_loss_of_each_micro_batch(run_setting, tiny_opt, json_data):
+    """Micro batches of one sample, all in one step: the losses of the samples before training, by plain torch."""
+    cut = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "39", "--max_steps", "1"]
+    printed = LOSS_LINE.findall(finished_run([*run_setting, *cut, "--disable_dropout", "--zero_stage", "2"], 2))
+    # The second rank's last micro batch holds no sample of its own: 77 are an odd number.
+    numbers = {rank: [int(step) for epoch, step, r, _ in printed if (epoch, r) == ("0", rank)] for rank in "01"}
+    assert numbers == {"0": list(range(39)), "1": list(range(38))} and len(printed) == 77
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(tiny_opt).eval()
+        wanted = [(total / labels).item() for total, labels in plain_losses(model, tiny_opt, json_data)]
+    assert sorted(float(loss) for *_, loss in printed) == pytest.approx(sorted(wanted), rel=1e-5)
+
+
+def test_micro_batches_are_numbered_from_zero_in_each_epoch_also_in_a_run_that_goes_on(run_setting, tmp_path):
+    """Two micro batches a step; the run is stopped within its second epoch."""
+    cut = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    command = [*run_setting, *cut, "--output_dir", tmp_path, "--resume_from_checkpoint"]
+    run = start_run(command)
+    run.wait_for("Epoch: 1, Step: 5,")
+    run.kill(signal.SIGTERM)
+    assert run.wait() == [75]
+    found = [LOSS_LINE.findall(text) for text in (run.output(), finished_run(command))]
+    numbers = [(int(epoch), int(step)) for lines in found for epoch, step, *_ in lines]
+    assert numbers == [(epoch, step) for epoch in range(2) for step in range(20)] and all(found)
 
 
 # --------------------------------------------------------------------------------------- by themselves

@@ -58,8 +58,8 @@ def test_special_ids_come_from_the_tokenizer(tokenizer, tmp_path):
 
 
 def test_the_embedding_grows_only_if_it_must(tokenizer, tmp_path):
-    """1809 entries: 1801 rows become 1816, the first 1801 unchanged; 1809 and 2000 stay as they are."""
-    for rows, after in ((1801, 1816), (1809, 1809), (2000, 2000)):
+    """1809 entries: 1801 and 1809 rows become 1816, the first ones unchanged; 1816 and 2000 stay as they are."""
+    for rows, after in ((1801, 1816), (1809, 1816), (1816, 1816), (2000, 2000)):
         folder = make_tiny_opt(tmp_path / str(rows), vocab_size=rows)
         before = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
         model = load(folder, tokenizer)

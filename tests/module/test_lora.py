@@ -85,14 +85,28 @@ def test_layer_shapes_and_start(layer):
     assert layer.lora_scaling == 8 / 4
     assert not layer.weight.requires_grad and layer.bias.requires_grad
     assert layer.lora_left_weight.count_nonzero() == 0
-    # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(inputs).
-    bound = 24**-0.5
-    assert layer.lora_right_weight.abs().max() <= bound
+    # Kaiming-uniform with a = sqrt(5) on [in, r] takes r for the inputs: uniform within 1 / sqrt(r).
+    bound = 4**-0.5
+    assert 0.9 * bound < layer.lora_right_weight.abs().max() <= bound
     assert layer.lora_right_weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
     x = torch.randn(3, 5, 24)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, weight_of(layer), layer.bias))
     with pytest.raises(ValueError):
         LinearLayer_LoRA(layer.weight, lora_dim=0)
+
+
+@pytest.mark.parametrize(("inputs", "rank"), [(64, 128), (768, 8)])
+def test_first_weights_are_the_published_draw(inputs, rank):
+    """The very numbers of kaiming_uniform_ on an [in, r] tensor, whose range the rank alone decides."""
+    base = nn.Linear(inputs, 16)
+    torch.manual_seed(5)
+    drawn = LinearLayer_LoRA(base.weight, rank).lora_right_weight
+    torch.manual_seed(5)
+    published = nn.init.kaiming_uniform_(torch.empty(inputs, rank), a=5**0.5)
+    assert drawn.equal(published)
+    torch.manual_seed(5)
+    torch.testing.assert_close(drawn.detach(), torch.empty(inputs, rank).uniform_(-(rank**-0.5), rank**-0.5))
+    assert drawn.abs().max().item() == pytest.approx(rank**-0.5, rel=0.01)
 
 
 def test_layer_computes_what_it_says(layer):

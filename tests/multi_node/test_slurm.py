@@ -50,7 +50,7 @@ def test_a_job_goes_back_into_the_queue_and_ends_as_one_node(run_setting, tmp_pa
         small = ["--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/job.log"]
         submit = ["sbatch", "--parsable", *small, SCRIPT, output, "1", *run_setting, *OWN, "--save_steps", "3"]
         cancelled = on_host(*submit).strip()
-        wait_for(log, "Step: 1,")
+        wait_for(log, "Step: 0,")
         on_host("scancel", cancelled)
         start = wait_for(log, "Stopped at step")
         job = on_host(*submit).strip()

@@ -16,7 +16,7 @@ from utils.prompt_eval.arguments import build_parser
 from utils.prompt_eval.comparison import ask
 from utils.prompt_eval.config import EvalConfig
 from utils.prompt_eval.models import check_fit
-from utils.prompt_eval.prompts import PROMPTS, read_prompt_file
+from utils.prompt_eval.prompts import PROMPTS
 from utils.prompt_eval.scorer import score_answers
 
 MODELS = ["--model_name_or_path_baseline=a", "--model_name_or_path_finetune=b"]
@@ -92,26 +92,6 @@ def test_where_an_answer_ends(tokenizer, written, text, ended):
     answer = read_answer(tokenizer, prompt, new, [tokenizer.eos_token_id])
     assert (answer.prompt, answer.text, answer.ended) == ("Human: How? Assistant:", text, ended)
     assert answer.tokens == len(rows_of(tokenizer, text))
-
-
-@pytest.mark.parametrize("strategy", ["greedy", "multinomial", "diverse_beam", "contrastive"])
-def test_generation_stops_at_the_next_human(tokenizer, monkeypatch, strategy):
-    """A model that says one text, whatever it is asked: no more steps are made than up to its "Human:"."""
-    model, prompt = random_model("llama"), "Human: Well? Assistant:"
-    said = rows_of(tokenizer, " Yes. Human: And then? And so on, and on, and on.")
-    length, plain, steps = len(tokenizer(prompt)["input_ids"]), model.forward, []
-
-    def forward(input_ids, attention_mask=None, position_ids=None, **inputs):
-        out = plain(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **inputs)
-        steps.append(int(position_ids[0, -1]) + 1 - length)
-        out.logits[:, -1, said[steps[-1] % len(said)]] += 1000
-        return out
-
-    monkeypatch.setattr(model, "forward", forward)
-    config = resolved(f"--strategies={strategy}", "--max_new_tokens=60", "--penalty_alpha=0")
-    [answer] = answer_batch(model, tokenizer, encode(tokenizer, [prompt], "cpu"), **config.decoding(strategy))
-    assert (answer.text, answer.ended) == (" Yes.", True)
-    assert max(steps) <= len(rows_of(tokenizer, " Yes. Human:"))
 
 
 def test_an_answer_that_is_cut_has_not_ended(tokenizer):
@@ -196,42 +176,6 @@ def test_all_strategies_and_each_once():
     assert resolved("--strategies", "beam, greedy,beam").strategies == ("beam", "greedy")
     with pytest.raises(UserError, match="greedy and contrastive decoding has one answer"):
         prompt_eval.parse_args([*MODELS, "--strategies=all", "--num_return_sequences=2"])
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.txt", "\ufeffHuman: one? Assistant:\r\n\n  \nHuman: two? Assistant:\n"),
-        ("a.json", '[{"prompt": "Human: one? Assistant:"}, {"prompt": "Human: two? Assistant:", "chosen": 3}]'),
-        ("a.jsonl", '{"prompt": "Human: one? Assistant:"}\n{"prompt": "Human: two? Assistant:"}\n'),
-    ],
-)
-def test_prompt_files(tmp_path, name, text):
-    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    prompts = ["Human: one? Assistant:", "Human: two? Assistant:"]
-    assert read_prompt_file(str(tmp_path / name)) == prompts
-    config = resolved("--prompt", "first", "--prompt_file", str(tmp_path / name))
-    assert config.prompts == ("first", *prompts)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.txt", " \n\n", "is empty"),
-        ("a.json", "", "is empty"),
-        ("a.json", "[]", "is empty"),
-        ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}', r'record 2 \(line 2\) has no "prompt"'),
-        ("a.jsonl", '{"prompt": " "}', r'record 1 \(line 1\) has an empty text under "prompt"'),
-        ("a.json", '[{"prompt": ["x"]}]', r'has a list under "prompt"'),
-        ("a.jsonl", '{"prompt": "x"', "is not valid JSON"),
-        ("a.csv", "x", ".csv is none of .txt, .json and .jsonl"),
-        ("prompts", "x", "no ending is none of"),
-    ],
-)
-def test_prompt_files_that_can_not_be_used(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_prompt_file(str(tmp_path / name))
 
 
 def command(program):

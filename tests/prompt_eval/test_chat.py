@@ -107,6 +107,16 @@ def test_the_next_human_is_not_streamed(tokenizer):
     assert output.getvalue() == "Yes.\n\n"
 
 
+def test_the_next_human_is_streamed_where_it_is_asked_for(tokenizer):
+    output = io.StringIO()
+    printer = AnswerPrinter(tokenizer, output, stop_at_human=False)
+    printer.put(torch.tensor([5]))
+    for token in tokenizer(" Yes.\n\nHuman: And why?", add_special_tokens=False)["input_ids"]:
+        printer.put(torch.tensor([token]))
+    printer.end()
+    assert output.getvalue() == "Yes.\n\nHuman: And why?"
+
+
 def test_the_oldest_turns_are_forgotten_when_positions_end(model, tokenizer):
     speaker = Speaker("finetune", model, tokenizer)  # 256 positions
     turns = [(f"What is {number}?", "It is a number. " * 6) for number in range(12)]

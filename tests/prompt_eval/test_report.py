@@ -31,7 +31,7 @@ def make(folder="", several=1, scores=True, strategies=("greedy", "contrastive")
     args = Namespace(
         model_name_or_path_baseline="<b>base</b>", model_name_or_path_finetune=str(folder),
         num_return_sequences=several, max_new_tokens=32, seed=1, diversity_penalty=0.5, temperature=1.0, top_p=0.9,
-        top_k=4, penalty_alpha=0.6, repetition_penalty=1.0,
+        top_k=4, penalty_alpha=0.6, repetition_penalty=1.0, sampling_top_k=50, stop_at_human=True, interactive=False,
     )  # fmt: skip
     config = EvalConfig(args, tuple(strategies), tuple(PROMPTS), num_beams=4, num_beam_groups=2)
     results, figures = {}, {strategy: {} for strategy in strategies}

@@ -37,7 +37,7 @@ fi
     --per_device_eval_batch_size 4 \
     --learning_rate 1e-4 \
     --lora_learning_rate 5e-4 \
-    --weight_decay 0. \
+    --weight_decay 0.1 \
     --num_train_epochs 2 \
     --gradient_accumulation_steps 1 \
     --lr_scheduler_type cosine \

@@ -19,7 +19,7 @@ deepspeed "$ROOT/main.py" \
     --per_device_eval_batch_size 8 \
     --learning_rate 1e-3 \
     --lora_learning_rate 1e-3 \
-    --weight_decay 0. \
+    --weight_decay 0.1 \
     --num_train_epochs 16 \
     --gradient_accumulation_steps 1 \
     --lr_scheduler_type cosine \

@@ -39,11 +39,14 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="data sets to train on: hub names, folders whose path contains a known name, or files and folders of "
         "json, jsonl, parquet or csv; several are mixed; NAME:0.3 uses 0.3 of a set's rows, NAME:2 each row twice; "
         "the default is the original's")
-    add("--data_split", default="2,4,4", metavar="A,B,C",
-        help="shares of the rows for phases 1, 2 and 3; this program trains on the first; the default leaves rows for "
-        "the reward and RLHF phases")
+    add("--data_split", default=None, metavar="A,B,C",
+        help="shares of the rows for phases 1, 2 and 3; this program trains on the first; None means 2,4,4 for known "
+        "data sets, which leaves rows for the reward and RLHF phases, and all rows of data of your own")
     add("--sft_only_data_path", nargs="*", default=[], metavar="NAME",
         help="data sets used whole for this phase, beside --data_path; none, as in the original")
+    add("--eval_data_path", nargs="*", default=[], metavar="NAME",
+        help="data sets to evaluate on, whole; all other rows are then trained on; none: the evaluation rows of "
+        "--data_path, or a tenth of its rows")
     add("--columns", default=None, metavar="ROLE=COLUMN,...",
         help="names of the columns of your own data by role (messages, prompt, chosen, rejected, response, "
         "instruction, input, output); None: the columns have these names")
@@ -56,8 +59,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "fastest place")
     add("--streaming", type=int, nargs="?", const=10_000, default=None, metavar="N",
         help="read rows while training instead of preparing them first, and shuffle N samples at a time (10000 "
-        "without N): for data larger than the disk; needs --max_steps and --data_split 10,0,0; None prepares and "
-        "shuffles all data, the better order")
+        "without N): for data larger than the disk; needs --max_steps, and --data_split 10,0,0 for known data sets; "
+        "None prepares and shuffles all data, the better order")
     add("--max_seq_len", type=int, default=512, metavar="TOKENS",
         help="longest sample in tokens; longer ones are truncated and counted; 512 holds most dialogues")
     add("--preprocessing_num_workers", type=int, default=None, metavar="N",
@@ -75,9 +78,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", required=True, metavar="NAME",
         help="the model to fine-tune: a folder with weights and tokenizer, or a hub name")
-    add("--gradient_checkpointing", action="store_true",
+    add("--gradient_checkpointing", "--gradient_checkpoint", action="store_true",
         help="compute activations again in the backward instead of keeping them: far less memory, about a third more "
-        "time; off, since it is slower")
+        "time; off, since it is slower; --gradient_checkpoint is the same flag")
     add("--disable_dropout", action="store_true",
         help="turn every dropout of the model off; off, since the model's own configuration decides")
     add("--dropout", type=float, default=None, metavar="P",
@@ -123,7 +126,8 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--neftune_noise_alpha", type=float, default=None, metavar="A",
         help="add noise of strength A to the embeddings while training (NEFTune; 5 is usual); None adds none")
     add("--print_loss", action="store_true",
-        help="print the loss of every optimizer step; off, since reading it synchronizes with the device")
+        help="print the loss of every micro batch on every rank, as the original does; off, since reading it "
+        "synchronizes with the device")
     add("--eval_steps", type=int, default=None, metavar="N",
         help="measure perplexity every N optimizer steps too; None: before training and after each epoch, as in the "
         "original")

@@ -17,19 +17,21 @@ from utils.checkpoint.resume import check_same_run
 from utils.data.cache import cache_lock
 from utils.data.formats.chat_template import ChatFormat, resolve_chat_format
 from utils.data.formats.custom import OwnOptions, parse_columns
-from utils.data.mixture import SFT_ONLY_SPLIT, parse_source
+from utils.data.mixture import SFT_ONLY_SPLIT, parse_source, shares_of
 from utils.data.prepare import get_raw_dataset
 from utils.data.raw_datasets import known_name
 from utils.data.splits import parse_data_split, split_boundaries
 from utils.data.tokenization.tokenize_rows import end_of_conversation_token
-from utils.distributed.launchers import launched_ranks
+from utils.distributed.launchers import launched_rank, launched_ranks
 from utils.distributed.process_group import check_local_rank, local_rank_of
 from utils.engine.nvme_swap import check_async_io, check_swap_folder
 from utils.errors import UserError, join_problems
+from utils.logging.console import say
 from utils.logging.trackers import check_reports
 from utils.machine.precision import resolve_dtype
-from utils.model.build import model_form
+from utils.model.build import create_meta_model, model_form
 from utils.model.model_utils import configure_dropout, has_weights, load_model_config, max_positions
+from utils.model.special_tokens import token_rows
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import check_lora_module_name
 from utils.module.sequence_parallel import check_sequence_parallel
@@ -69,14 +71,18 @@ def check_run(args: Namespace) -> None:
         _check_model(args, config, attempt)
     tokenizer = attempt(_check_tokenizer, args)
     if args.save_lora_adapter and config is not None and tokenizer is not None:
-        attempt(_check_adapter_base, config, len(tokenizer))
+        attempt(_check_adapter_base, config, token_rows(tokenizer))
+    if args.add_eot_token and args.lora_dim > 0 and config is not None and tokenizer is not None:
+        attempt(_check_new_row, args, config, tokenizer)
     columns = attempt(_check_columns, args)
     chat = None if tokenizer is None else attempt(_chat_format, args, tokenizer)
     own = OwnOptions(columns or {}, chat or ChatFormat())
     if attempt(_check_writable, args.data_output_path, "--data_output_path") and can_split(args.seed, args.data_split):
         for name in args.data_path:
-            attempt(_check_data, name, args.data_split, args, own)
+            attempt(_check_data, name, shares_of(name, args.data_split), args, own)
         for name in args.sft_only_data_path:
+            attempt(_check_data, name, SFT_ONLY_SPLIT, args, own)
+        for name in args.eval_data_path:
             attempt(_check_data, name, SFT_ONLY_SPLIT, args, own)
     if problems:
         raise UserError(join_problems(problems))
@@ -172,6 +178,27 @@ def _check_adapter_base(config: PretrainedConfig, entries: int) -> None:
         )
 
 
+def _check_new_row(args: Namespace, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the row of a token which the model never saw is trained, wherever LoRA freezes weights."""
+    if args.eot_token in load_hf_tokenizer(args.model_name_or_path).get_vocab():
+        return
+    form = model_form(args)._replace(gradient_checkpointing=False, activation_offloading=False, tiled_mlp=False)
+    model = create_meta_model(copy.deepcopy(config), form, "fp32", token_rows(tokenizer))
+    parts = {"input embeddings": model.get_input_embeddings(), "output layer": model.get_output_embeddings()}
+    frozen = [name for name, part in parts.items() if part is not None and not part.weight.requires_grad]
+    if not frozen:
+        return
+    flag = "--only_optimize_lora" if args.only_optimize_lora else f"--lora_module_name {args.lora_module_name}"
+    row = f"its row of the {' and the '.join(frozen)}"
+    if config.get_text_config().vocab_size < token_rows(tokenizer):
+        raise UserError(
+            f"--add_eot_token adds {args.eot_token!r}, a token the model never saw, and with {flag} {row} would stay "
+            "random: leave one of the two flags out, or give --eot_token a special token that the model has."
+        )
+    if launched_rank() == 0:
+        say(f"--add_eot_token: the model has a spare row for {args.eot_token!r}, but with {flag} {row} is not trained")
+
+
 def _check_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
     """Load the tokenizer, save it and load that: what would fail after training fails now. Returns it."""
     eot_token = asked_eot_token(args)
@@ -195,7 +222,7 @@ def _check_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
 
 def _check_columns(args: Namespace) -> dict[str, str]:
     columns = parse_columns(args.columns)
-    names = [parse_source(name).name for name in (*args.data_path, *args.sft_only_data_path)]
+    names = [parse_source(name).name for name in (*args.data_path, *args.sft_only_data_path, *args.eval_data_path)]
     if columns and all(known_name(name) for name in names):
         raise UserError(f"--columns is for data of your own: the columns of {', '.join(names)} are known.")
     return columns

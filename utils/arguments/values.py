@@ -5,7 +5,7 @@ from argparse import Namespace
 from contextlib import suppress
 
 from utils.data.formats.custom import parse_columns
-from utils.data.mixture import parse_source
+from utils.data.mixture import KNOWN_SPLIT, check_evaluation_source, parse_source, shares_of
 from utils.data.splits import parse_data_split
 from utils.errors import UserError
 from utils.export.hf_model import parse_size
@@ -52,8 +52,10 @@ def check_values(args: argparse.Namespace) -> list[str]:
         problems.append("--data_path is empty: name at least one data set.")
     if args.add_eot_token and not args.eot_token:
         problems.append("--eot_token is empty: name the token, or leave --add_eot_token out.")
-    checks = [(parse_data_split, args.data_split), (parse_columns, args.columns), (parse_gpus, args.dry_run)]
+    checks = [(parse_data_split, args.data_split)] if args.data_split is not None else []
+    checks += [(parse_columns, args.columns), (parse_gpus, args.dry_run)]
     checks += [(parse_source, name) for name in (*args.data_path, *args.sft_only_data_path)]
+    checks += [(check_evaluation_source, name) for name in args.eval_data_path]
     for check, value in checks:
         try:
             check(value)
@@ -63,10 +65,10 @@ def check_values(args: argparse.Namespace) -> list[str]:
     return problems + _check_checkpoint_values(args) + _check_long_context_values(args) + check_scale_values(args)
 
 
-def can_split(seed: int, data_split: str) -> bool:
+def can_split(seed: int, data_split: str | None) -> bool:
     """Whether rows can be drawn with this seed and these shares."""
     try:
-        parse_data_split(data_split)
+        parse_data_split(data_split or KNOWN_SPLIT)
     except UserError:
         return False
     return 0 <= seed < MAX_SEED
@@ -80,10 +82,13 @@ def _check_streaming_values(args: argparse.Namespace) -> list[str]:
     if args.max_steps is None:
         problems.append("--streaming needs --max_steps N: how long a stream is, nobody knows before its end.")
     with suppress(UserError):  # a split that is none is refused by itself
-        if args.data_path and any(parse_data_split(args.data_split)[1:]):
+        divided = [
+            shares for name in args.data_path if any(parse_data_split(shares := shares_of(name, args.data_split))[1:])
+        ]
+        if divided:
             problems.append(
-                f"--streaming gives all rows to this phase, since a stream can't be cut as --data_split "
-                f"{args.data_split} says: give --data_split 10,0,0."
+                f"--streaming gives all rows to this phase, since a stream can't be cut as --data_split {divided[0]} "
+                f"{'says' if args.data_split else '(the default of known data sets) says'}: give --data_split 10,0,0."
             )
     if args.preprocessing_num_workers is not None:
         problems.append(

@@ -9,7 +9,7 @@ import deepspeed
 
 from utils.checkpoint.checkpoint_folder import Checkpoint
 from utils.checkpoint.universal import load_full_states
-from utils.data.mixture import parse_source
+from utils.data.mixture import divided_as, parse_source
 from utils.data.prompt_dataset import PromptDataset
 from utils.distributed.ranks import print_rank_0, world_size
 from utils.engine.engine import recount_updates
@@ -37,6 +37,7 @@ def arguments_record(args: Namespace, ranks: int) -> dict[str, Any]:
         if name in PATHS:
             value = [_place(path) for path in value] if isinstance(value, list) else _place(value)
         record[name] = getattr(value, "value", value)
+    record["data_split"] = divided_as(args.data_path, args.data_split)
     record["samples per step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
     return record
 

@@ -3,16 +3,19 @@
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
 import pyarrow.compute as pc
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from utils.data.agreement import Content
 from utils.errors import UserError
 from utils.files import checksum
 
@@ -46,18 +49,21 @@ def default_cache_folder() -> str:
     return os.path.join(base, "sft_scripts")
 
 
-def key(raw_datasets: list[tuple[Any, str, float]], main_sets: int, sample: "SampleForm", phase: int, seed: int) -> str:
+def key(
+    raw_datasets: list[tuple[Any, str, float, str]], main_sets: int, sample: "SampleForm", phase: int, seed: int
+) -> str:
     """Return a hash of everything that changes the result: data, split, phase, seed, tokenizer, sample form, code.
 
     Args:
-        raw_datasets: data sets with their split and weight; how their texts are made is in their fingerprints.
+        raw_datasets: data sets with their split, weight and use; how their texts are made is in their fingerprints.
         main_sets: how many of them come from `--data_path`; the others are mixed in later, by a second shuffle.
     """
     contents = [
-        [raw.dataset_name, raw.fingerprint("train"), raw.fingerprint("eval"), shares, weight]
-        for raw, shares, weight in raw_datasets
+        [raw.dataset_name, raw.fingerprint("train"), raw.fingerprint("eval"), shares, weight, use]
+        for raw, shares, weight, use in raw_datasets
     ]
-    form = [tokenizer_fingerprint(sample.tokenizer), sample.max_seq_len, sample.end_id, sample.completion_only]
+    form = [tokenizer_fingerprint(sample.tokenizer), sample.max_seq_len, sample.end_id]
+    form += [sample.end_text, sample.completion_only]
     parts = [contents, main_sets, phase, seed, *form, _code_fingerprint()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
@@ -81,6 +87,7 @@ def _code_fingerprint() -> str:
 def finish(work: str, parts: dict[str, list[Any]], id_columns: list[str]) -> None:
     """Remove the working files of single data sets and write the report, which marks the folder as complete."""
     report: dict[str, Any] = {split: statistics(parts[split], id_columns) for split in SPLITS}
+    report["content"] = {split: content_sum(datasets.load_from_disk(os.path.join(work, split))) for split in SPLITS}
     for file in Path(work).glob("part*/*"):
         file.unlink()
     for folder in Path(work).glob("part*"):
@@ -91,6 +98,17 @@ def finish(work: str, parts: dict[str, list[Any]], id_columns: list[str]) -> Non
         json.dump(report, out, indent=1)
         out.flush()
         os.fsync(out.fileno())
+
+
+def content_sum(table: datasets.Dataset) -> int:
+    """Return the CRC-32 of all ids and labels of a split, the same however the rows lie in files and batches."""
+    value = 0
+    for name in sorted(set(table.column_names) - {"truncated"}):
+        chunks = table.with_format("arrow")[:][name].chunks
+        for part in (pc.list_value_length, pc.list_flatten):
+            for chunk in chunks:
+                value = zlib.crc32(np.ascontiguousarray(part(chunk).to_numpy(zero_copy_only=False)), value)
+    return value
 
 
 def statistics(parts: list[Any], id_columns: list[str]) -> dict[str, int]:
@@ -129,6 +147,20 @@ def read_report(folder: str) -> dict[str, Any]:
     """Return the report written by `finish`."""
     with open(os.path.join(folder, REPORT), encoding="utf-8") as file:
         return json.load(file)
+
+
+def content_of(opened: list[Any], sample: "SampleForm", seed: int, report: dict[str, Any]) -> Content:
+    """Return what identifies prepared data, to compare it with those of other ranks, whatever folder they are in."""
+    sources = [
+        [[data.fingerprint for data in raw.raw_datasets.values()], shares, weight, use]
+        for raw, shares, weight, use in opened
+    ]
+    parts = [sources, seed, sample.max_seq_len, tokenizer_fingerprint(sample.tokenizer), _code_fingerprint()]
+    train, evaluation = (report[split] for split in SPLITS)
+    return Content(
+        hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20], train["samples"], evaluation["samples"],
+        train["tokens"] + evaluation["tokens"], zlib.crc32(repr(report["content"]).encode()),
+    )  # fmt: skip
 
 
 def describe(report: dict[str, Any], max_seq_len: int, phase: int) -> list[str]:

@@ -15,10 +15,11 @@ import numpy as np
 
 from utils.data import cache as prompt_cache
 from utils.data.cache import cache_lock
-from utils.data.formats.custom import OwnFormatDataset, OwnOptions
-from utils.data.mixture import DataSources, parse_source, weighted
+from utils.data.formats.custom import OwnOptions
+from utils.data.mixture import BOTH, EVALUATION, TRAINING, DataSources, parse_source, weighted
+from utils.data.open_sets import OpenSet, check_unchanged, describe_shares, get_raw_dataset, open_sets
 from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
-from utils.data.raw_datasets import PromptRawDataset, find_raw_dataset_class, known_name
+from utils.data.raw_datasets import PromptRawDataset
 from utils.data.splits import PUBLISHED, get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
 from utils.data.tokenization.tokenize_rows import SampleForm, map_arguments, row_tokenizer, sample_features
 from utils.errors import UserError
@@ -45,28 +46,6 @@ class Preparation(NamedTuple):
         return self.local_rank <= 0
 
 
-def get_raw_dataset(
-    dataset_name: str,
-    output_path: str,
-    seed: int,
-    local_rank: int,
-    own: OwnOptions | None = None,
-    streaming: bool = False,
-) -> PromptRawDataset:
-    """Open a data set: the known one whose name `dataset_name` contains (as a mirror's path does), else the user's own.
-
-    Args:
-        own: how the user's own data are read; None: in the Human/Assistant form, with the usual column names.
-        streaming: read rows as they are needed, see `PromptRawDataset`.
-
-    Raises:
-        UserError: there is no such name or path, or its data can't be read or is malformed.
-    """
-    if known_name(dataset_name) is None and os.path.exists(dataset_name):
-        return OwnFormatDataset(output_path, seed, local_rank, dataset_name, own, streaming)
-    return find_raw_dataset_class(dataset_name)(output_path, seed, local_rank, dataset_name, streaming)
-
-
 def prepare_prompt_data(
     sources: DataSources, sample: SampleForm, own: OwnOptions, preparation: Preparation
 ) -> tuple[PromptDataset, PromptDataset]:
@@ -80,46 +59,55 @@ def prepare_prompt_data(
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    place, phase = preparation.cache_folder, preparation.phase
-    with cache_lock(place):
-        raws = []
-        for text, shares in sources.of_phase(phase):
-            name, weight = parse_source(text)
-            raw = get_raw_dataset(name, place, preparation.seed, preparation.local_rank, own)
-            raws.append((raw, shares, weight))
-        key = prompt_cache.key(raws, len(sources.data_path), sample, phase, preparation.seed)
-        folder = os.path.join(place, f"prompts_{key}")
+    folder, phase = preparation.cache_folder, preparation.phase
+    with cache_lock(folder):
+        opened = open_sets(sources, phase, (folder, preparation.seed, preparation.local_rank), own)
+        key = prompt_cache.key(opened, len(sources.data_path), sample, phase, preparation.seed)
+        folder = os.path.join(folder, f"prompts_{key}")
         reason = "asked for" if preparation.rebuild else prompt_cache.damage(folder)
         if reason:
-            build_folder(folder, partial(_build, sources, sample, own, preparation))
+            build_folder(folder, partial(_build, opened, len(sources.data_path), sample, preparation))
             say(f"Data cache {folder}: built ({reason})")  # by the process that got the lock first, on any rank
     report = prompt_cache.read_report(folder)
     if preparation.prints:
-        for line in filter(None, (raw.describe() for raw, *_ in raws)):
+        for line in filter(None, (one.raw.describe() for one in opened)):
             say(line)
+        for one in opened[: len(sources.data_path)]:
+            say(describe_shares(one, phase, sources.data_split))
         if not reason:
             say(f"Data cache {folder}: hit")
         say("\n".join(prompt_cache.describe(report, sample.max_seq_len, phase)))
     if report["train"]["samples"] == 0:
-        raise UserError(
-            f"no training sample: part {phase} of --data_split {sources.data_split} of {', '.join(sources.data_path)} "
-            "is empty. Give that part a larger share, or more data."
-        )
+        raise UserError(_no_sample(opened, report["train"]["dropped"], phase))
     tables = [datasets.load_from_disk(os.path.join(folder, split)) for split in prompt_cache.SPLITS]
     train, evaluation = (_prompt_dataset(table, sample, phase) for table in tables)
+    train.content = prompt_cache.content_of(opened, sample, preparation.seed, report)
     return train, evaluation
 
 
-def _build(sources: DataSources, sample: SampleForm, own: OwnOptions, preparation: Preparation, work: str) -> None:
+def _no_sample(opened: list[OpenSet], dropped: int, phase: int) -> str:
+    """Return the message for training data of which nothing is left."""
+    names = ", ".join(one.raw.source for one in opened if one.use != EVALUATION)
+    if dropped:
+        why = "no text, or nothing to label" if phase < 3 else "no text, or longer than --max_seq_len"
+        return f"no training sample: all {dropped} training rows of {names} were dropped ({why}). Correct the data."
+    return (
+        f"no training sample: part {phase} of --data_split {opened[0].shares} of {names} is empty. Give that part a "
+        "larger share, or more data."
+    )
+
+
+def _build(opened: list[OpenSet], main_sets: int, sample: SampleForm, preparation: Preparation, work: str) -> None:
     """Write the content of a cache folder into the folder `work`."""
     mixed: dict[str, list[PromptDataset]] = {split: [] for split in prompt_cache.SPLITS}
-    for number, (name, shares) in enumerate(sources.of_phase(preparation.phase)):
-        part_folder = os.path.join(work, f"part{number}")
-        pair = prepare_data_set(name, shares, sample, own, preparation, part_folder)
-        for split, part in zip(mixed, pair, strict=True):
-            mixed[split].append(part)
+    for number, one in enumerate(opened):
+        pair = _prepare_parts(one, sample, preparation, os.path.join(work, f"part{number}"))
+        for split, part, other_use in zip(mixed, pair, (EVALUATION, TRAINING), strict=True):
+            if one.use != other_use:
+                mixed[split].append(part)
+        check_unchanged(one.raw)
     for split, parts in mixed.items():
-        _save_mix(parts, len(sources.data_path), preparation.seed, os.path.join(work, split))
+        _save_mix(parts, min(main_sets, len(parts)), preparation.seed, os.path.join(work, split))
     prompt_cache.finish(work, mixed, ID_COLUMNS[preparation.phase])
 
 
@@ -129,23 +117,28 @@ def prepare_data_set(
     sample: SampleForm,
     own: OwnOptions | None,
     preparation: Preparation,
-    work_folder: str | None = None,
 ) -> tuple[PromptDataset, PromptDataset]:
-    """Return the phase's part of one data set's training and evaluation rows, tokenized: (train, eval).
+    """Return the phase's part of one data set's training and evaluation rows, tokenized, in memory: (train, eval).
 
     Args:
         dataset_name: `NAME` or `NAME:0.3`, which uses that share of the part's training rows.
-        work_folder: where to write the Arrow files; None keeps the result in memory.
     """
     name, weight = parse_source(dataset_name)
     raw = get_raw_dataset(name, preparation.cache_folder, preparation.seed, preparation.local_rank, own)
-    parts = []
+    return _prepare_parts(OpenSet(raw, data_split, weight, BOTH), sample, preparation)
+
+
+def _prepare_parts(
+    opened: OpenSet, sample: SampleForm, preparation: Preparation, work_folder: str | None = None
+) -> tuple[PromptDataset, PromptDataset]:
+    """Return the phase's part of a data set's training and evaluation rows, tokenized: (train, eval).
+
+    Args:
+        work_folder: where to write the Arrow files; None keeps the result in memory.
+    """
+    raw, parts = opened.raw, []
     for split, rows in (("train", raw.get_train_data()), ("eval", raw.get_eval_data())):
-        index = _rows_of_phase(raw, split, data_split, len(rows), preparation)
-        if split == "train" and weight != 1:
-            given, index = len(index), weighted(index, weight)
-            if preparation.prints:
-                say(f"{raw.dataset_name} train: weight {weight:g}, {len(index)} rows of {given}")
+        index = _chosen_rows(opened, split, len(rows), preparation)
         work_file = None
         if work_folder:
             os.makedirs(work_folder, exist_ok=True)
@@ -159,6 +152,21 @@ def prepare_data_set(
         part.rows_given = len(index)
         parts.append(part)
     return parts[0], parts[1]
+
+
+def _chosen_rows(opened: OpenSet, split: str, size: int, preparation: Preparation) -> np.ndarray:
+    """Return the numbers of the rows of a split that are used."""
+    if opened.use == (EVALUATION if split == "train" else TRAINING):
+        return np.arange(0)
+    if opened.use == EVALUATION:
+        return np.arange(size)
+    index = _rows_of_phase(opened.raw, split, opened.shares, size, preparation)
+    if split == "eval" or opened.weight == 1:
+        return index
+    chosen = weighted(index, opened.weight)
+    if preparation.prints:
+        say(f"{opened.raw.dataset_name} train: weight {opened.weight:g}, {len(chosen)} rows of {len(index)}")
+    return chosen
 
 
 def _rows_of_phase(

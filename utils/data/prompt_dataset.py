@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
+import torch.nn.functional as F
 
 from utils.data.batching.collate import IGNORE_INDEX
 
@@ -17,12 +18,14 @@ class PromptDataset(torch.utils.data.Dataset):
 
     Items, tensors of int64:
         phase 1: dict of `input_ids`, `attention_mask`, `labels`, each [length], unpadded; with completion-only loss
-            everything outside the responses is labelled -100;
+            everything outside the responses is labelled -100. A DataLoader gets those of a batch padded to the longest
+            of them, so that `default_data_collator` can stack them; main.py reads items one by one;
         phase 2: (chosen ids, chosen mask, rejected ids, rejected mask), each [1, max_seq_len], padded, since the
             reward phase concatenates them;
         phase 3: (reversed prompt ids, reversed mask, pad id), [length]; the RLHF phase pads them and reverses again.
     """
 
+    content: Any = None  # what identifies the prepared data, see `utils.data.agreement`
     after: dict[str, Any] | None = None  # in a window of a stream: where the next window begins
 
     def __init__(
@@ -70,6 +73,17 @@ class PromptDataset(torch.utils.data.Dataset):
             return (*self._padded(row["chosen_ids"]), *self._padded(row["rejected_ids"]))
         ids = row["prompt_ids"].flip(0)
         return ids, torch.ones_like(ids), self.pad_token_id
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """Return the items of a DataLoader's batch; in phase 1 of one length, with padding masked and not labelled."""
+        items = [self[index] for index in indices]
+        if self.train_phase != 1:
+            return items
+        width = max(len(item["input_ids"]) for item in items)
+        fill = {"input_ids": self.pad_token_id or 0, "attention_mask": 0, "labels": IGNORE_INDEX}
+        return [
+            {key: F.pad(ids, (0, width - len(ids)), value=fill[key]) for key, ids in item.items()} for item in items
+        ]
 
     def _padded(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         padded = torch.full((1, self.max_seq_len), self.pad_token_id, dtype=torch.long)

@@ -18,7 +18,7 @@ import re
 
 from utils.data.formats.base import RAW_DATASETS, PromptRawDataset, Sample, Text, around, as_is, human, joined, reply
 from utils.data.reading.arrow_files import SplitData
-from utils.errors import UserError
+from utils.errors import MissingDataSet
 
 __all__ = ["RAW_DATASETS", "PromptRawDataset", "find_raw_dataset_class", "known_name"]
 
@@ -32,12 +32,12 @@ def find_raw_dataset_class(dataset_name: str) -> type[PromptRawDataset]:
     """Return the class whose name a `--data_path` contains, that of the longest name of several.
 
     Raises:
-        UserError: it contains no known name.
+        MissingDataSet: it contains no known name.
     """
     name = known_name(dataset_name)
     if name:
         return RAW_DATASETS[name]
-    raise UserError(
+    raise MissingDataSet(
         f'--data_path "{dataset_name}" is no file or folder that exists, and contains no known data set name. Known: '
         f"{', '.join(RAW_DATASETS)}.\n"
         "For data of your own, give a file or folder of json, jsonl, parquet or csv; or put data/train.json and "
@@ -140,7 +140,11 @@ class PvduySharegptalpacaoavicunaformatDataset(PromptRawDataset):
 
 
 class LocalJsonFileDataset(PromptRawDataset):
-    """The user's own train.json and eval.json, in `data_folder` or in the folder given as `--data_path`."""
+    """The user's own train.json and eval.json, in `data_folder` or in the folder given as `--data_path`.
+
+    Args:
+        chat_path: a folder with `data/train.json` and `data/eval.json`, read in place of those.
+    """
 
     dataset_name = "local/jsonfile"
     eval_split = "eval"
@@ -151,8 +155,21 @@ class LocalJsonFileDataset(PromptRawDataset):
     not_null = ("prompt", "chosen")
     data_folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "data")
 
+    def __init__(
+        self,
+        output_path: str,
+        seed: int,
+        local_rank: int,
+        dataset_name: str,
+        chat_path: str | None = None,
+        streaming: bool = False,
+    ) -> None:
+        self.chat_path = chat_path
+        super().__init__(output_path, seed, local_rank, dataset_name, streaming)
+
     def _load(self) -> dict[str, SplitData]:
-        folder = os.path.normpath(self.source if os.path.isdir(self.source) else self.data_folder)
+        folder = self.source if os.path.isdir(self.source) else self.data_folder
+        folder = os.path.normpath(folder if self.chat_path is None else os.path.join(self.chat_path, "data"))
         return {
             split: self._load_files([self._file(folder, split)], self.schema(), folder)
             for split in (self.train_split, self.eval_split)
@@ -163,7 +180,7 @@ class LocalJsonFileDataset(PromptRawDataset):
         for name in (f"{split}.json", f"{split}.jsonl"):
             if os.path.isfile(os.path.join(folder, name)):
                 return os.path.join(folder, name)
-        raise UserError(
+        raise MissingDataSet(
             f"local/jsonfile needs the file {os.path.join(folder, split)}.json: put a list of objects with prompt, "
             "chosen and perhaps rejected there."
         )

@@ -41,25 +41,18 @@ def index_dtype(size: int) -> type:
     return np.uint32 if size < 2**32 - 2 else np.int64
 
 
-def parse_data_split(text: str, parts: int | None = 3, argument: str = "--data_split") -> list[float]:
-    """Parse shares such as "2,4,4".
-
-    Args:
-        text: numbers separated by commas.
-        parts: how many shares there must be; None: any number of them.
-        argument: the argument that was given this text, for the message.
+def parse_data_split(text: str) -> list[float]:
+    """Parse shares such as "2,4,4": one for every phase, so as many as there are phases; SFT alone needs the first.
 
     Raises:
-        UserError: not numbers, a wrong count, a negative or infinite share, or zeros alone.
+        UserError: not numbers, a negative or infinite share, or zeros alone.
     """
-    example = ",".join(["2", "4", "4"][:parts] if parts is None or parts <= 3 else ["1"] * parts)
-    advice = f'give {parts or "some"} shares separated by commas, for example "{example}"'
+    argument = "--data_split"
+    advice = 'give shares separated by commas, for example "2,4,4"'
     try:
         shares = [float(share) for share in text.split(",")]
     except ValueError as err:
         raise UserError(f'{argument} "{text}" is not a list of numbers: {advice}.') from err
-    if parts is not None and len(shares) != parts:
-        raise UserError(f'{argument} "{text}" has {len(shares)} shares where {parts} are needed: {advice}.')
     if not all(math.isfinite(share) for share in [*shares, sum(shares)]):
         raise UserError(f'{argument} "{text}" holds a share that is not a finite number: {advice}.')
     if min(shares) < 0:
@@ -78,7 +71,7 @@ def split_boundaries(data_split: str, size: int) -> Boundaries:
     Raises:
         UserError: `data_split` is malformed.
     """
-    shares = parse_data_split(data_split, parts=None)
+    shares = parse_data_split(data_split)
     published = _published_boundaries(shares, size)
     if published[-1] == size and all(low <= high for low, high in pairwise(published)):
         return Boundaries(published, PUBLISHED)

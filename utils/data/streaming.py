@@ -6,8 +6,11 @@ in its checkpoint. Every rank tokenizes every window, so all ranks together trai
 """
 
 import copy
+import hashlib
+import json
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,11 +21,13 @@ from huggingface_hub.errors import HTTPError
 from torch.utils.data import DataLoader, IterableDataset
 
 from utils.data import cache as prompt_cache
+from utils.data.agreement import Content
 from utils.data.batching.batches import ignore_stop_signals
 from utils.data.formats.base import STREAM_EVAL_ROWS, PromptRawDataset
 from utils.data.formats.custom import OwnOptions
-from utils.data.mixture import parse_source
-from utils.data.prepare import Preparation, get_raw_dataset, tokenize_part
+from utils.data.mixture import EVALUATION, SFT_ONLY_SPLIT, TRAINING, DataSources
+from utils.data.open_sets import OpenSet, open_sets
+from utils.data.prepare import Preparation, tokenize_part
 from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
 from utils.data.tokenization.tokenize_rows import SampleForm, map_arguments, row_tokenizer
 from utils.errors import UserError
@@ -205,6 +210,7 @@ def create_prompt_stream(
     preparation: Preparation,
     size: int,
     ahead: bool = False,
+    eval_data_path: Sequence[str] = (),
 ) -> tuple[PromptStream, PromptDataset]:
     """Return the data of phase 1 as (stream of the training rows, evaluation data in memory).
 
@@ -213,43 +219,72 @@ def create_prompt_stream(
         preparation: its phase, `rebuild` and `num_proc` are not used.
         size: samples of a window.
         ahead: see `PromptStream`.
+        eval_data_path: data sets whose first rows are the evaluation data in place of those of `data_path`.
 
     Raises:
         UserError: bad data.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    parsed = [parse_source(text) for text in data_path]
+    place = (preparation.cache_folder, preparation.seed, preparation.local_rank)
+    described = DataSources(data_path, SFT_ONLY_SPLIT, evaluation=eval_data_path)
+    opened = open_sets(described, SFT_PHASE, place, own, streaming=True)
+    total = sum(one.weight for one in opened if one.use != EVALUATION)
     sources, evaluation = [], []
-    for name, weight in parsed:
-        raw = get_raw_dataset(
-            name, preparation.cache_folder, preparation.seed, preparation.local_rank, own, streaming=True
-        )  # fmt: skip
-        share = weight / sum(other.weight for other in parsed)
-        if share * size < 1:
-            raise UserError(
-                f"--data_path {name}:{weight:g} is less than one sample of a window of {size}: give it a larger "
-                "weight, or --streaming a larger number."
-            )
-        tokenizer = row_tokenizer(sample, size)
-        sources.append(StreamSource(name, share, _tokenized(raw, sample, tokenizer)))
-        rows = datasets.Dataset.from_list(list(raw.get_eval_data()))
-        part = tokenize_part(rows, raw, sample, SFT_PHASE)
-        part.rows_given = len(rows)
-        evaluation.append(part)
-        if preparation.prints:
-            kept = "training rows, which are not trained on" if raw.eval_split is None else "evaluation rows"
-            if described := raw.describe():
-                say(described)
-            say(f"Stream {name}: {share:.1%} of every window; evaluation on the first {len(rows)} {kept}")
-            if tokenizer is not sample.tokenizer:
-                say(f"Stream {name}: tokenized by tiktoken, with this tokenizer's ids")
+    for one in opened:
+        if preparation.prints and (line := one.raw.describe()):
+            say(line)
+        if one.use != EVALUATION:
+            sources.append(_stream_source(one, total, size, sample, preparation.prints))
+        if one.use != TRAINING:
+            evaluation.append(_first_rows(one, sample, preparation.prints))
     stream = PromptStream(sources, size, sample.max_seq_len, ahead, preparation.prints)
     if preparation.prints:
         counts = prompt_cache.statistics(evaluation, ID_COLUMNS[SFT_PHASE])
         say(prompt_cache.describe_part("Data eval", counts, sample.max_seq_len, SFT_PHASE))
     joined = datasets.concatenate_datasets([part.table.with_format(None) for part in evaluation])
+    stream.content = _content(opened, sample, stream, joined)
     return stream, PromptDataset(joined, SFT_PHASE, sample.tokenizer.pad_token_id, sample.max_seq_len)
+
+
+def _stream_source(opened: OpenSet, total: float, size: int, sample: SampleForm, prints: bool) -> StreamSource:
+    """Return a data set of a stream, whose share is its weight of `total`."""
+    share, name = opened.weight / total, opened.raw.source
+    if share * size < 1:
+        raise UserError(
+            f"--data_path {name}:{opened.weight:g} is less than one sample of a window of {size}: give it a larger "
+            "weight, or --streaming a larger number."
+        )
+    tokenizer = row_tokenizer(sample, size)
+    if prints:
+        by = "" if tokenizer is sample.tokenizer else "; tokenized by tiktoken, with this tokenizer's ids"
+        say(f"Stream {name}: {share:.1%} of every window{by}")
+    return StreamSource(name, share, _tokenized(opened.raw, sample, tokenizer))
+
+
+def _first_rows(opened: OpenSet, sample: SampleForm, prints: bool) -> PromptDataset:
+    """Return the first evaluation rows of a data set, tokenized; of training rows, those that are not trained on."""
+    rows = datasets.Dataset.from_list(list(opened.raw.get_eval_data()))
+    part = tokenize_part(rows, opened.raw, sample, SFT_PHASE)
+    part.rows_given = len(rows)
+    if prints:
+        kept = "training rows, which are not trained on" if opened.raw.eval_split is None else "evaluation rows"
+        say(f"Stream {opened.raw.source}: evaluation on the first {len(rows)} {kept}")
+    return part
+
+
+def _content(opened: list[OpenSet], sample: SampleForm, stream: PromptStream, evaluation: datasets.Dataset) -> Content:
+    """Return what identifies a stream, to compare it with those of other ranks: its files, first window, evaluation."""
+    files = [file for one in opened for data in one.raw.raw_datasets.values() for file in data.files]
+    sizes = [[os.path.basename(file), os.path.getsize(file)] for file in files if os.path.isfile(file)]
+    parts = [sizes, prompt_cache.tokenizer_fingerprint(sample.tokenizer), sample.max_seq_len, sample.end_id]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+    tables = [stream.table.with_format(None), evaluation]
+    tokens = sum(
+        prompt_cache.statistics([PromptDataset(table, SFT_PHASE)], ["input_ids"])["tokens"] for table in tables
+    )
+    sums = [prompt_cache.content_sum(table) for table in tables]
+    return Content(key, len(tables[0]), len(evaluation), tokens, zlib.crc32(repr(sums).encode()))
 
 
 def _tokenized(raw: PromptRawDataset, sample: SampleForm, tokenizer: Any) -> datasets.IterableDataset:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from utils.data.agreement import check_ranks_agree
 from utils.data.formats.custom import own_options, parse_columns
 from utils.data.mixture import DataSources
 from utils.data.prepare import Preparation, prepare_prompt_data
@@ -39,7 +40,12 @@ def load_training_data(config: "RunConfig", tokenizer: PreTrainedTokenizerBase) 
     if args.streaming:
         names = [*args.data_path, *args.sft_only_data_path]
         is_ahead = config.device.type != "cpu"  # on a CPU, a second process would slow down the training
-        stream = create_prompt_stream(names, sample, own, preparation, config.window_size, is_ahead)
+        stream = create_prompt_stream(
+            names, sample, own, preparation, config.window_size, is_ahead, args.eval_data_path
+        )
+        check_ranks_agree(stream[0].content)
         return TrainingData(*stream)
-    sources = DataSources(args.data_path, args.data_split, args.sft_only_data_path)
-    return TrainingData(*prepare_prompt_data(sources, sample, own, preparation))
+    sources = DataSources(args.data_path, args.data_split, args.sft_only_data_path, args.eval_data_path)
+    data = TrainingData(*prepare_prompt_data(sources, sample, own, preparation))
+    check_ranks_agree(data.train.content)
+    return data

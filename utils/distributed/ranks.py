@@ -26,8 +26,8 @@ def world_size() -> int:
 
 
 def print_rank_0(msg: str, rank: int | None = None) -> None:
-    """Print on rank 0 only; `rank` replaces the process group's answer (<= 0 prints)."""
-    if is_rank_0() if rank is None else rank <= 0:
+    """Print on rank 0, and where `rank` is 0 or -1 (callers of DeepSpeed-Chat give it the local rank too)."""
+    if (rank is not None and rank <= 0) or is_rank_0():
         say(msg)
 
 
@@ -51,6 +51,15 @@ def answer_of_rank_0(answer: Any) -> Any:
     if dist.is_initialized():
         dist.broadcast_object_list(answers, src=0)
     return answers[0]
+
+
+def gather_from_all(value: Any) -> list[Any]:
+    """Return every rank's `value` in the order of the ranks; every rank must call it."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_sum(values: Iterable[float], device: torch.device | str) -> list[float]:

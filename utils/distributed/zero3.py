@@ -24,6 +24,17 @@ def whole_shape(tensor: torch.Tensor) -> torch.Size:
     return tensor.ds_shape if is_partitioned(tensor) else tensor.shape
 
 
+def params_to_fetch(param_list: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Return those of the parameters whose values are not on this rank: partitioned, and not gathered already."""
+    partitioned = [param for param in param_list if is_partitioned(param)]
+    return [param for param in partitioned if param.ds_status.name == "NOT_AVAILABLE"]
+
+
+def has_partitioned(model: torch.nn.Module) -> bool:
+    """Return whether ZeRO 3 divides any parameter of the model among the ranks."""
+    return any(is_partitioned(parameter) for parameter in model.parameters())
+
+
 def gather(tensors: Iterable[torch.Tensor], modifier_rank: int | None = None) -> AbstractContextManager:
     """Return a context in which the partitioned ones of `tensors` are whole; every rank must enter it.
 

@@ -28,6 +28,7 @@ from utils.machine.device import free_memory
 from utils.model.build import create_model, model_form
 from utils.model.layout_check import choose_layout
 from utils.model.model_utils import has_weights
+from utils.model.special_tokens import token_rows
 from utils.run_config import BatchCut, RunConfig
 from utils.train.plan import RunPlan, make_plan, units_of_epoch
 from utils.train.state import RunState
@@ -59,8 +60,8 @@ def dry_run(
     print_rank_0(f"Schedule: {args.lr_scheduler_type.value}, {warmup}")
     print_rank_0("First sample as the model sees it, tokens that are labels " + first_sample(data.train, tokenizer))
     estimate = estimate_memory(
-        args.model_name_or_path, model_form(args), ds_config, largest_micro_batch(config, data.train), len(tokenizer),
-        config.ranks, config.layout != "max_length",
+        args.model_name_or_path, model_form(args), ds_config, largest_micro_batch(config, data.train),
+        token_rows(tokenizer), config.ranks, config.layout != "max_length",
     )  # fmt: skip
     budget = memory_budget(config.gpus, config.device)
     print_rank_0(describe(estimate, budget))
@@ -204,9 +205,7 @@ def measure_time(
 ) -> str:
     """Train a few micro batches of an untrained model, as slow as a trained one, and return what the run will take."""
     args = config.args
-    model = create_model(
-        args.model_name_or_path, model_form(args), tokenizer, ds_config, config.eot_token, untrained=True
-    )
+    model = create_model(args.model_name_or_path, model_form(args), tokenizer, ds_config, untrained=True)
     engine = create_engine(config, model, ds_config, groups)
     layout = choose_layout(engine.module, config.layout, len(tokenizer), config.device, config.sequence_part)
     engine.train()

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from utils.distributed.meeting import meet
 from utils.distributed.ranks import is_rank_0
-from utils.distributed.zero3 import gather, whole_numel
+from utils.distributed.zero3 import gather, has_partitioned, whole_numel
 from utils.errors import UserError
 from utils.files import INCOMPLETE, move_files
 from utils.module.lora import LinearLayer_LoRA
@@ -132,6 +133,7 @@ def save_model_folder(
     folder: str,
     describe: Callable[[str], None] | None = None,
     max_shard_size: str = DEFAULT_SHARD_SIZE,
+    with_weights: bool = True,
 ) -> None:
     """Save everything `from_pretrained(folder)` needs; complete or absent. Every rank must call it.
 
@@ -144,7 +146,8 @@ def save_model_folder(
             _save_configs(model, work)
             if describe is not None:
                 describe(work)
-        write_weights(model, work, is_writer, max_shard_size)
+        if with_weights:
+            write_weights(model, work, is_writer, max_shard_size)
 
     write_folder(folder, "the model", "config.json", write)
 
@@ -241,20 +244,31 @@ def save_hf_format(
 ) -> str:
     """Save model, configuration, generation configuration and tokenizer so that plain transformers loads them.
 
-    Every rank must call it (ZeRO 3 gathers). LoRA is merged on the way out; live weights stay untouched.
-    `describe` adds what else is to be there. Returns the folder, `args.output_dir` / `sub_folder`.
+    LoRA is merged on the way out; live weights stay untouched. `describe` adds what else is to be there. Returns the
+    folder, `args.output_dir` / `sub_folder`.
+
+    Up to ZeRO 2 rank 0 may call it alone. Under ZeRO 3 every rank must, or every rank must call
+    `save_zero_three_model` after it, as DeepSpeed-Chat does: then it saves all but the weights.
+
+    Raises:
+        UserError: under ZeRO 3, the other ranks do neither; or the files can't be written.
     """
     folder = os.path.join(args.output_dir, sub_folder) if sub_folder else args.output_dir
     shard_size = getattr(args, "max_shard_size", DEFAULT_SHARD_SIZE)  # callers of the original have no such argument
-    save_model_folder(settled(model), tokenizer, folder, describe, shard_size)
+    if not has_partitioned(model) or meet("save_hf_format", elsewhere="save_zero_three_model"):
+        save_model_folder(settled(model), tokenizer, folder, describe, shard_size)
+    else:
+        save_model_folder(unwrap(model), tokenizer, folder, describe, with_weights=False)
     return folder
 
 
 def save_zero_three_model(model_ema: torch.nn.Module, global_rank: int, save_dir: str, zero_stage: int = 0) -> None:
-    """Write the weights alone, as safetensors, into `save_dir`; every rank must call it.
+    """Write the weights alone, as safetensors, into `save_dir`; under ZeRO 3 every rank must call it.
 
     `zero_stage` is kept for callers of the original; how a parameter is partitioned is read off itself.
     """
+    if has_partitioned(model_ema):
+        meet("save_zero_three_model")
     if global_rank == 0:
         os.makedirs(save_dir, exist_ok=True)
     write_weights(settled(model_ema), save_dir, is_writer=global_rank == 0)

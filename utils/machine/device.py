@@ -29,8 +29,10 @@ def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
     }
 
 
-def set_random_seed(seed: int) -> None:
-    """Seed the random numbers of Python, numpy, torch and the accelerator."""
+def set_random_seed(seed: int | None) -> None:
+    """Seed the random numbers of Python, numpy, torch and the accelerator; None leaves them as they are."""
+    if seed is None:
+        return
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

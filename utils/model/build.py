@@ -50,22 +50,18 @@ def create_model(
     form: ModelForm,
     tokenizer: PreTrainedTokenizerBase,
     ds_config: dict[str, Any],
-    eot_token: str | None = None,
     untrained: bool = False,
 ) -> PreTrainedModel:
     """Build the model that a run trains, loaded from `name`, and print what was done to it.
 
     Args:
         name: a folder, or a name on the hub.
-        eot_token: the token of `--add_eot_token`, which then also ends generated answers.
         untrained: make random weights from the configuration alone.
     """
     model = create_hf_model(
         AutoModelForCausalLM, name, tokenizer, None if untrained else ds_config, rlhf_training=untrained,
         dropout=form.dropout,
     )  # fmt: skip
-    if eot_token is not None:
-        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(eot_token)
     model = _shape(model, form, print_rank_0)
     print_rank_0(f"Model: {describe_parameters(model)}")
     return model

@@ -13,6 +13,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from utils.distributed.ranks import world_size
 from utils.distributed.zero3 import whole_numel, whole_shape
 from utils.errors import UserError
+from utils.model.special_tokens import end_ids, stop_at, token_rows
 
 # All spellings of dropout in the configurations of decoder-only families.
 DROPOUT_KEYS = (
@@ -63,7 +64,7 @@ def create_hf_model(
     tokenizer: PreTrainedTokenizerBase,
     ds_config: dict[str, Any] | None = None,
     rlhf_training: bool = False,
-    disable_dropout: bool = False,
+    disable_dropout: bool | float | None = False,
     dropout: float | None = None,
 ) -> PreTrainedModel:
     """Load `model_name_or_path` for training.
@@ -73,17 +74,20 @@ def create_hf_model(
         tokenizer: sets the end and pad ids, and the smallest vocabulary the model must have.
         ds_config: DeepSpeed configuration; with stage 3 weights are partitioned while they load.
         rlhf_training: build the architecture only, the weights come from elsewhere.
-        disable_dropout: turn every dropout off.
+        disable_dropout: turn every dropout off. A number or None in its place is `dropout`, which has been the sixth
+            argument since 2024.
         dropout: set every dropout to this value (None: as the model has it).
 
-    The embedding grows, to a multiple of 8, only if the tokenizer has more entries; it never shrinks.
+    The embedding grows to a multiple of 8 that holds the tokenizer's entries; it never shrinks.
     """
+    if not isinstance(disable_dropout, bool):
+        disable_dropout, dropout = False, disable_dropout if dropout is None else dropout
     config = load_model_config(model_name_or_path)
     configure_dropout(config, 0.0 if disable_dropout else dropout)
     keep_alive = None
     if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3:
         if needs_swap_buffers(ds_config):
-            size_swap_buffers(ds_config, largest_weight(config, len(tokenizer)), world_size())
+            size_swap_buffers(ds_config, largest_weight(config, token_rows(tokenizer)), world_size())
         # transformers keeps a weak reference: the object has to live as long as the model is being built.
         keep_alive = HfDeepSpeedConfig(ds_config)
     dtype = _training_dtype(ds_config)
@@ -99,10 +103,10 @@ def create_hf_model(
         raise UserError(f"the model at {model_name_or_path} can't be loaded: {reason}") from err
 
     model.config.end_token_id = tokenizer.eos_token_id
+    stop_at(model, end_ids(tokenizer, model))
     for settings in (model.config, model.generation_config):
-        settings.eos_token_id = tokenizer.eos_token_id
         settings.pad_token_id = tokenizer.pad_token_id
-    grow_embeddings(model, len(tokenizer))
+    grow_embeddings(model, token_rows(tokenizer))
     # While the model was built transformers had to know of ZeRO 3. From here on it must not, or rank 0 could not load
     # a model by itself.
     del keep_alive
@@ -139,8 +143,11 @@ def largest_weight(config: PretrainedConfig, entries: int) -> int:
 
 
 def grow_embeddings(model: PreTrainedModel, entries: int) -> bool:
-    """Give the model at least `entries` embedding rows, rounded up to a multiple of 8; True if it grew."""
-    if embedding_rows(model) >= entries:
+    """Give the model at least `entries` embedding rows, rounded up to a multiple of 8; True if it grew.
+
+    GPT-2's 50257 rows become 50264: a product with a vocabulary that divides by 8 is faster on a GPU.
+    """
+    if embedding_rows(model) >= rounded_rows(entries):
         return False
     # The same new rows on every rank, and in every run: seeded apart from what else was drawn.
     rng_state = torch.get_rng_state()

@@ -32,26 +32,36 @@ def load_hf_tokenizer(
     Args:
         model_name_or_path: a local folder, or a name on the hub.
         fast_tokenizer: use the Rust implementation where there is one.
-        add_special_tokens: extra special tokens to add (the end-of-conversation token).
+        add_special_tokens: special tokens to add to those it has; a single one is the end-of-conversation token,
+            which becomes its end token.
 
     Raises:
         UserError: the folder holds no tokenizer, or the hub name can't be reached.
     """
     tokenizer = _read_tokenizer(model_name_or_path, fast_tokenizer)
-    if add_special_tokens:
-        extra = [add_special_tokens] if isinstance(add_special_tokens, str) else list(add_special_tokens)
-        tokenizer.add_special_tokens({"additional_special_tokens": extra})
     if tokenizer.eos_token is None:
         _adopt_eos_of_config(tokenizer, model_name_or_path)
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        # Masks come from lengths here, never from ids, so sharing eos is safe and the vocabulary stays as it is.
+        tokenizer.pad_token = tokenizer.eos_token
+    if add_special_tokens:
+        extra = [add_special_tokens] if isinstance(add_special_tokens, str) else list(add_special_tokens)
+        tokenizer.add_special_tokens({"additional_special_tokens": extra}, replace_extra_special_tokens=False)
+    if isinstance(add_special_tokens, str):
+        tokenizer.eos_token = add_special_tokens
     if tokenizer.pad_token is None:
-        # Masks come from lengths here, never from ids, so sharing eos is safe and the vocabulary stays
-        # as it is; a new token is made only where there is no eos to share.
+        # A new token is made only where there is no eos to share.
         if tokenizer.eos_token is not None:
             tokenizer.pad_token = tokenizer.eos_token
         else:
             tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def get_tokenizer(model_name_or_path: str, fast_tokenizer: bool = True) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of `model_name_or_path` as `load_hf_tokenizer` does, without further special tokens."""
+    return load_hf_tokenizer(model_name_or_path, fast_tokenizer)
 
 
 def _read_tokenizer(path: str, fast: bool) -> PreTrainedTokenizerBase:

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) on Linear and Conv1D layers.
 
-`y = x W^T + b + dropout(x) R L * lora_scaling / r` with `R` [in, r] Kaiming-uniform and `L` [r, out] zeros,
-so a wrapped model starts out equal to the base model. GPT-2's Conv1D is a Linear whose weight is transposed.
+`y = x W^T + b + dropout(x) R L * lora_scaling / r` with `R` [in, r] uniform within +-1/sqrt(r) and `L` [r, out]
+zeros, so a wrapped model starts out equal to the base model. GPT-2's Conv1D is a Linear whose weight is transposed.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from utils.distributed.zero3 import gather, whole_numel, whole_shape
+from utils.distributed.zero3 import params_to_fetch as _z3_params_to_fetch  # noqa: F401  (scripts import it from here)
 from utils.errors import UserError
 
 AUTO = "auto"  # the `--lora_module_name` that stands for the linear layers of the transformer blocks
@@ -62,9 +63,12 @@ class LinearLayer_LoRA(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the right weight Kaiming-uniform and set the left weight to zero."""
-        # kaiming_uniform_ reads fan_in from the last dimension; the right weight is stored [in, r].
-        nn.init.kaiming_uniform_(self.lora_right_weight.t(), a=math.sqrt(5))
+        """Draw the right weight Kaiming-uniform as it is stored, and set the left weight to zero.
+
+        kaiming_uniform_ reads fan_in from the last dimension, here r: DeepSpeed-Chat's range, U(-1/sqrt(r), 1/sqrt(r)).
+        PEFT's, from the transpose, is U(-1/sqrt(in), 1/sqrt(in)).
+        """
+        nn.init.kaiming_uniform_(self.lora_right_weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_left_weight)
 
     def delta_weight(self) -> torch.Tensor:

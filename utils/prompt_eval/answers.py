@@ -22,7 +22,7 @@ class Answer(NamedTuple):
     prompt: str  # decoded from its ids, without special tokens
     text: str
     tokens: int  # of the text, without the end token
-    ended: bool  # by the end token or the next "Human:", not by max_new_tokens
+    ended: bool  # by the end token or, unless told otherwise, the next "Human:"; not by max_new_tokens
 
 
 Answers = dict[str, list[list[Answer]]]  # strategy -> prompts -> answers
@@ -50,7 +50,12 @@ class StopAtNextTurn(StoppingCriteria):
 
 
 def generate_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Any, max_new_tokens: int, **settings: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Any,
+    max_new_tokens: int,
+    stop_at_human: bool = True,
+    **settings: Any,
 ) -> torch.Tensor:
     """Generate answers; returns prompts and answers as ids, [rows * num_return_sequences, length].
 
@@ -59,6 +64,7 @@ def generate_ids(
 
     Args:
         inputs: `input_ids` and `attention_mask`, both [rows, prompt length], padded on the left.
+        stop_at_human: end a row at the next "Human:" too.
         settings: arguments of `model.generate` that differ from greedy decoding, see `EvalConfig.decoding`.
 
     Raises:
@@ -78,15 +84,19 @@ def generate_ids(
         eos_token_id=ends or None,
         pad_token_id=next(token for token in [tokenizer.pad_token_id, *ends, 0] if token is not None),
         suppress_tokens=unknown_token_ids(model, tokenizer) or None,
-        stopping_criteria=StoppingCriteriaList([StopAtNextTurn(tokenizer, prompt_length)]),
+        stopping_criteria=StoppingCriteriaList([StopAtNextTurn(tokenizer, prompt_length)] * stop_at_human),
         **{**plain, **settings},
     )
 
 
 def read_answer(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int], ends: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    new_ids: list[int],
+    ends: Sequence[int],
+    stop_at_human: bool = True,
 ) -> Answer:
-    """Return the answer in a row of generated ids: up to the end token or the next "Human:"."""
+    """Return the answer in a row of generated ids: up to the end token or, with `stop_at_human`, the next "Human:"."""
     end = next((place for place, token in enumerate(new_ids) if token in ends), len(new_ids))
     new_ids, ended = new_ids[:end], end < len(new_ids)
     prompt = decode(tokenizer, prompt_ids)
@@ -97,7 +107,7 @@ def read_answer(
         return whole[len(prompt) :] if whole.startswith(prompt) else decode(tokenizer, ids)
 
     text = answer_text(new_ids)
-    turn = NEXT_TURN.search(text)
+    turn = NEXT_TURN.search(text) if stop_at_human else None
     if turn:
         text, ended = text[: turn.start()].rstrip(), True
         while new_ids and answer_text(new_ids[:-1]).startswith(text):
@@ -111,16 +121,19 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def answer_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Any, **settings: Any
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Any, stop_at_human: bool = True, **settings: Any
 ) -> list[Answer]:
-    """Return `num_return_sequences` answers for every row of `inputs`, in order; `settings` as in `generate_ids`."""
-    output = generate_ids(model, tokenizer, inputs, **settings)
+    """Return `num_return_sequences` answers for every row of `inputs`, in order.
+
+    `stop_at_human` and `settings` as in `generate_ids`.
+    """
+    output = generate_ids(model, tokenizer, inputs, stop_at_human=stop_at_human, **settings)
     prompt_length, several = inputs["input_ids"].shape[1], len(output) // len(inputs["input_ids"])
     rows = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
     prompts = [[token for token, real in zip(ids, mask, strict=True) if real] for ids, mask in rows]
     ends = end_token_ids(model, tokenizer)
     return [
-        read_answer(tokenizer, prompts[number // several], row[prompt_length:], ends)
+        read_answer(tokenizer, prompts[number // several], row[prompt_length:], ends, stop_at_human)
         for number, row in enumerate(output.tolist())
     ]
 
@@ -211,10 +224,11 @@ def generate(
     max_new_tokens: int = 100,
     **settings: Any,
 ) -> list[str]:
-    """Return prompt and answer, without special tokens, for every row of `inputs`.
+    """Return prompt and all that the model wrote, without special tokens, for every row of `inputs`.
 
     Args:
         inputs: the tokenizer's result for one prompt, or for several padded on the left.
+        do_sample: draw each token from the 50 likeliest, or as many as a `top_k` in `settings` says (0: from all).
         settings: further settings of `generate_ids`, such as the `diversity_penalty` of several beam groups.
 
     Raises:
@@ -222,13 +236,12 @@ def generate(
     """
     if num_return_sequences > 1 and num_beams == 1 and not do_sample:
         raise UserError(f"greedy decoding has one answer, not num_return_sequences={num_return_sequences}")
-    settings |= {"num_beams": num_beams, "num_return_sequences": num_return_sequences}
-    if do_sample:
-        settings |= {"do_sample": True, "top_k": 0}
+    numbers = {"num_beams": num_beams, "num_return_sequences": num_return_sequences}
+    settings = {"stop_at_human": False, **settings, **numbers, "do_sample": do_sample}
     if num_beam_groups > 1:
         settings |= {"num_beam_groups": num_beam_groups, "custom_generate": diverse_beam_search}
-    answers = answer_batch(model, tokenizer, inputs, max_new_tokens=max_new_tokens, **settings)
-    return [answer.prompt + answer.text for answer in answers]
+    output = generate_ids(model, tokenizer, inputs, max_new_tokens, **settings)
+    return [decode(tokenizer, row) for row in output.tolist()]
 
 
 def generate_constrastive_search(
@@ -240,11 +253,10 @@ def generate_constrastive_search(
     num_return_sequences: int = 1,
     max_new_tokens: int = 100,
 ) -> list[str]:
-    """Return prompt and answer like `generate`, decoded by contrastive search."""
+    """Return prompt and all that the model wrote, like `generate`, decoded by contrastive search."""
     if num_return_sequences > 1:
         raise UserError(f"contrastive search has one answer, not num_return_sequences={num_return_sequences}")
-    answers = answer_batch(
-        model, tokenizer, inputs, max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences,
-        top_k=top_k, penalty_alpha=penalty_alpha, custom_generate=contrastive_search,
+    return generate(
+        model, tokenizer, inputs, max_new_tokens=max_new_tokens, top_k=top_k, penalty_alpha=penalty_alpha,
+        custom_generate=contrastive_search,
     )  # fmt: skip
-    return [answer.prompt + answer.text for answer in answers]

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Sequence
 
 from utils.data.cache import default_cache_folder
+from utils.data.formats.custom import parse_columns
+from utils.data.mixture import check_evaluation_source
 from utils.data.splits import parse_data_split
 from utils.errors import UserError, join_problems
 from utils.prompt_eval.config import (
@@ -84,11 +86,14 @@ def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         help="log-probability that a token loses for every beam of an earlier group that chose it; at 0 all groups "
         "give the same answers")
     add("--top_k", type=int, default=4, metavar="K",
-        help="candidates per token in contrastive search (sampling draws from all tokens); 4 as in the original")
+        help="candidates per token in contrastive search; 4 as in the original (for sampling: --sampling_top_k)")
     add("--penalty_alpha", type=float, default=0.6, metavar="A",
         help="weight of contrastive search's penalty for repetition; 0.6 as in the paper and the original")
     add("--temperature", type=float, default=1.0, metavar="T",
         help="temperature of sampling: below 1 prefers likely tokens; 1 samples the model's own distribution")
+    add("--sampling_top_k", type=int, default=50, metavar="K",
+        help="sample from so many likeliest tokens, 0: from all of them; 50 as in the original, whose sampling has "
+        "transformers' default")
     add("--top_p", type=float, default=1.0, metavar="P",
         help="sample from the likeliest tokens whose probabilities add up to this; 1 excludes none")
     add("--repetition_penalty", type=float, default=1.0, metavar="P",
@@ -96,6 +101,9 @@ def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         "the model's probabilities unchanged")
     add("--seed", type=int, default=1234, metavar="N",
         help="seed of sampling, and of the data split as in training; 1234 is training's default")
+    add("--stop_at_human", action=argparse.BooleanOptionalAction, default=True,
+        help='end an answer at the next "Human:"; on, because what a model writes there is its own question; '
+        "--no-stop_at_human shows it, as the original does")
     add("--batch_size", type=int, default=24, metavar="N",
         help="prompts answered at once, which changes no greedy answer; 24 at once are 3 to 6 times as fast on a CPU "
         "as one by one")
@@ -112,8 +120,18 @@ def _add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data_path", nargs="*", default=[], metavar="NAME",
         help="measure both models' perplexity on the evaluation part of these data sets, named as in training; none "
         "by default")
-    add("--data_split", default="2,4,4", metavar="A,B,C",
-        help="shares of the three phases, as in training, so that the evaluation part is the same")
+    add("--sft_only_data_path", nargs="*", default=[], metavar="NAME",
+        help="data sets used whole, beside --data_path, as in training; none, as there")
+    add("--eval_data_path", nargs="*", default=[], metavar="NAME",
+        help="data sets to measure on, whole, in place of the evaluation part of the others, as in training; none, as "
+        "there")
+    add("--data_split", default=None, metavar="A,B,C",
+        help="shares of the three phases, as in training, so that the evaluation part is the same; None, as there")
+    add("--columns", default=None, metavar="ROLE=COLUMN,...",
+        help="names of the columns of your own data, as in training; None, as there")
+    add("--chat_template", default="auto", metavar="FORMAT",
+        help="how your own data become text, as in training: auto takes the baseline's chat template for both models, "
+        "since training took that")
     add("--data_output_path", default=default_cache_folder(), metavar="DIR",
         help="cache folder of split indexes and tokenized data; training's default, so that its data are found there")
     add("--max_seq_len", type=int, default=512, metavar="TOKENS",
@@ -175,16 +193,22 @@ def _wrong_values(args: argparse.Namespace) -> list[str]:
     for name in ("temperature", "repetition_penalty"):
         if not 0 < getattr(args, name) < float("inf"):
             problems.append(f"--{name} {getattr(args, name)}: it must be above 0")
+    if args.sampling_top_k < 0:
+        problems.append(f"--sampling_top_k {args.sampling_top_k}: at least 0 is needed; 0 draws from all tokens")
     if not 0 <= args.diversity_penalty < float("inf"):
         problems.append(f"--diversity_penalty {args.diversity_penalty}: it must be at least 0")
     if args.scorer_command is not None:
         problems += _wrong_command(args.scorer_command)
     if args.report and os.path.exists(args.report) and not os.path.isdir(args.report):
         problems.append(f"--report {args.report}: that is a file, not a folder")
-    try:
-        parse_data_split(args.data_split)
-    except UserError as err:
-        problems.append(str(err))
+    checks = [(parse_data_split, args.data_split)] if args.data_split is not None else []
+    checks += [(parse_columns, args.columns)]
+    checks += [(check_evaluation_source, name) for name in args.eval_data_path]
+    for check, value in checks:
+        try:
+            check(value)
+        except UserError as err:
+            problems.append(str(err))
     return problems
 
 

@@ -25,16 +25,16 @@ class Speaker(NamedTuple):
 
 
 class AnswerPrinter(TextStreamer):
-    """Print an answer word by word, up to the next "Human:"."""
+    """Print an answer word by word, up to the next "Human:" unless told otherwise."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO, stop_at_human: bool = True) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.output = output
+        self.output, self.stop_at_human = output, stop_at_human
         self.begun, self.over = False, False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print the next whole words of the answer, of which "Human:" is one."""
-        turn = NEXT_TURN.search(text)
+        turn = NEXT_TURN.search(text) if self.stop_at_human else None
         if not self.over:
             text = text[: turn.start()].rstrip() if turn else text
             self.output.write(text if self.begun else text.lstrip())
@@ -86,7 +86,7 @@ def reply(
     inputs = encode(speaker.tokenizer, [next_prompt(turns, question)], speaker.model.device)
     settings: dict[str, Any] = config.decoding(strategy) | {"num_return_sequences": 1}
     if strategy in STREAMING:
-        settings["streamer"] = AnswerPrinter(speaker.tokenizer, output)
+        settings["streamer"] = AnswerPrinter(speaker.tokenizer, output, config.args.stop_at_human)
     answer = answer_batch(speaker.model, speaker.tokenizer, inputs, **settings)[0]
     output.write("\n" if strategy in STREAMING else f"{answer.text.strip()}\n")
     turns.append((question, answer.text.strip()))

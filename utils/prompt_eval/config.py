@@ -20,6 +20,7 @@ STRATEGIES = {
 # The headings of the two models, as the original prints them.
 HEADINGS = {"baseline": "Baseline", "finetuned": "finetune"}
 ONE_ANSWER = ("greedy", "contrastive")  # deterministic, with a single best answer
+SAMPLING = ("multinomial", "beam_multinomial")
 BEAM_STRATEGIES = ("beam", "beam_multinomial", "diverse_beam")
 USUAL_BEAMS = 4
 
@@ -67,8 +68,11 @@ class EvalConfig:
             "max_new_tokens": args.max_new_tokens,
             "num_return_sequences": args.num_return_sequences,
             "repetition_penalty": args.repetition_penalty,
+            "stop_at_human": args.stop_at_human,
         }
-        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+        sampling = {
+            "do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.sampling_top_k,
+        }  # fmt: skip
         beams = {"num_beams": self.num_beams}
         own = {
             "greedy": {},
@@ -88,6 +92,26 @@ class EvalConfig:
             },
         }
         return common | own[strategy]
+
+    @property
+    def settings(self) -> list[str]:
+        """Return the settings that the answers depend on, each in a few words."""
+        args, used = self.args, set(self.strategies)
+        parts = [f"{len(self.prompts)} prompts"] * (not args.interactive)
+        parts += [f"at most {args.max_new_tokens} new tokens", f"seed {args.seed}"]
+        parts.append('answers end at "Human:"' if args.stop_at_human else 'answers go on after "Human:"')
+        if used & set(BEAM_STRATEGIES):
+            parts.append(f"{self.num_beams} beams")
+        if "diverse_beam" in used:
+            parts.append(f"{self.num_beam_groups} groups, diversity penalty {args.diversity_penalty}")
+        if used & set(SAMPLING):
+            drawn = f"the {args.sampling_top_k} likeliest tokens" if args.sampling_top_k else "all tokens"
+            parts.append(f"sampling from {drawn}, temperature {args.temperature}, top-p {args.top_p}")
+        if "contrastive" in used:
+            parts.append(f"contrastive: top-k {args.top_k}, alpha {args.penalty_alpha}")
+        if args.repetition_penalty != 1:
+            parts.append(f"repetition penalty {args.repetition_penalty}")
+        return parts
 
 
 def split_strategies(text: str) -> list[str]:

@@ -11,16 +11,17 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.data.batching.batches import collate_for, eval_batches
-from utils.data.formats.custom import own_options
+from utils.data.formats.custom import own_options, parse_columns
 from utils.data.mixture import DataSources
 from utils.data.prepare import Preparation, prepare_prompt_data
 from utils.data.prompt_dataset import PromptDataset
-from utils.data.tokenization.tokenize_rows import SampleForm, end_of_conversation_token
+from utils.data.tokenization.tokenize_rows import SampleForm, end_of_conversation_token, end_token_id
 from utils.errors import UserError
 from utils.machine.device import free_memory as free_host_memory
 from utils.machine.precision import DTYPES
 from utils.model.layout_check import choose_layout
 from utils.model.model_utils import grow_embeddings
+from utils.model.special_tokens import token_rows
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.prompt_eval.config import EvalConfig
 from utils.run_config import BatchCut
@@ -74,7 +75,7 @@ def load(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_loadable(path, error) from error
     # The tokenizer may have gained a pad or end token for which the model has no row.
-    grow_embeddings(model, len(tokenizer))
+    grow_embeddings(model, token_rows(tokenizer))
     try:
         return model.to(device).eval(), tokenizer
     except torch.OutOfMemoryError as error:
@@ -146,23 +147,35 @@ def free_memory(device: str) -> float:
     return free_host_memory()
 
 
-def evaluation_data(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, path: str) -> PromptDataset | None:
-    """Return the evaluation part of `--data_path`, prepared as training prepares it; None without `--data_path`.
+def evaluation_data(
+    config: EvalConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str,
+    baseline: PreTrainedTokenizerBase | None = None,
+) -> PromptDataset | None:
+    """Return the evaluation part of the data sets, prepared as training prepares it; None where there are none.
 
     Args:
         tokenizer: the tokenizer of the model `path`.
+        baseline: the tokenizer that training began with, whose chat template makes the texts of both models; None
+            means `tokenizer`. A trained model has a chat template also where its training had none.
 
     Raises:
         UserError: bad data, or the tokenizer has no end token.
     """
     args = config.args
-    if not args.data_path:
+    if not (args.data_path or args.sft_only_data_path):
         return None
+    baseline = tokenizer if baseline is None else baseline
     end = end_of_conversation_token(tokenizer, config.extra_token, path)
     sample = SampleForm(tokenizer, end, args.max_seq_len, args.completion_only_loss)
-    sources = DataSources(args.data_path, args.data_split)
+    of_baseline = end_of_conversation_token(baseline, config.extra_token, path)
+    own = own_options(baseline, end_token_id(baseline, of_baseline), parse_columns(args.columns), args.chat_template)
+    sources = DataSources(args.data_path, args.data_split, args.sft_only_data_path, args.eval_data_path)
     preparation = Preparation(local_rank=0, cache_folder=args.data_output_path, phase=1, seed=args.seed)
-    return prepare_prompt_data(sources, sample, own_options(tokenizer, sample.end_id), preparation)[1]
+    train, evaluation = prepare_prompt_data(sources, sample, own, preparation)
+    evaluation.content = train.content
+    return evaluation
 
 
 def measure_perplexity(model: PreTrainedModel, tokenizer: Any, data: PromptDataset) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.logging.loss_curve import loss_curves
 from utils.prompt_eval.answer_metrics import REPEATED_N, Figures
 from utils.prompt_eval.answers import Answer, Results
-from utils.prompt_eval.config import BEAM_STRATEGIES, STRATEGIES, EvalConfig
+from utils.prompt_eval.config import STRATEGIES, EvalConfig
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 # key of `summarize` -> its name in the report, and its format
@@ -27,7 +27,8 @@ FIGURES = {
     f"repeated_{REPEATED_N}": (f"repeated {REPEATED_N}-grams", "{:.0%}"),
 }
 EXPLANATION = (
-    "Words and tokens are means per answer. Ended by itself: by the end token or the next “Human:”, not by the limit. "
+    "Words and tokens are means per answer. Ended by itself: by the end token or, where answers end there, by the next "
+    "“Human:”, not by the limit. "
     "Distinct-n: different n-grams of all answers / all n-grams. Repeated n-grams: share that occurs earlier in "
     "the same answer."
 )
@@ -96,20 +97,7 @@ def shown_figures(of_strategy: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def settings_line(config: EvalConfig) -> str:
     """Return a line with the date and the settings the answers depend on."""
-    args = config.args
-    parts = [f"{len(config.prompts)} prompts", f"at most {args.max_new_tokens} new tokens", f"seed {args.seed}"]
-    used = set(config.strategies)
-    if used & set(BEAM_STRATEGIES):
-        parts.append(f"{config.num_beams} beams")
-    if "diverse_beam" in used:
-        parts.append(f"{config.num_beam_groups} groups, diversity penalty {args.diversity_penalty}")
-    if used & {"multinomial", "beam_multinomial"}:
-        parts.append(f"temperature {args.temperature}, top-p {args.top_p}")
-    if "contrastive" in used:
-        parts.append(f"contrastive: top-k {args.top_k}, alpha {args.penalty_alpha}")
-    if args.repetition_penalty != 1:
-        parts.append(f"repetition penalty {args.repetition_penalty}")
-    return f"{time.strftime('%Y-%m-%d %H:%M')} · " + " · ".join(parts)
+    return " · ".join([time.strftime("%Y-%m-%d %H:%M"), *config.settings])
 
 
 # --------------------------------------------------------------------------------------------------- HTML

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from utils.data.batching.batches import TrainBatch
 from utils.data.batching.sampler import StepSize
-from utils.distributed.ranks import all_reduce_sum, is_rank_0, print_rank_0, world_size
+from utils.distributed.ranks import all_reduce_sum, global_rank, is_rank_0, print_rank_0, world_size
 from utils.logging.console import (
     advance_run_bar,
     close_run_bar,
@@ -44,11 +44,12 @@ class Progress:
     ) -> None:
         """Follow `state`, the position of the run, which its owner advances after every optimizer step."""
         self.engine, self.plan, self.state = engine, plan, state
-        self.args, self.device = config.args, config.device
+        self.args, self.device, self.batches = config.args, config.device, config.batches
         self.metrics = MetricsFile(config.args.output_dir, is_rank_0(), state.metrics_bytes)
         self.device_name = device_label()
         self.losses = StepLosses(config.device)
         self.announced_epoch = 0
+        self.micro_batch = 0  # of the epoch, on each rank: the number of the next one
         # Of the steps since the losses were last collected: learning rate, and the gradient norm as DeepSpeed has it.
         self.rates: list[float] = []
         self.norms: list[torch.Tensor | float | None] = []
@@ -63,10 +64,17 @@ class Progress:
                 f"Beginning of Epoch {self.state.epoch}/{self.plan.epochs}, Total Micro Batches {micro_batches}"
             )
             self.restart_clock()
+            state, cut = self.state, self.batches
+            steps = state.step if state.stream is not None else state.units_done // cut.global_batch
+            self.micro_batch = steps * cut.accumulation
         self.announced_epoch = self.state.epoch
 
     def add_micro_batch(self, loss: torch.Tensor, batch: TrainBatch) -> None:
-        """Note the summed loss of a micro batch without reading it, so the device is not synchronized."""
+        """Note the summed loss of a micro batch; only `--print_loss` reads it, which synchronizes with the device."""
+        if self.args.print_loss and batch.weight > 0:
+            mean = loss.item() / max(1, len(batch.tensors["targets"]))
+            say(f"Epoch: {self.state.epoch - 1}, Step: {self.micro_batch}, Rank: {global_rank()}, loss = {mean}")
+        self.micro_batch += 1
         self.losses.add(loss, batch.weight > 0)
         self.slots += batch.tensors["input_ids"].numel() if batch.weight > 0 else 0
 
@@ -80,8 +88,6 @@ class Progress:
         self.tokens += step.tokens
         self.samples += step.samples
         advance_run_bar(self.state.epochs_begun, self.plan.epochs)
-        if self.args.print_loss:
-            self.record_losses()
         if self.state.step % self.args.logging_steps == 0:
             self.report()
 
@@ -152,8 +158,6 @@ class Progress:
             norm = None if norm is None else float(norm)
             self.last = {"loss": loss, "learning_rate": rate, "grad_norm": norm}
             self.record(epoch=epoch, step=number, **self.last)
-            if self.args.print_loss:
-                print_rank_0(f"Epoch: {epoch}, Step: {number}, loss = {loss}")
         self.rates, self.norms = [], []
 
     def record(self, **record: float | None) -> None:

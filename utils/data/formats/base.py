@@ -117,6 +117,7 @@ class PromptRawDataset:
     optional: tuple[str, ...] = ()
     not_null: tuple[str, ...] = ()
     add_special_tokens: bool = True
+    has_ids: bool = False  # rows bring token ids in place of texts
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -248,6 +249,18 @@ class PromptRawDataset:
     def response_spans(self, sample: Sample, text: str) -> list[tuple[int, int]]:
         """Return the ranges [start, end) of characters in `text`, the prompt with the answer, that are answers."""
         return [(_common_prefix(self.get_prompt(sample) or "", text), len(text))]
+
+    def labelled_texts(self, sample: Sample) -> list[tuple[str, list[tuple[int, int]]]]:
+        """Return the texts that the row gives phase 1, each with the ranges of its characters that are answers."""
+        text = self.get_prompt_and_chosen(sample)
+        return [] if text is None else [(text, self.response_spans(sample, text))]
+
+    def refuse_unlabelled(self, sample: Sample) -> None:
+        """Raise UserError where a part of the row must not be labelled; of known data sets, all may be."""
+
+    def given_ids(self, sample: Sample, may_mask: bool = True) -> tuple[list[int], list[int]]:
+        """Return the token ids of a row that brings them, and the starts and ends of their labels in turn."""
+        raise NotImplementedError
 
 
 def _common_prefix(prompt: str, text: str) -> int:

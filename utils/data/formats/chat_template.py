@@ -4,17 +4,20 @@ A template writes all special tokens itself, so its text is tokenized without ad
 It is rendered as text and encoded as a whole, like the texts of every other data set.
 """
 
+import datetime
+import json
 import os
 import re
 from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
+from utils.data.formats.conversations import Conversation, excerpt
+from utils.data.reading.messages import Message
 from utils.errors import UserError
 
-Message = dict[str, Any]
 Span = tuple[int, int]
 
 AUTO = "auto"
@@ -23,7 +26,8 @@ HUMAN_ASSISTANT = "human_assistant"
 AS_IS = "none"
 SPEAKERS = {"system": " System:", "user": " Human:", "assistant": " Assistant:"}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_EXCERPT = 120
+_CLOCK = "strftime_now"  # what transformers gives templates to ask for the date
+_FAILURES = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 
 
 class ChatFormat(NamedTuple):
@@ -35,21 +39,43 @@ class ChatFormat(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None = None  # its special tokens are the template's variables
     end: str = ""  # the token that ends every sample, as text
     origin: str = "the Human/Assistant form"
+    tool_template: str = ""  # the tokenizer's own for conversations with tools, where it has one
+    date: str = ""  # the date that the template sees, as YYYY-MM-DD; empty where it asks for none
+    text_arguments: bool = False  # the template reads the arguments of a call as JSON text
+    developer_as_system: bool = False  # the template has no place for the role developer
+
+    @property
+    def is_template(self) -> bool:
+        """Whether a template makes the text."""
+        return self.kind == TEMPLATE
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the template marks answers with `{% generation %}`."""
+        return bool(_GENERATION.search(self.template))
+
+    def for_tools(self, tools: Any) -> "ChatFormat":
+        """Return the format of a conversation with these tools."""
+        return self._replace(template=self.tool_template) if tools and self.tool_template else self
 
 
-def resolve_chat_format(choice: str, tokenizer: PreTrainedTokenizerBase, end_token: str) -> ChatFormat:
+def resolve_chat_format(
+    choice: str, tokenizer: PreTrainedTokenizerBase, end_token: str, date: str | None = None
+) -> ChatFormat:
     """Return the format that a `--chat_template` means.
 
     Args:
         choice: `auto` (the tokenizer's own template if it has one, else the Human/Assistant form),
             `human_assistant`, `none` (texts unchanged), or the path of a jinja file.
         end_token: the token that ends every sample, as text.
+        date: the date that the template sees, as YYYY-MM-DD; None: today.
 
     Raises:
         UserError: no such file, or a template that does not render.
     """
     is_auto = choice == AUTO
     own = tokenizer.chat_template
+    with_tools = own.get("tool_use", "") if isinstance(own, dict) else ""
     own = own.get("default") if isinstance(own, dict) else own
     if choice == AS_IS:
         return ChatFormat(AS_IS, is_auto, origin="unchanged")
@@ -58,10 +84,39 @@ def resolve_chat_format(choice: str, tokenizer: PreTrainedTokenizerBase, end_tok
     if is_auto:
         template, origin = own, "the tokenizer's chat template"
     else:
-        template, origin = _read_template(choice), f"the chat template {choice}"
-    chat = ChatFormat(TEMPLATE, is_auto, template, tokenizer, end_token, origin)
+        template, origin, with_tools = _read_template(choice), f"the chat template {choice}", ""
+    chat = ChatFormat(TEMPLATE, is_auto, template, tokenizer, end_token, origin, with_tools)
+    if _CLOCK in template + with_tools:
+        chat = chat._replace(date=date or datetime.date.today().isoformat())
     render(chat, [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}])
+    return _with_habits(chat)
+
+
+def _with_habits(chat: ChatFormat) -> ChatFormat:
+    """Return the format with what the template can't read noted: arguments that are objects, the role developer."""
+    user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}
+    arguments = {"xq0qx": "xq1qx"}
+    call = {"id": "call00000", "type": "function", "function": {"name": "xq2qx", "arguments": arguments}}
+    talk = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tool = {"type": "function", "function": {"name": "xq2qx", "description": "", "parameters": {}}}
+    of_tools = chat.for_tools([tool])
+    if "tool_calls" in of_tools.template:
+        as_object = _attempt(of_tools, talk, [tool])
+        as_text = _attempt(of_tools._replace(text_arguments=True), talk, [tool])
+        is_bad = as_object is None or str(arguments) in as_object
+        chat = chat._replace(text_arguments=is_bad and as_text is not None and json.dumps(arguments) in as_text)
+    developer = {"role": "developer", "content": "xq0qx"}
+    if "xq0qx" not in (_attempt(chat, [developer, user, answer]) or ""):
+        as_system = chat._replace(developer_as_system=True)
+        chat = as_system if "xq0qx" in (_attempt(as_system, [developer, user, answer]) or "") else chat
     return chat
+
+
+def _attempt(chat: ChatFormat, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str | None:
+    try:
+        return render_raw(chat, messages, tools)
+    except UserError:
+        return None
 
 
 def _read_template(path: str) -> str:
@@ -76,107 +131,95 @@ def _read_template(path: str) -> str:
         raise UserError(f"--chat_template {path} cannot be read: {err}.") from err
 
 
-def render(chat: ChatFormat, messages: list[Message]) -> str:
+def render(chat: ChatFormat, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
     """Return the whole conversation as text, without white space after an end token that a template wrote last.
 
     Raises:
         UserError: the template refuses the conversation, or the format has no place for one of its roles.
     """
-    if chat.kind != TEMPLATE:
-        return "".join(_turn(message) for message in messages)
-    text = _by_template(chat, messages)
+    text = render_raw(chat, messages, tools)
+    if not chat.is_template:
+        return text
     # After a line break, tokenization would add a second end token.
     stripped = text.rstrip()
     return stripped if chat.end and stripped.endswith(chat.end) else text
 
 
-def render_prompt(chat: ChatFormat, messages: list[Message]) -> str:
+def render_prompt(chat: ChatFormat, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
     """Return the conversation up to where the assistant's answer begins."""
-    if chat.kind != TEMPLATE:
-        return "".join(_turn(message) for message in messages) + SPEAKERS["assistant"]
-    return _by_template(chat, messages, add_generation_prompt=True) if messages else ""
+    if chat.is_template:
+        return render_raw(chat, messages, tools, ask=True) if messages else ""
+    return render_raw(chat, messages) + SPEAKERS["assistant"]
 
 
-def assistant_spans(chat: ChatFormat, messages: list[Message], text: str) -> list[Span]:
-    """Return the ranges [start, end) of characters in `text`, the rendered conversation, that the assistant wrote.
+def render_raw(
+    chat: ChatFormat, messages: list[Message], tools: list[dict[str, Any]] | None = None, ask: bool = False
+) -> str:
+    """Return exactly what the format makes of the messages.
 
-    A template that marks answers with `{% generation %}` defines them. Otherwise an answer begins where the
-    conversation before it, rendered with the generation prompt, ends. What closes an answer belongs to it, since it
-    teaches the model to stop: an end token after it, and after the last answer the rest of the text.
+    Args:
+        ask: end with the generation prompt of a template.
 
     Raises:
-        UserError: the template marks nothing in this conversation, or answers can't be found in its text.
+        UserError: see `render`.
     """
-    if chat.kind != TEMPLATE:
-        return _spoken_spans(messages)
-    if _GENERATION.search(chat.template):
-        spans = _marked_spans(chat, messages)
-    else:
-        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [_rendered_span(chat, messages, place, text) for place in answers]
-    spans = [(start, end + len(chat.end) * text.startswith(chat.end, end)) for start, end in spans if start < end]
-    if not spans:
-        raise UserError(
-            f"{chat.origin} marks no word of the assistant's in {_excerpt(messages)}: with --completion_only_loss "
-            "nothing would be learned. Put {% generation %} and {% endgeneration %} around the answers in it."
-        )
-    return [*spans[:-1], (spans[-1][0], len(text))]
-
-
-def _turn(message: Message) -> str:
-    if message["role"] not in SPEAKERS:
-        raise UserError(
-            f"the Human/Assistant form has no place for a message of role {message['role']!r} in "
-            f"{_excerpt([message])}: give a --chat_template that has."
-        )
-    return f"{SPEAKERS[message['role']]} {message['content']}"
-
-
-def _spoken_spans(messages: list[Message]) -> list[Span]:
-    spans, place = [], 0
-    for message in messages:
-        end = place + len(_turn(message))
-        if message["role"] == "assistant":
-            spans.append((place + len(SPEAKERS["assistant"]), end))
-        place = end
-    return spans
-
-
-def _by_template(chat: ChatFormat, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    if not chat.is_template:
+        return "".join(_turn(message) for message in messages)
+    chat = chat.for_tools(tools)
+    _fix_clock(chat)
     try:
         return chat.tokenizer.apply_chat_template(
-            messages, chat_template=chat.template, add_generation_prompt=add_generation_prompt, tokenize=False,
-            return_dict=False,
+            _as_read(chat, messages), tools=tools, chat_template=chat.template, add_generation_prompt=ask,
+            tokenize=False, return_dict=False,
         )  # fmt: skip
-    except (TemplateError, TypeError, ValueError, KeyError) as err:
-        raise UserError(f"{chat.origin} fails on {_excerpt(messages)}: {err}.") from err
+    except _FAILURES as err:
+        raise UserError(f"{chat.origin} fails on {excerpt(messages)}: {err}.") from err
 
 
-def _marked_spans(chat: ChatFormat, messages: list[Message]) -> list[Span]:
+def marked_spans(chat: ChatFormat, talk: Conversation) -> list[Span]:
+    """Return the ranges of characters that the template marks with `{% generation %}`."""
+    chat = chat.for_tools(talk.tools)
+    _fix_clock(chat)
     _, marked = render_jinja_template(
-        [messages], chat_template=chat.template, return_assistant_tokens_mask=True, **chat.tokenizer.special_tokens_map
-    )
+        [_as_read(chat, talk.messages)], tools=talk.tools, chat_template=chat.template,
+        return_assistant_tokens_mask=True, **chat.tokenizer.special_tokens_map,
+    )  # fmt: skip
     return [tuple(span) for span in marked[0]]
 
 
-def _rendered_span(chat: ChatFormat, messages: list[Message], place: int, text: str) -> Span:
-    start = len(prompt := render_prompt(chat, messages[:place]))
-    until = _by_template(chat, messages[: place + 1]).rstrip()
-    if text.startswith(prompt) and text.startswith(until):
-        return start, len(until)
-    # Some templates (Qwen 3) render the last answer differently from an earlier one, but its own words and what closes
-    # it are the same in both.
-    content = messages[place]["content"].strip()
-    closing = until[until.rfind(content) + len(content) :]
-    at = text.find(content + closing, start)
-    if not text.startswith(prompt) or content not in until or at < 0:
+def _as_read(chat: ChatFormat, messages: list[Message]) -> list[Message]:
+    """Return the messages as the template reads them."""
+    if chat.developer_as_system:
+        messages = [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
+    if chat.text_arguments:
+        messages = [
+            message | {"tool_calls": [_text_call(call) for call in message["tool_calls"]]}
+            if "tool_calls" in message
+            else message
+            for message in messages
+        ]
+    return messages
+
+
+def _text_call(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = call["function"].get("arguments", {})
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return call | {"function": call["function"] | {"arguments": text}}
+
+
+def _fix_clock(chat: ChatFormat) -> None:
+    """Have the compiled template see the format's date where it asks for today's."""
+    if chat.date:
+        day = datetime.datetime.fromisoformat(chat.date)
+        _compile_jinja_template(chat.template).globals[_CLOCK] = lambda form: day.strftime(form)
+
+
+def _turn(message: Message) -> str:
+    role = "system" if message["role"] == "developer" else message["role"]
+    if role not in SPEAKERS or message.get("tool_calls"):
+        what = f"a message of role {message['role']!r}" if role not in SPEAKERS else "the call of a tool"
         raise UserError(
-            f"{chat.origin} does not let message {place + 1} be found in {_excerpt(messages)}: put {{% generation %}} "
-            "and {% endgeneration %} around the answers in it, or train without --completion_only_loss."
+            f"the Human/Assistant form has no place for {what} in {excerpt([message])}: give a --chat_template that "
+            "has."
         )
-    return start, at + len(content + closing)
-
-
-def _excerpt(messages: list[Message]) -> str:
-    text = " / ".join(f"{message['role']}: {message['content']}" for message in messages)
-    return f'the conversation "{text[:_EXCERPT]}{"..." if len(text) > _EXCERPT else ""}"'
+    return f"{SPEAKERS[role]} {message['content']}"

@@ -16,15 +16,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from utils.data.reading.find_files import CSV_SUFFIXES, PARQUET_SUFFIXES, find_data_files, name_parts, pick_split
-from utils.data.reading.records import CSV_ADVICE, SHAPE_ADVICE, iter_csv_records, iter_json_records
-from utils.data.reading.schema import Schema, arrow_type, check_columns, check_dataset, conversation_fault, record_fault
+from utils.data.reading.find_files import (
+    CSV_SUFFIXES,
+    PARQUET_SUFFIXES,
+    find_data_files,
+    name_parts,
+    pick_split,
+    unread_note,
+)
+from utils.data.reading.parquet_files import ROWS_PER_BATCH, check_rows, check_texts, parquet_batches, parquet_schema
+from utils.data.reading.records import (
+    CSV_ADVICE,
+    SHAPE_ADVICE,
+    csv_columns,
+    csv_has_spaces,
+    iter_csv_records,
+    iter_json_records,
+)
+from utils.data.reading.schema import Schema, arrow_type, check_dataset, record_fault
+from utils.data.reading.whole_values import encoded
 from utils.errors import UserError
 from utils.files import checksum, write_aside
 from utils.logging.console import say
 
-ROWS_PER_BATCH = 1000
 ARROW_FOLDER = "arrow"
+ARROW_FORM = 2  # of the columns in an Arrow file; another form has files of other names
+RECORDS_TRIED = 1000  # of each file, to learn which columns its records have
 
 
 class SplitData(NamedTuple):
@@ -32,6 +49,8 @@ class SplitData(NamedTuple):
 
     dataset: datasets.Dataset
     fingerprint: str  # a hash of the content, the same in every process and run; empty for a stream
+    files: tuple[str, ...] = ()  # that rows are read from later on; those of a converted data set are read at once
+    root: str = ""  # folder of these files
 
 
 def load_from_path(
@@ -55,26 +74,32 @@ def load_from_path(
     loaded = {}
     for split in splits:
         name = pick_split(files_of, split, path)
-        loaded[split] = load_files(files_of[name], schema, output_path, root=path)
+        loaded[split] = load_files(files_of[name], schema, output_path, path, unread_note(path, files_of))
     return loaded
 
 
-def load_files(files: list[str], schema: Schema, output_path: str, root: str) -> SplitData:
+def load_files(files: list[str], schema: Schema, output_path: str, root: str, note: str = "") -> SplitData:
     """Convert parquet, JSON or CSV files to one memory-mapped data set, or open the Arrow file of an earlier run.
 
+    Args:
+        note: added to the line that a conversion prints.
+
     Raises:
-        UserError: a file, row or column does not fit the schema, or there are no rows.
+        UserError: a file, row or column does not fit the schema, there are no rows, or a file changes meanwhile.
     """
     content = hash_files(files, root)
-    key = hashlib.sha256(f"{content} {schema}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{ARROW_FORM} {content} {schema}".encode()).hexdigest()[:32]
     target = os.path.join(output_path, ARROW_FOLDER, f"{key}.arrow")
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         # One process converts; the others wait and then open the same file.
         with FileLock(f"{target}.lock"):
             if not _is_whole(target):
-                say(f"{root}: new or changed data, converted to {target}")
+                say(f"{root}: new or changed data, converted to {target}{_spaces_note(files)}{note}")
                 _write_arrow(target, files, schema)
+                if hash_files(files, root) != content:
+                    os.remove(target)
+                    raise UserError(changed_message(root))
                 with write_aside(f"{target}.crc") as file:
                     file.write(str(checksum(target)).encode())
     except OSError as err:
@@ -101,6 +126,17 @@ def hash_files(files: list[str], root: str) -> str:
     return digest.hexdigest()
 
 
+def _spaces_note(files: list[str]) -> str:
+    """Return the end of a line that says of which CSV files spaces are left out."""
+    spaced = [os.path.basename(file) for file in files if is_csv(file) and csv_has_spaces(file)]
+    return f"; spaces after the commas of {', '.join(spaced)} left out" if spaced else ""
+
+
+def changed_message(root: str) -> str:
+    """Return the message for data that were written to while they were read."""
+    return f"{root} changed while it was read: wait until it is written, then start again."
+
+
 def _is_whole(path: str) -> bool:
     """Whether the Arrow file exists and has the content that was written."""
     try:
@@ -112,8 +148,19 @@ def _is_whole(path: str) -> bool:
 
 def read_batches(files: list[str], schema: Schema) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     """Return schema and batches of parquet, JSON or CSV files; reading a bad record raises UserError."""
-    is_parquet = files[0].lower().endswith(PARQUET_SUFFIXES)
-    return _parquet_batches(files, schema) if is_parquet else _record_batches(files, schema)
+    if is_parquet(files[0]):
+        return parquet_batches(files, schema)
+    return _record_batches(files, schema)
+
+
+def is_parquet(file: str) -> bool:
+    """Whether a data file's name says that it is parquet."""
+    return file.lower().endswith(PARQUET_SUFFIXES)
+
+
+def is_csv(file: str) -> bool:
+    """Whether a data file's name says that it is CSV."""
+    return file.lower().endswith(CSV_SUFFIXES)
 
 
 def _write_arrow(target: str, files: list[str], schema: Schema) -> None:
@@ -125,22 +172,24 @@ def _write_arrow(target: str, files: list[str], schema: Schema) -> None:
 
 def _record_batches(files: list[str], schema: Schema) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     arrow_schema = pa.schema([(name, arrow_type(kind)) for name, kind in schema.columns.items()])
+    whole = [name for name, kind in schema.columns.items() if kind is object]
 
     def batches() -> Iterator[pa.RecordBatch]:
         for file in files:
             records = _checked_records(file, schema)
             while rows := list(islice(records, ROWS_PER_BATCH)):
+                rows = [row | {name: encoded(row.get(name)) for name in whole} for row in rows] if whole else rows
                 yield pa.RecordBatch.from_pylist(rows, schema=arrow_schema)
 
     return arrow_schema, batches()
 
 
 def _iter_records(file: str) -> Iterator[tuple[int, int, dict]]:
-    return iter_csv_records(file) if file.lower().endswith(CSV_SUFFIXES) else iter_json_records(file)
+    return iter_csv_records(file) if is_csv(file) else iter_json_records(file)
 
 
 def _checked_records(file: str, schema: Schema) -> Iterator[dict[str, Any]]:
-    advice = CSV_ADVICE if file.lower().endswith(CSV_SUFFIXES) else SHAPE_ADVICE
+    advice = CSV_ADVICE if is_csv(file) else SHAPE_ADVICE
     for number, line, record in _iter_records(file):
         fault = record_fault(record, schema)
         if fault:
@@ -150,78 +199,35 @@ def _checked_records(file: str, schema: Schema) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _parquet_batches(files: list[str], schema: Schema) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    found = {file: _parquet_schema(file) for file in files}
-    for file, file_schema in found.items():
-        check_columns(file_schema, schema, file)
-    first = found[files[0]]
-    names = [name for name in schema.columns if name in first.names]
-    # The type of a text may differ between shards (large strings, all null), so plain columns are cast to one type.
-    target = pa.schema(
-        [
-            (name, first.field(name).type if isinstance(kind, (list, dict)) else arrow_type(kind))
-            for name, kind in schema.columns.items()
-            if name in names
-        ]
-    )
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for file in files:
-            rows = 0
-            try:
-                with pq.ParquetFile(file) as parquet:
-                    for batch in parquet.iter_batches(batch_size=ROWS_PER_BATCH, columns=names):
-                        _check_rows(batch, schema, f"{file}, record", rows)
-                        rows += len(batch)
-                        yield batch.select(names).cast(target)
-            except (pa.ArrowException, OSError) as err:
-                raise UserError(f"{file} cannot be read: {err}. Copy it again, or write it anew.") from err
-
-    return target, batches()
-
-
-def _check_rows(batch: pa.RecordBatch | pa.Table, schema: Schema, where: str, before: int = 0) -> None:
-    """Raise UserError naming the first row with a forbidden null or a malformed conversation."""
-    for name in schema.not_null:
-        if batch.column(name).null_count:
-            row = before + batch.column(name).is_null().index(True).as_py() + 1
-            raise UserError(f'{where} {row}: "{name}" is null. Correct or remove it and others like it.')
-    for name in schema.conversations:
-        for row, value in enumerate(batch.column(name).to_pylist(), before + 1):
-            if fault := conversation_fault(value, name):
-                raise UserError(f"{where} {row}: {fault}. Correct or remove it and others like it.")
-
-
-def column_names(file: str) -> list[str]:
-    """Return the columns of a data file; of JSON and CSV, those of the first record.
+def column_names(files: str | list[str]) -> list[str]:
+    """Return the columns that any of the files has; of JSON, those of the first thousand records of each.
 
     Raises:
-        UserError: the file can't be read, or holds no record.
+        UserError: a file can't be read, or none holds a record.
     """
-    if file.lower().endswith(PARQUET_SUFFIXES):
-        return _parquet_schema(file).names
-    first = next(_iter_records(file), None)
-    if first is None:
-        raise UserError(f"{file} holds no records: at least one is needed.")
-    return list(first[2])
+    files = [files] if isinstance(files, str) else files
+    names: dict[str, None] = {}
+    for file in files:
+        if is_parquet(file):
+            names |= dict.fromkeys(parquet_schema(file).names)
+        elif is_csv(file):
+            names |= dict.fromkeys(csv_columns(file))
+        else:
+            for *_, record in islice(iter_json_records(file), RECORDS_TRIED):
+                names |= dict.fromkeys(record)
+    if not names:
+        raise UserError(f"{', '.join(files)} holds no records: at least one is needed.")
+    return list(names)
 
 
 def place_of_row(files: list[str], row: int) -> str:
     """Name the file and record of row `row` (from 0) of a split made of `files`, for a message."""
     for file in files:
-        is_parquet = file.lower().endswith(PARQUET_SUFFIXES)
-        rows = pq.read_metadata(file).num_rows if is_parquet else sum(1 for _ in _iter_records(file))
+        rows = pq.read_metadata(file).num_rows if is_parquet(file) else sum(1 for _ in _iter_records(file))
         if row < rows:
             return f"{file}, record {row + 1}"
         row -= rows
     raise IndexError(f"no such row in {', '.join(files)}")
-
-
-def _parquet_schema(file: str) -> pa.Schema:
-    try:
-        return pq.read_schema(file)
-    except (pa.ArrowException, OSError) as err:
-        raise UserError(f"{file} is no complete parquet file: {err}. Copy it again.") from err
 
 
 def is_saved(path: str) -> bool:
@@ -249,12 +255,25 @@ def load_saved(path: str, splits: Iterable[str], schema: Schema) -> dict[str, Sp
     for split in splits:
         dataset = found[pick_split(found, split, path)]
         check_dataset(dataset, schema, path)
+        check_texts(dataset, schema, path)
         for start in range(0, len(dataset), ROWS_PER_BATCH) if schema.conversations else ():
-            _check_rows(dataset.with_format("arrow")[start : start + ROWS_PER_BATCH], schema, f"{path}, record", start)
+            check_rows(dataset.with_format("arrow")[start : start + ROWS_PER_BATCH], schema, f"{path}, record", start)
         files = [entry["filename"] for entry in dataset.cache_files]
         # `save_to_disk` flattens rows selected by an index, so the bytes of the Arrow files are the content.
-        loaded[split] = SplitData(only_columns(dataset, schema), hash_files(files, path))
+        loaded[split] = SplitData(only_columns(dataset, schema), hash_files(files, path), tuple(files), path)
     return loaded
+
+
+def name_bad_text(path: str) -> None:
+    """Raise UserError naming the first row of a `save_to_disk` folder or of parquet whose text is not UTF-8."""
+    if is_saved(path):
+        for dataset in open_saved(path).values():
+            check_texts(dataset, Schema(dict.fromkeys(dataset.column_names, object)), path)
+        return
+    for files in ([path],) if os.path.isfile(path) else find_data_files(path).values():
+        for file in filter(is_parquet, files):
+            for _ in parquet_batches([file], Schema(dict.fromkeys(parquet_schema(file).names, object)))[1]:
+                pass
 
 
 def only_columns(dataset: datasets.Dataset, schema: Schema) -> datasets.Dataset:

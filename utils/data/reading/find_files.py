@@ -4,6 +4,10 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from utils.data.reading.records import first_names, is_blank, lone_object_names
 from utils.errors import UserError
 
 PARQUET_SUFFIXES = (".parquet",)
@@ -17,6 +21,7 @@ _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 # The user's own data are evaluated on the first of these that exists.
 EVAL_NAMES = ("eval", "evaluation", *_VALIDATION_NAMES, "test", "testing")
 _SPLIT_WORDS = {"train", "training", "test", "testing", "eval", "evaluation", *_VALIDATION_NAMES}
+_ABOUT_DATA = {"metadata", "meta", "info", "infos", "config", "stats", "schema", "index", "manifest", "readme"}
 _SHARD_NAME = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 
 
@@ -58,9 +63,10 @@ def find_data_files(path: str, config: str | None = None) -> dict[str, list[str]
 
 
 def _files_of_one_kind(path: str) -> list[str]:
-    files = sorted(_walk(path))
+    files = sorted(file for file in _walk(path) if file.lower().endswith(DATA_SUFFIXES))
+    stray = _stray_files(files)
     for suffixes in (PARQUET_SUFFIXES, JSON_SUFFIXES, CSV_SUFFIXES):
-        chosen = [file for file in files if file.lower().endswith(suffixes)]
+        chosen = [file for file in files if file.lower().endswith(suffixes) and file not in stray]
         if chosen:
             return chosen
     raise UserError(
@@ -68,11 +74,49 @@ def _files_of_one_kind(path: str) -> list[str]:
     )
 
 
+def _stray_files(files: list[str]) -> set[str]:
+    """Return the .json files that tell about the data and are none: one object, with no field that records have."""
+    if len(files) < 2:
+        return set()
+    objects = {file: names for file in files if (names := lone_object_names(file))}
+    records = [_names_in(file) for file in files if file not in objects] if objects else []
+    stray = set()
+    for file, names in objects.items():
+        others = records or [objects[other] for other in objects if other != file]
+        if not any(names & found for found in others) and not _is_named_as_data(file):
+            stray.add(file)
+    return set() if len(stray) == len(files) else stray
+
+
+def _names_in(file: str) -> set[str]:
+    """Return the columns of a data file, of JSON those of its first record; none of a file that can't be read."""
+    if file.lower().endswith(PARQUET_SUFFIXES):
+        try:
+            return set(pq.read_schema(file).names)
+        except (pa.ArrowException, OSError):
+            return set()
+    return first_names(file, is_csv=file.lower().endswith(CSV_SUFFIXES))
+
+
+def _is_named_as_data(file: str) -> bool:
+    """Whether a file's own name says that it is training or evaluation data, and not that it tells about them."""
+    stem = os.path.basename(file).split(".")[0]
+    words = re.findall("[a-z]+", stem.lower())
+    return _split_of([stem]) != "" and not _ABOUT_DATA.intersection(words)
+
+
 def _by_split(files: list[str], root: str) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for file in files:
-        found.setdefault(_split_of(name_parts(file, root)), []).append(file)
-    return found
+    """Return the files of each split, every real file of a split once, whatever links lead to it."""
+    found: dict[str, dict[str, str]] = {}
+    # A file before the links to it; otherwise in the order of their names.
+    for file in sorted(files, key=lambda file: os.path.realpath(file) != os.path.abspath(file)):
+        found.setdefault(_split_of(name_parts(file, root)), {}).setdefault(os.path.realpath(file), file)
+    return {split: _with_rows(sorted(of_split.values())) for split, of_split in found.items()}
+
+
+def _with_rows(files: list[str]) -> list[str]:
+    """Leave out files that hold nothing, which some programs write as shards, unless all of them do."""
+    return [file for file in files if file.lower().endswith(PARQUET_SUFFIXES) or not is_blank(file)] or files
 
 
 def own_files(path: str, splits: dict[str, list[str]] | None = None) -> dict[str, list[str]]:
@@ -107,12 +151,29 @@ def own_files(path: str, splits: dict[str, list[str]] | None = None) -> dict[str
 
 
 def other_files(path: str, used: dict[str, list[str]]) -> list[str]:
-    """Return the data files below a folder that are not used, as paths relative to it."""
+    """Return the data files below a folder that are not used, as paths relative to it; links to files that are say so.
+
+    Args:
+        used: the files that are, by split.
+    """
     if os.path.isfile(path):
         return []
     taken = {file for files in used.values() for file in files}
-    others = (file for file in _walk(path) if file.lower().endswith(DATA_SUFFIXES) and file not in taken)
-    return sorted(os.path.relpath(file, path) for file in others)
+    real = {os.path.realpath(file): file for file in taken}
+    others = sorted(file for file in _walk(path) if file.lower().endswith(DATA_SUFFIXES) and file not in taken)
+    found = []
+    for file in others:
+        same, name = real.get(os.path.realpath(file)), os.path.relpath(file, path)
+        is_empty = not file.lower().endswith(PARQUET_SUFFIXES) and is_blank(file)
+        found.append(f"{name} (links to {os.path.relpath(same, path)})" if same else name + " (empty)" * is_empty)
+    return found + [f"{os.path.relpath(folder, path)} (links to a folder that is read)" for folder in _loops(path)]
+
+
+def unread_note(path: str, used: dict[str, list[str]]) -> str:
+    """Return the end of a line that names the data files below a folder which are not used; empty where all are."""
+    others = other_files(path, used)
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return f"; not read: {', '.join(others[:3])}{more}" if others else ""
 
 
 def _evaluation_file_beside(path: str) -> str | None:
@@ -127,15 +188,37 @@ def _evaluation_file_beside(path: str) -> str | None:
 
 
 def _walk(path: str) -> Iterator[str]:
-    """Yield all files below a folder, or the file itself."""
+    """Yield all files below a folder, or the file itself; a folder that several links lead to is entered once."""
     if os.path.isfile(path):
         yield path
+    for folder, _, names in _folders(path):
+        yield from (
+            os.path.join(folder, name)
+            for name in names
+            if not name.startswith(".") and name not in _METADATA_FILES and os.path.exists(os.path.join(folder, name))
+        )
+
+
+def _loops(path: str) -> list[str]:
+    """Return the links below a folder that are not followed, since what they lead to is read under another name."""
+    return [os.path.join(folder, name) for folder, again, _ in _folders(path) for name in again]
+
+
+def _folders(path: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield (folder, links in it that are not followed, files in it) for every real folder below `path`, once."""
+    entered = {os.path.realpath(path)}
     for folder, subfolders, names in os.walk(path, followlinks=True):
         # Hidden folders hold download metadata and notebook copies.
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (
-            os.path.join(folder, name) for name in names if not name.startswith(".") and name not in _METADATA_FILES
-        )
+        there = sorted(name for name in subfolders if not name.startswith("."))
+        again = []
+        # Folders before links, so that a folder keeps its own name.
+        for name in sorted(there, key=lambda name: os.path.islink(os.path.join(folder, name))):
+            real = os.path.realpath(os.path.join(folder, name))
+            if real in entered:
+                again.append(name)
+            entered.add(real)
+        subfolders[:] = [name for name in there if name not in again]
+        yield folder, again, names
 
 
 def name_parts(file: str, root: str) -> list[str]:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from utils.data.reading.arrow_files import SplitData, only_columns
 from utils.data.reading.find_files import pick_split
+from utils.data.reading.parquet_files import check_texts
 from utils.data.reading.schema import Schema, check_dataset
 from utils.errors import UserError
 
@@ -45,6 +46,7 @@ def load_from_hub(
     for split in splits:
         dataset = found[pick_split(found, split, f"{name} on the Hugging Face hub")]
         check_dataset(dataset, schema, name)
+        check_texts(dataset, schema, name)
         loaded[split] = SplitData(only_columns(dataset, schema), dataset._fingerprint)
     return loaded
 

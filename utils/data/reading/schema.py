@@ -3,6 +3,9 @@
 A column's kind is written in plain Python: `str`, `int`, `float`, `[kind]` for a list, `{"field": kind}` for an
 object. `{"question": {"full_text": str}, "labels": int}` describes two columns. Null is allowed everywhere but in the
 columns that a data set names as not null.
+
+`object` is a value that is kept whole, with every field it has, whatever fields other rows have: see
+`utils.data.reading.whole_values`.
 """
 
 from collections.abc import Callable
@@ -11,6 +14,7 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow as pa
 
+from utils.data.reading.messages import conversation_fault
 from utils.data.reading.records import json_kind
 from utils.errors import UserError
 
@@ -28,17 +32,27 @@ class Schema(NamedTuple):
 
 
 CONVERSATION: Kind = [{"role": str, "content": str}]
-ROLES = ("system", "user", "assistant", "tool")
 
-_NAMES = {str: "a string", int: "a whole number", float: "a number"}
+_NAMES = {str: "a string", int: "a whole number", float: "a number", object: "any value"}
 _JSON: dict[type, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
-_ARROW: dict[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+_ARROW: dict[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), object: pa.string()}
 _ARROW_CHECKS: dict[type, tuple[Callable[[pa.DataType], bool], ...]] = {
-    str: (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+    # Writers without a type for texts leave bytes; whether they are UTF-8 is checked row by row.
+    str: (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+    ),
     int: (pa.types.is_integer,),
     float: (pa.types.is_floating, pa.types.is_integer),
 }
-_ARROW_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_ARROW_LISTS = (
+    pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view,
+    pa.types.is_large_list_view,
+)  # fmt: skip
 
 
 def arrow_type(kind: Kind) -> pa.DataType:
@@ -61,6 +75,8 @@ def value_fault(value: Any, kind: Kind, where: str) -> str | None:
     """Describe what is wrong with a JSON value that should be of this kind; None if nothing is."""
     if value is None:
         return None
+    if kind is object:
+        return None if _is_encodable(str(value)) else f'"{where}" holds half of a two-part character (a lone surrogate)'
     if isinstance(kind, list):
         if isinstance(value, list):
             faults = (value_fault(item, kind[0], f"{where}[{place}]") for place, item in enumerate(value))
@@ -91,19 +107,6 @@ def record_fault(record: dict[str, Any], schema: Schema) -> str | None:
     return None
 
 
-def conversation_fault(messages: list[dict[str, Any]] | None, where: str) -> str | None:
-    """Describe what is wrong with a list of `{"role", "content"}` of the right types; None if nothing is."""
-    if not messages:
-        return f'"{where}" holds no message'
-    for place, message in enumerate(messages):
-        if message is None or message["role"] not in ROLES:
-            role = None if message is None else message["role"]
-            return f'"{where}[{place}].role" is {role!r}: it must be one of {", ".join(ROLES)}'
-        if message["content"] is None:
-            return f'"{where}[{place}].content" is null where a string is needed'
-    return None
-
-
 def _field_fault(value: dict, name: str, kind: Kind, where: str) -> str | None:
     if name not in value:
         return f'"{where}.{name}" is missing'
@@ -120,7 +123,9 @@ def _is_encodable(text: str) -> bool:
 
 def type_fault(found: pa.DataType, kind: Kind, where: str) -> str | None:
     """Describe what is wrong with an Arrow type that should be of this kind; None if nothing is."""
-    if pa.types.is_null(found):
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if pa.types.is_null(found) or kind is object:
         return None
     if isinstance(kind, list):
         if any(check(found) for check in _ARROW_LISTS):

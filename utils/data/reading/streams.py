@@ -36,15 +36,22 @@ def stream_files(files: list[str], schema: Schema) -> SplitData:
     Raises:
         UserError: there is no record, or the first does not fit the schema.
     """
-    rows = datasets.IterableDataset.from_generator(_rows_of, gen_kwargs={"files": files, "schema": schema})
-    return _checked_start(rows, files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files")
+    arrow_schema, _ = read_batches(files, schema)
+    arguments = {"files": files, "schema": schema, "names": tuple(arrow_schema.names)}
+    rows = datasets.IterableDataset.from_generator(_rows_of, gen_kwargs=arguments)
+    return _checked_start(rows, files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files", files)
 
 
-def _rows_of(files: list[str], schema: Schema) -> Iterator[dict[str, Any]]:
+def _rows_of(files: list[str], schema: Schema, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of some of the files with the columns that any of them all has.
+
+    Args:
+        files: a list, of which `datasets` gives a part.
+    """
     for file in files:
         _, batches = read_batches([file], schema)
         for batch in batches:
-            yield from batch.to_pylist()
+            yield from ({name: row.get(name) for name in names} for row in batch.to_pylist())
 
 
 def stream_saved(path: str, splits: Iterable[str], schema: Schema) -> dict[str, SplitData]:
@@ -53,7 +60,8 @@ def stream_saved(path: str, splits: Iterable[str], schema: Schema) -> dict[str, 
     streams = {}
     for split in splits:
         rows = only_columns(found[pick_split(found, split, path)], schema).to_iterable_dataset()
-        streams[split] = _checked_start(_checked(rows, schema, f'{path}, split "{split}"'), path)
+        files = [entry["filename"] for entry in found[pick_split(found, split, path)].cache_files]
+        streams[split] = _checked_start(_checked(rows, schema, f'{path}, split "{split}"'), path, files)
     return streams
 
 
@@ -80,11 +88,11 @@ def _checked_row(row: dict[str, Any], number: int, schema: Schema, origin: str) 
     fault = record_fault(row, schema)
     if fault:
         raise UserError(f"{origin}, record {number + 1}: {fault}. Correct or remove the record.")
-    return {name: row[name] for name in schema.columns if name in row}
+    return {name: row.get(name) for name in schema.columns}
 
 
-def _checked_start(rows: datasets.IterableDataset, origin: str) -> SplitData:
+def _checked_start(rows: datasets.IterableDataset, origin: str, files: Iterable[str] = ()) -> SplitData:
     """Return the stream once its first row can be read, so that a bad source is found before the run starts."""
     if next(iter(rows), None) is None:
         raise UserError(f"{origin} holds no records: at least one is needed.")
-    return SplitData(rows, "")
+    return SplitData(rows, "", tuple(files))

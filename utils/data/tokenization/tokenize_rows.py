@@ -21,11 +21,15 @@ class SampleForm(NamedTuple):
     end_token: str  # the token that ends every sample, as text
     max_seq_len: int  # longer samples are truncated
     completion_only: bool = False  # label only the responses (phase 1)
+    end_text: str | None = None  # in place of `end_token`: added to each text before it is encoded
 
     @property
-    def end_id(self) -> int:
-        """The id of the end token, see `end_token_id`. Read it once, not per row: it looks up the whole vocabulary."""
-        return end_token_id(self.tokenizer, self.end_token)
+    def end_id(self) -> int | None:
+        """The id of the end token, see `end_token_id`; None with `end_text`.
+
+        Read it once, not per row: it looks up the whole vocabulary.
+        """
+        return None if self.end_text is not None else end_token_id(self.tokenizer, self.end_token)
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase, end_of_conversation_token: str) -> int:
@@ -35,8 +39,6 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, end_of_conversation_token: 
         UserError: the tokenizer has no such single token.
     """
     token_id = tokenizer.get_vocab().get(end_of_conversation_token)
-    if token_id is None and end_of_conversation_token == DEFAULT_END_TOKEN:
-        token_id = tokenizer.eos_token_id  # the default was not asked for: the tokenizer's own end token is meant
     if token_id is None:
         raise UserError(
             f"the end-of-conversation token {end_of_conversation_token!r} is not one token of this tokenizer "
@@ -91,7 +93,7 @@ def map_arguments(
     source.raw_datasets = None  # a worker process needs to know how texts are made, not the data
     arguments = {"source": source, "tokenizer": tokenizer, "end_id": sample.end_id, "max_seq_len": sample.max_seq_len}
     if not sample.completion_only:
-        arguments["phase"] = phase
+        arguments |= {"phase": phase, "end_text": sample.end_text}
     return {
         "function": tokenize_completions if sample.completion_only else tokenize,
         "batched": True,
@@ -101,10 +103,22 @@ def map_arguments(
 
 
 def tokenize(
-    columns: dict[str, list], source: PromptRawDataset, tokenizer: Any, phase: int, end_id: int, max_seq_len: int
+    columns: dict[str, list],
+    source: PromptRawDataset,
+    tokenizer: Any,
+    phase: int,
+    end_id: int | None,
+    max_seq_len: int,
+    end_text: str | None = None,
 ) -> dict[str, list]:
     """Turn one batch of rows into the phase's id columns and `truncated`; drops rows without a text or a label."""
-    flat = [text for pair in _texts(_rows(columns), source, phase) for text in pair]
+    if source.has_ids and phase == 1:
+        return _given(_rows(columns), source, max_seq_len, may_mask=False)
+    if phase == 1:
+        for row in _rows(columns):
+            source.refuse_unlabelled(row)
+    added = end_text if end_text and phase < 3 else ""
+    flat = [text + added for pair in _texts(_rows(columns), source, phase) for text in pair]
     encoded = []
     if flat:
         encoded = tokenizer(
@@ -113,7 +127,7 @@ def tokenize(
     if phase == 3:
         kept = [ids for ids in encoded if 0 < len(ids) <= max_seq_len]
         return {"prompt_ids": kept, "truncated": [False] * len(kept)}
-    whole = [_with_end(ids, end_id) for ids in encoded]
+    whole = encoded if end_id is None else [_with_end(ids, end_id) for ids in encoded]
     names = ID_COLUMNS[phase]
     result: dict[str, list] = {name: [] for name in [*names, "truncated"]}
     for start in range(0, len(whole), len(names)):
@@ -135,20 +149,21 @@ def tokenize_completions(
     read off the characters that each token covers. A token that covers both prompt and response belongs to the
     response. The end token belongs to a response that ends the text.
     """
-    pairs = [(row, source.get_prompt_and_chosen(row)) for row in _rows(columns)]
-    pairs = [(row, text) for row, text in pairs if text is not None]
+    if source.has_ids:
+        return _given(_rows(columns), source, max_seq_len, may_mask=True)
+    pairs = [pair for row in _rows(columns) for pair in source.labelled_texts(row)]
     result: dict[str, list] = {"input_ids": [], "label_spans": [], "truncated": []}
     if not pairs:
         return result
     encoded = tokenizer(
-        [text for _, text in pairs], return_attention_mask=False, return_offsets_mapping=True, verbose=False,
+        [text for text, _ in pairs], return_attention_mask=False, return_offsets_mapping=True, verbose=False,
         add_special_tokens=source.add_special_tokens,
     )  # fmt: skip
-    for (row, text), ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for (text, ranges), ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         whole = _with_end(ids, end_id)
         kept = min(len(whole), max_seq_len)
         spans = []
-        for start, end in source.response_spans(row, text):
+        for start, end in ranges:
             first, last = _token_span(offsets, start, end)
             last = len(whole) if end == len(text) else last
             if max(first, 1) < min(last, kept):  # nothing predicts the first token
@@ -157,6 +172,22 @@ def tokenize_completions(
             result["input_ids"].append(whole[:kept])
             result["label_spans"].append(spans)
             result["truncated"].append(len(whole) > max_seq_len)
+    return result
+
+
+def _given(rows: list[dict], source: PromptRawDataset, max_seq_len: int, may_mask: bool) -> dict[str, list]:
+    """Return the samples of rows that bring token ids, as they are; with `may_mask`, with the spans of their labels."""
+    result: dict[str, list] = {"input_ids": [], "truncated": []} | ({"label_spans": []} if may_mask else {})
+    for row in rows:
+        ids, edges = source.given_ids(row, may_mask)
+        pairs = zip(edges[::2], edges[1::2], strict=True)
+        spans = [at for start, end in pairs if start < max_seq_len for at in (start, min(end, max_seq_len))]
+        if len(ids) < 2 or not spans:
+            continue
+        result["input_ids"].append(ids[:max_seq_len])
+        result["truncated"].append(len(ids) > max_seq_len)
+        if may_mask:
+            result["label_spans"].append(spans)
     return result
 
 

@@ -1,0 +1,173 @@
+"""Decides from the columns of the user's own data, and from their first rows, what each column is."""
+
+from itertools import islice
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from utils.data.formats.conversations import ANSWER_ROLES, INPUT_ROLES, PROMPT_ROLES, TALK_ROLES, Rows
+from utils.data.reading.find_files import CSV_SUFFIXES, PARQUET_SUFFIXES
+from utils.data.reading.messages import conversation_fault
+from utils.data.reading.records import iter_csv_records, iter_json_records
+from utils.data.reading.schema import Kind, Schema
+from utils.errors import UserError
+
+ROWS_TRIED = 100
+BESIDE = ("system", "history", "tools")  # what may stand beside a prompt and its answer
+OPTIONAL = ("rejected", "labels", *INPUT_ROLES, *BESIDE)
+ROLE_NAMES = (
+    *TALK_ROLES,
+    *PROMPT_ROLES,
+    *ANSWER_ROLES,
+    "rejected",
+    *INPUT_ROLES,
+    *BESIDE,
+    "text",
+    "input_ids",
+    "labels",
+)
+_TALKS = tuple(((role,), ("tools", "system")) for role in TALK_ROLES)
+
+
+def _pair(prompt: str, answer: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    of_answer = ("rejected",) if answer == "chosen" else ()
+    of_prompt = INPUT_ROLES if prompt == "instruction" else ()
+    return (prompt, answer), (*of_answer, *of_prompt, *BESIDE)
+
+
+# (needed roles, optional roles); the first format whose columns exist is used.
+_FIRST = [("prompt", "chosen"), ("prompt", "response"), ("prompt", "completion"), ("instruction", "output")]
+_PAIRS = [*_FIRST, *((prompt, answer) for prompt in PROMPT_ROLES for answer in ANSWER_ROLES)]
+FORMATS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    _TALKS[0],
+    *(_pair(*roles) for roles in _FIRST),
+    _TALKS[1],
+    *(_pair(*roles) for roles in dict.fromkeys(_PAIRS) if roles not in _FIRST),
+    (("chosen",), ("rejected", *BESIDE)),
+    (("input_ids",), ("labels",)),
+    (("text",), ()),
+)
+_SHOWN = (
+    "messages, (tools), (system); conversations, (tools), (system); prompt, chosen, (rejected); prompt, response; "
+    "prompt, completion; instruction, output, (input); question, answer; text; input_ids, (labels)"
+)
+
+
+def column_roles(found: list[str], given: dict[str, str], origin: str) -> dict[str, str]:
+    """Return the column of each role of the format that the columns fit; optional roles are always included.
+
+    Args:
+        found: the columns of the data.
+        given: columns by role, from `--columns`.
+
+    Raises:
+        UserError: the columns fit no known format.
+    """
+    for needed, optional in FORMATS:
+        roles = {role: given.get(role, role) for role in (*needed, *optional)}
+        if set(given) <= set(roles) and all(roles[role] in found for role in (*needed, *given)):
+            return roles
+    asked = f" with --columns {','.join(f'{role}={column}' for role, column in given.items())}" if given else ""
+    raise UserError(
+        f"{origin} has the columns {', '.join(found) or 'none'}{asked}: they are none of these formats: {_SHOWN}. "
+        f"{_advice(found, given)}"
+    )
+
+
+def _advice(found: list[str], given: dict[str, str]) -> str:
+    """Tell how `--columns` would name the columns at hand."""
+    absent = [column for column in given.values() if column not in found]
+    if absent:
+        return f"There is no column {', '.join(absent)}: correct --columns."
+    if len(found) >= 2:
+        return f"Name them with --columns, for example --columns prompt={found[0]},response={found[1]}."
+    if found:
+        return (
+            f"If {found[0]} holds whole texts, give --columns text={found[0]}; if conversations, messages={found[0]}."
+        )
+    return "Write columns with one of these names."
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """Parse `ROLE=COLUMN,ROLE=COLUMN` into a dict of columns by role.
+
+    Raises:
+        UserError: the text is not of that form, or names an unknown role or one role twice.
+    """
+    columns: dict[str, str] = {}
+    for pair in (text or "").split(",") if text is not None else ():
+        role, sign, column = (part.strip() for part in pair.partition("="))
+        if not sign or not column or role not in ROLE_NAMES:
+            raise UserError(
+                f'--columns "{text}": {pair!r} is not ROLE=COLUMN with one of the roles {", ".join(ROLE_NAMES)}.'
+            )
+        if role in columns:
+            raise UserError(f'--columns "{text}" names {role} twice.')
+        columns[role] = column
+    return columns
+
+
+# ------------------------------------------------------------------------------------------------- kinds
+
+
+def first_rows(files: list[str]) -> list[dict[str, Any]]:
+    """Return the first rows of data files as they stand; none where they can't be read, which a later check reports."""
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            rows += islice(_rows_of(file), ROWS_TRIED - len(rows))
+        except Exception:  # whatever is wrong with a file, reading it whole says it with its place
+            break
+        if len(rows) >= ROWS_TRIED:
+            break
+    return rows
+
+
+def _rows_of(file: str) -> Any:
+    if file.lower().endswith(PARQUET_SUFFIXES):
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=ROWS_TRIED):
+                yield from batch.to_pylist()
+        return
+    records = iter_csv_records(file) if file.lower().endswith(CSV_SUFFIXES) else iter_json_records(file)
+    for *_, record in records:
+        yield record
+
+
+def read_as(roles: dict[str, str], rows: list[dict[str, Any]]) -> tuple[Rows, Schema]:
+    """Return how rows are read, and the columns with their kinds, from the first rows.
+
+    A column beside the needed ones that does not hold what its name says is left out: it means something else here.
+    """
+    kinds: dict[str, Kind] = {}
+    for role, column in roles.items():
+        values = [row[column] for row in rows if row.get(column) not in (None, "")]
+        kind = _kind(role, values[0] if values else None)
+        if kind is not None:
+            kinds[role] = kind
+    roles = {role: column for role, column in roles.items() if role in kinds}
+    columns = {column: kinds[role] for role, column in roles.items()}
+    optional = tuple(column for role, column in roles.items() if role in OPTIONAL)
+    may_be_null = ("instruction",) if any(role in roles for role in INPUT_ROLES) else ()
+    not_null = tuple(
+        column for role, column in roles.items() if column not in optional and role not in may_be_null
+    )  # fmt: skip
+    talks = tuple(roles[role] for role in TALK_ROLES if role in roles)
+    whole = frozenset(column for column, kind in columns.items() if kind is object)
+    return Rows(roles, whole), Schema(columns, optional, not_null, talks)
+
+
+def _kind(role: str, value: Any) -> Kind | None:
+    """Return the kind of a column from its first value that is not null; None where the role can't be read from it."""
+    if role in (*TALK_ROLES, "history", "tools"):
+        return object
+    if role in ("input_ids", "labels"):
+        return [int]
+    if role in BESIDE and value is not None and not isinstance(value, str):
+        return None
+    if role in INPUT_ROLES and value is not None and not isinstance(value, str):
+        return None
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        return [str]
+    is_talk = isinstance(value, str) and value.lstrip()[:2] in ("[{", "[ ") and not conversation_fault(value, "")
+    return object if isinstance(value, (list, dict)) or is_talk else str

@@ -1,0 +1,121 @@
+"""Opens the data sets of a run: each with its use, its share of rows, and a name of its own for files made from it."""
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from utils.data.formats.custom import OwnFormatDataset, OwnOptions
+from utils.data.mixture import BOTH, EVALUATION, TRAINING, DataSources, parse_source
+from utils.data.raw_datasets import PromptRawDataset, find_raw_dataset_class, known_name
+from utils.data.reading.arrow_files import changed_message, hash_files, name_bad_text
+from utils.data.reading.file_shapes import shape_advice
+from utils.data.splits import split_boundaries
+from utils.errors import UserError
+from utils.logging.console import say
+
+
+class OpenSet(NamedTuple):
+    """One data set of a run."""
+
+    raw: PromptRawDataset
+    shares: str  # of the phases, such as "2,4,4"
+    weight: float  # how often each training row of the phase is used
+    use: str  # BOTH, TRAINING or EVALUATION
+
+
+def get_raw_dataset(
+    dataset_name: str,
+    output_path: str,
+    seed: int,
+    local_rank: int,
+    own: OwnOptions | None = None,
+    streaming: bool = False,
+) -> PromptRawDataset:
+    """Open a data set: the known one whose name `dataset_name` contains (as a mirror's path does), else the user's own.
+
+    Args:
+        own: how the user's own data are read; None: in the Human/Assistant form, with the usual column names.
+        streaming: read rows as they are needed, see `PromptRawDataset`.
+
+    Raises:
+        UserError: there is no such name or path, or its data can't be read or is malformed.
+    """
+    if known_name(dataset_name) is None and os.path.exists(dataset_name):
+        if shape := shape_advice(dataset_name, is_certain=True):
+            raise UserError(shape)
+        try:
+            return OwnFormatDataset(output_path, seed, local_rank, dataset_name, own, streaming)
+        except UserError as err:
+            if shape := shape_advice(dataset_name):
+                raise UserError(f"{shape} As records it can't be used: {err}") from err
+            raise
+        except UnicodeDecodeError as err:
+            name_bad_text(dataset_name)
+            raise UserError(f"{dataset_name} holds a text that is not UTF-8 ({err}): correct it.") from err
+    return find_raw_dataset_class(dataset_name)(output_path, seed, local_rank, dataset_name, streaming=streaming)
+
+
+def open_sets(
+    sources: DataSources, phase: int, place: tuple[str, int, int], own: OwnOptions, streaming: bool = False
+) -> list[OpenSet]:
+    """Open the data sets that a phase uses, those of `--data_path` first and those for evaluation last.
+
+    Args:
+        place: folder for files made from the data, seed, and rank on this node.
+
+    Raises:
+        UserError: one of them can't be read or is malformed.
+    """
+    folder, seed, local_rank = place
+    opened = []
+    for text, shares, use in sources.of_phase(phase):
+        name, weight = parse_source(text)
+        raw = get_raw_dataset(name, folder, seed, local_rank, own, streaming)
+        if use != BOTH and raw.eval_split is None:
+            raw.eval_split = raw.train_split  # no row is kept from training, or all are evaluated
+        raw.eval_origin = {TRAINING: "the data of --eval_data_path", EVALUATION: "all rows"}.get(
+            use, getattr(raw, "eval_origin", "")
+        )
+        opened.append(OpenSet(raw, shares, weight, use))
+    _keep_names_apart([one.raw for one in opened], is_printed=local_rank <= 0 and not streaming)
+    return opened
+
+
+def _keep_names_apart(raws: Sequence[PromptRawDataset], is_printed: bool) -> None:
+    """Give a data set another name for its index files where an earlier one of other content has that name."""
+    contents: dict[str, str] = {}
+    for raw in raws:
+        name = raw.dataset_name_clean
+        content = "".join(data.fingerprint for data in raw.raw_datasets.values())
+        if contents.setdefault(name, content) != content:
+            raw.dataset_name_clean = f"{name}_{content[:8]}"
+            if is_printed:
+                say(
+                    f"Data {raw.source}: its split indexes are named {raw.dataset_name_clean}, since another data set "
+                    f"of this run has the name {name}"
+                )
+
+
+def check_unchanged(raw: PromptRawDataset) -> None:
+    """Raise UserError where files that rows were read from are not what they were when the data set was opened."""
+    for data in raw.raw_datasets.values():
+        if data.files and hash_files(list(data.files), data.root) != data.fingerprint:
+            raise UserError(changed_message(data.root))
+
+
+def describe_shares(opened: OpenSet, phase: int, given: str | None) -> str:
+    """Return a line on how many training rows the phase uses.
+
+    Args:
+        given: `--data_split` as typed, None where it was left out.
+    """
+    rows = len(opened.raw.get_train_data())
+    bounds = split_boundaries(opened.shares, rows).boundaries
+    used = bounds[phase] - bounds[phase - 1]
+    why = f"--data_split {opened.shares}"
+    if given is None:
+        own = isinstance(opened.raw, OwnFormatDataset)
+        why = "all data of your own, as no --data_split is given" if own else f"{why}, the default of known data sets"
+    return (
+        f"Data {opened.raw.source}: {used} of {rows} training rows are for this phase ({why}), {rows - used} not used"
+    )

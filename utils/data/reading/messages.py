@@ -1,0 +1,169 @@
+"""Reads a value as a conversation: OpenAI's `role` and `content`, or ShareGPT's `from` and `value`.
+
+The same conversation comes in many shapes: as a list or as JSON text, with nulls where Arrow fills in a field that
+other messages have, with content as a list of text parts, with arguments of a call as an object or as JSON text. All
+of them become one: a list of dicts without nulls, whose `content` is a string and whose arguments are objects.
+"""
+
+import ast
+import json
+from typing import Any
+
+from utils.data.reading.whole_values import without_nulls
+
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SPEAKERS = {
+    "system": "system", "developer": "developer", "human": "user", "user": "user", "gpt": "assistant",
+    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant", "assistant": "assistant",
+    "tool": "tool", "observation": "tool", "function_response": "tool", "function_call": "assistant",
+    "tool_call": "assistant",
+}  # fmt: skip
+_CALLERS = ("function_call", "tool_call")
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+
+
+class Malformed(ValueError):
+    """A value that is no conversation; the text says which part of it and why."""
+
+
+def parsed(value: Any) -> Any:
+    """Return what a text of JSON (or of Python's notation, as pandas writes it to CSV) holds; other values as given."""
+    if not isinstance(value, str):
+        return value
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return value
+
+
+def to_messages(value: Any, where: str) -> list[Message]:
+    """Return the messages of a column's value in the one form that chat templates read.
+
+    Args:
+        value: the messages, as a list or as JSON text.
+        where: the column's name, for the message of an error.
+
+    Raises:
+        Malformed: it is no conversation.
+    """
+    value = without_nulls(parsed(value))
+    if value is None or value == "":
+        value = []
+    if not isinstance(value, list):
+        raise Malformed(f'"{where}" is {kind_of(value)} where a list of messages is needed')
+    if not value:
+        raise Malformed(f'"{where}" holds no message')
+    return [_message(message, f"{where}[{place}]") for place, message in enumerate(value)]
+
+
+def conversation_fault(value: Any, where: str) -> str | None:
+    """Describe what is wrong with a column's value that should be a conversation; None if nothing is."""
+    try:
+        to_messages(value, where)
+    except Malformed as err:
+        return str(err)
+    return None
+
+
+def to_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
+    """Return the functions that a conversation may call, as their JSON schemas; None where there are none.
+
+    Raises:
+        Malformed: it is no list of objects.
+    """
+    value = without_nulls(parsed(value))
+    if not value or (isinstance(value, str) and not value.strip()):
+        return None
+    value = [parsed(tool) for tool in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(tool, dict) for tool in value):
+        raise Malformed(f'"{where}" is no list of functions: objects with name and parameters are needed')
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """Name the kind of a value for a message: "a list", "a number", ..."""
+    return _KINDS.get(type(value), "a number")
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, dict):
+        raise Malformed(f'"{where}" is {kind_of(message)} where a message is needed')
+    message = _with_role(message, where)
+    if "function_call" in message:  # the name of tool_calls in OpenAI's first version
+        message.setdefault("tool_calls", message.pop("function_call"))
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(message["tool_calls"], f"{where}.tool_calls")
+        if not message["tool_calls"]:
+            del message["tool_calls"]
+    message["content"] = _content(message, where)
+    for name in ("weight", "train"):
+        if message.get(name, 1) not in (0, 1):
+            raise Malformed(f'"{where}.{name}" is {message[name]!r}: it must be 0 or 1 (false or true)')
+    return message
+
+
+def _with_role(message: Message, where: str) -> Message:
+    """Return a copy that has `role` and `content`."""
+    if "role" in message or "from" not in message:
+        role = message.get("role")
+        if role not in ROLES:
+            raise Malformed(f'"{where}.role" is {role!r}: it must be one of {", ".join(ROLES)}')
+        return dict(message)
+    speaker = message["from"]
+    if speaker not in _SPEAKERS:
+        raise Malformed(f'"{where}.from" is {speaker!r}: it must be one of {", ".join(_SPEAKERS)}')
+    others = {name: value for name, value in message.items() if name not in ("from", "value")}
+    changed = {"role": _SPEAKERS[speaker]}
+    if "value" in message or "content" not in message:
+        changed["content"] = message.get("value")
+    if speaker in _CALLERS and "tool_calls" not in message:
+        changed |= {"content": "", "tool_calls": message.get("value")}
+    return changed | others
+
+
+def _content(message: Message, where: str) -> str:
+    content = message.get("content")
+    if content is None:
+        if "tool_calls" in message:
+            return ""  # how OpenAI writes a message that is a call alone
+        state = "null or missing" if "content" not in message else "null"
+        raise Malformed(f'"{where}.content" is {state} where a string is needed')
+    if isinstance(content, list):
+        return "".join(_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
+    if isinstance(content, dict) and message["role"] == "tool":
+        return json.dumps(content, ensure_ascii=False)
+    if not isinstance(content, str):
+        raise Malformed(f'"{where}.content" is {kind_of(content)} where a string is needed')
+    return content
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind_of(part)
+    raise Malformed(f'"{where}" is {kind}: parts of text alone can be trained')
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    calls = parsed(calls)
+    calls = calls if isinstance(calls, list) else [calls]
+    return [_call(parsed(call), f"{where}[{place}]") for place, call in enumerate(calls)]
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """Return a call as `{"type": "function", "function": {"name", "arguments"}}`, its other fields kept."""
+    if isinstance(call, dict) and "function" not in call and "name" in call:
+        call = {"type": "function", "function": call}
+    function = parsed(call.get("function")) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Malformed(f'"{where}" is no call of a function: {{"name": ..., "arguments": ...}} is needed')
+    given = function.get("arguments", {})
+    arguments = parsed(given) if isinstance(given, str) and given.strip() else given or {}
+    arguments = arguments if isinstance(arguments, dict) else given
+    return {**call, "function": {**function, "arguments": arguments}}
