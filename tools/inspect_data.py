@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_hf_tokenizer(args.model_name_or_path, True, eot_token)
     end_token = end_of_conversation_token(tokenizer, eot_token, args.model_name_or_path)
     sample = SampleForm(tokenizer, end_token, args.max_seq_len, args.completion_only_loss)
-    own = own_options(tokenizer, sample.end_id, parse_columns(args.columns), args.chat_template)
+    own = own_options(
+        tokenizer, sample.end_id, parse_columns(args.columns), args.chat_template, args.train_turns, args.template_date
+    )
     if args.eval_data_path:
         print("--eval_data_path: not read here; give its names as --data_path to inspect them.")
     sources = DataSources(args.data_path, args.data_split, args.sft_only_data_path)

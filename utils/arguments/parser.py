@@ -54,6 +54,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="how your own data become text: auto, by the tokenizer's chat template, else human_assistant, but "
         "unchanged where prompts end in Assistant:; human_assistant; none, prompts and answers unchanged; or a jinja "
         "file; auto, since it is what the model was trained with")
+    add("--template_date", default=None, metavar="YYYY-MM-DD",
+        help="the date that a chat template writes where it asks for today's; None takes today, which is printed")
     add("--data_output_path", default=default_cache_folder(), metavar="DIR",
         help="cache folder of split indexes and tokenized data; by default per user on the node's own disk, the "
         "fastest place")
@@ -123,6 +125,8 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--completion_only_loss", action="store_true",
         help="compute the loss on the response's tokens alone; off, as in the original, where the prompt is learned "
         "too")
+    add("--train_turns", choices=["all", "last"], default="all",
+        help="which answers of your own conversations --completion_only_loss labels; all, since each one teaches")
     add("--neftune_noise_alpha", type=float, default=None, metavar="A",
         help="add noise of strength A to the embeddings while training (NEFTune; 5 is usual); None adds none")
     add("--print_loss", action="store_true",

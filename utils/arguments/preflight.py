@@ -76,7 +76,7 @@ def check_run(args: Namespace) -> None:
         attempt(_check_new_row, args, config, tokenizer)
     columns = attempt(_check_columns, args)
     chat = None if tokenizer is None else attempt(_chat_format, args, tokenizer)
-    own = OwnOptions(columns or {}, chat or ChatFormat())
+    own = OwnOptions(columns or {}, chat or ChatFormat(), args.train_turns)
     if attempt(_check_writable, args.data_output_path, "--data_output_path") and can_split(args.seed, args.data_split):
         for name in args.data_path:
             attempt(_check_data, name, shares_of(name, args.data_split), args, own)
@@ -230,7 +230,7 @@ def _check_columns(args: Namespace) -> dict[str, str]:
 
 def _chat_format(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     end_token = end_of_conversation_token(tokenizer, asked_eot_token(args), args.model_name_or_path)
-    return resolve_chat_format(args.chat_template, tokenizer, end_token)
+    return resolve_chat_format(args.chat_template, tokenizer, end_token, args.template_date)
 
 
 def _check_data(text: str, data_split: str, args: Namespace, own: OwnOptions) -> None:

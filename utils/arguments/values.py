@@ -3,6 +3,7 @@
 import argparse
 from argparse import Namespace
 from contextlib import suppress
+from datetime import date
 
 from utils.data.formats.custom import parse_columns
 from utils.data.mixture import KNOWN_SPLIT, check_evaluation_source, parse_source, shares_of
@@ -61,6 +62,10 @@ def check_values(args: argparse.Namespace) -> list[str]:
             check(value)
         except UserError as err:
             problems.append(str(err))
+    if args.template_date is not None and not _is_date(args.template_date):
+        problems.append(f"--template_date {args.template_date}: write a date as YYYY-MM-DD.")
+    if args.train_turns != "all" and not args.completion_only_loss:
+        problems.append("--train_turns says what --completion_only_loss labels: give that flag too.")
     problems += _check_streaming_values(args)
     return problems + _check_checkpoint_values(args) + _check_long_context_values(args) + check_scale_values(args)
 
@@ -72,6 +77,12 @@ def can_split(seed: int, data_split: str | None) -> bool:
     except UserError:
         return False
     return 0 <= seed < MAX_SEED
+
+
+def _is_date(text: str) -> bool:
+    with suppress(ValueError):
+        return date.fromisoformat(text).isoformat() == text
+    return False
 
 
 def _check_streaming_values(args: argparse.Namespace) -> list[str]:

@@ -24,7 +24,7 @@ SAME_RUN = (
     "completion_only_loss", "add_eot_token", "eot_token", "learning_rate", "lora_learning_rate", "weight_decay",
     "num_train_epochs", "max_steps", "lr_scheduler_type", "num_warmup_steps", "dropout", "disable_dropout",
     "neftune_noise_alpha", "lora_dim", "lora_module_name", "lora_alpha", "lora_dropout", "only_optimize_lora",
-    "columns", "chat_template", "streaming",
+    "columns", "chat_template", "streaming", "train_turns", "template_date",
 )  # fmt: skip
 PATHS = ("model_name_or_path", "data_path", "sft_only_data_path")
 
