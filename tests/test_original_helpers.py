@@ -6,9 +6,18 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_json_data
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch.utils.data import DataLoader
 
-from utils.data.data_utils import DataCollatorReward, DataCollatorRLHF, MiniDataset, get_unsupervised_data
+from utils.data.data_utils import (
+    DataCollatorReward,
+    DataCollatorRLHF,
+    MiniDataset,
+    create_prompt_dataset,
+    get_unsupervised_data,
+)
+from utils.module import lora
 from utils.utils import (
     ExponentialMovingAverage,
     MovingAverage,
@@ -36,6 +45,24 @@ def test_prompts_are_padded_on_the_left():
     batch = DataCollatorRLHF(max_token_len=5, inference_tp_size=1)(samples)
     assert batch["prompt"].tolist() == [[9, 9, 1, 2, 3], [9, 9, 9, 4, 5]]
     assert batch["prompt_att_mask"].tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("phase", [2, 3])
+def test_collators_take_what_the_data_sets_of_their_phase_give(phase, tmp_path):
+    tokenizer = get_tokenizer(str(ROOT / "demo" / "tiny_opt"))
+    source, split = str(make_json_data(tmp_path, 6, 2)), {2: "0,1,0", 3: "0,0,1"}[phase]
+    data, _ = create_prompt_dataset(-1, [source], split, str(tmp_path / "cache"), phase, 1, tokenizer, 48)
+    collate = DataCollatorReward() if phase == 2 else DataCollatorRLHF(2, 1)  # prompts are wider than 2
+    batch = next(iter(DataLoader(data, collate_fn=collate, batch_size=3)))
+    if phase == 2:
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (6, 48)
+        assert batch["input_ids"][1].equal(data[1][0][0]) and batch["input_ids"][4].equal(data[1][2][0])
+        assert batch["attention_mask"][1].equal(data[1][1][0]) and batch["attention_mask"][4].equal(data[1][3][0])
+        return
+    texts = [data[number][0].flip(0).tolist() for number in range(3)]
+    wide = max(map(len, texts))
+    assert batch["prompt"].tolist() == [[1] * (wide - len(text)) + text for text in texts]
+    assert batch["prompt_att_mask"].sum(dim=1).tolist() == [len(text) for text in texts]
 
 
 def test_experience_comes_back_in_small_batches():
@@ -85,17 +112,19 @@ def test_moving_average_of_weights():
 
 
 def test_a_state_dict_is_copied_by_name():
-    model = torch.nn.Sequential(torch.nn.Linear(2, 3))
-    weight = torch.arange(6.0).reshape(3, 2)
-    errors = load_state_dict_into_model(model, {"x.0.weight": weight, "x.0.bias": torch.ones(5), "other": weight}, "x.")
-    assert torch.equal(model[0].weight, weight)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    weight, mean = torch.arange(6.0).reshape(3, 2), torch.arange(3.0)
+    state = {"x.0.weight": weight, "x.0.bias": torch.ones(5), "other": weight, "x.1.running_mean": mean}
+    errors = load_state_dict_into_model(model, state, "x.")
+    assert torch.equal(model[0].weight, weight) and torch.equal(model[1].running_mean, mean)
     assert len(errors) == 1 and "0.bias" in errors[0] and "(5,)" in errors[0] and "(3,)" in errors[0]
 
 
 def test_which_parameters_are_to_be_fetched():
-    here = SimpleNamespace(ds_id=1, ds_status=SimpleNamespace(name="AVAILABLE"))
-    elsewhere = SimpleNamespace(ds_id=2, ds_status=SimpleNamespace(name="NOT_AVAILABLE"))
-    assert _z3_params_to_fetch([torch.ones(1), here, elsewhere]) == [elsewhere]
+    here = SimpleNamespace(ds_id=1, ds_status=ZeroParamStatus.AVAILABLE)
+    elsewhere = SimpleNamespace(ds_id=2, ds_status=ZeroParamStatus.NOT_AVAILABLE)
+    for fetch in (_z3_params_to_fetch, lora._z3_params_to_fetch):
+        assert fetch([torch.ones(1), here, elsewhere]) == [elsewhere]
 
 
 def test_rank_0_without_a_process_group():
