@@ -26,6 +26,7 @@ from utils.data.tokenization.tokenize_rows import SampleForm, end_of_conversatio
 from utils.distributed.failures import end_run
 from utils.errors import UserError, join_problems
 from utils.model.tokenizer import load_hf_tokenizer
+from utils.run_config import asked_eot_token
 
 ROWS_AT_ONCE = 1000
 SAMPLES = 3
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         problems.append("--streaming: all rows are read here; leave it out, and give a part of very large data.")
     if problems:
         raise UserError(join_problems(problems))
-    eot_token = args.eot_token if args.add_eot_token else None
+    eot_token = asked_eot_token(args)
     tokenizer = load_hf_tokenizer(args.model_name_or_path, True, eot_token)
     end_token = end_of_conversation_token(tokenizer, eot_token, args.model_name_or_path)
     sample = SampleForm(tokenizer, end_token, args.max_seq_len, args.completion_only_loss)

@@ -24,6 +24,7 @@ from deepspeed.utils import (
 
 from utils.checkpoint.checkpoint_folder import Checkpoint
 from utils.distributed.ranks import answer_of_rank_0, is_rank_0, wait_for_all
+from utils.distributed.zero3 import is_partitioned
 from utils.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -112,7 +113,7 @@ def _make_moments(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def _set_states(engine: deepspeed.DeepSpeedEngine, parameter: torch.nn.Parameter, states: States) -> None:
-    if hasattr(parameter, "ds_id"):
+    if is_partitioned(parameter):
         # The part this rank holds; the last rank's is filled up, since parts are of one size.
         size, rank = parameter.partition_numel(), dist.get_rank()
         for key, value in states.items():

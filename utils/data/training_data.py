@@ -30,8 +30,7 @@ def load_training_data(config: "RunConfig", tokenizer: PreTrainedTokenizerBase) 
         UserError: bad data, or no training sample is left.
     """
     args = config.args
-    eot_token = args.eot_token if args.add_eot_token else None
-    end_token = end_of_conversation_token(tokenizer, eot_token, args.model_name_or_path)
+    end_token = end_of_conversation_token(tokenizer, config.eot_token, args.model_name_or_path)
     sample = SampleForm(tokenizer, end_token, args.max_seq_len, args.completion_only_loss)
     own = own_options(
         tokenizer, sample.end_id, parse_columns(args.columns), args.chat_template, args.train_turns, args.template_date

@@ -7,6 +7,7 @@ from typing import Any
 
 from utils.prompt_eval.prompts import PROMPTS, read_prompt_file
 from utils.prompt_eval.search import contrastive_search, diverse_beam_search
+from utils.run_config import asked_eot_token
 
 # The names that --strategies takes, and the headings of their answers.
 STRATEGIES = {
@@ -52,7 +53,7 @@ class EvalConfig:
     @property
     def extra_token(self) -> str | None:
         """Return the end token to add to both tokenizers, as training does; None without `--add_eot_token`."""
-        return self.args.eot_token if self.args.add_eot_token else None
+        return asked_eot_token(self.args)
 
     @property
     def models(self) -> dict[str, str]:

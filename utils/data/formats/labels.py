@@ -82,17 +82,19 @@ def last_answer(chat: ChatFormat, talk: Conversation) -> tuple[str, list[Span]]:
     if text.startswith(render_raw(chat, before, talk.tools)):
         start = _shared(render_prompt(chat, before, talk.tools), text)
     else:
-        start = _after_generation_prompt(chat, text)
+        words = generation_prompt(chat)
+        at = text.rfind(words) if words else -1
+        start = len(text) if at < 0 else at + len(words)
     return text, [(start, len(text))] if start < len(text) else []
 
 
-def _after_generation_prompt(chat: ChatFormat, text: str) -> int:
-    """Return where the last answer of `text` begins; its length where no generation prompt is found."""
+@lru_cache(maxsize=8)
+def generation_prompt(chat: ChatFormat) -> str:
+    """Return what the template writes to ask for an answer; empty where that is nothing but white space."""
     asked = [{"role": "user", "content": "x"}]
     bare, prompt = render_raw(chat, asked), render_raw(chat, asked, ask=True)
     words = prompt[len(bare) :] if prompt.startswith(bare) else ""
-    at = text.rfind(words) if words.strip() else -1
-    return len(text) if at < 0 else at + len(words)
+    return words if words.strip() else ""
 
 
 def _shared(one: str, other: str) -> int:

@@ -112,13 +112,14 @@ def tokenize(
     end_text: str | None = None,
 ) -> dict[str, list]:
     """Turn one batch of rows into the phase's id columns and `truncated`; drops rows without a text or a label."""
+    rows = _rows(columns)
     if source.has_ids and phase == 1:
-        return _given(_rows(columns), source, max_seq_len, may_mask=False)
+        return _given(rows, source, max_seq_len, may_mask=False)
     if phase == 1:
-        for row in _rows(columns):
+        for row in rows:
             source.refuse_unlabelled(row)
     added = end_text if end_text and phase < 3 else ""
-    flat = [text + added for pair in _texts(_rows(columns), source, phase) for text in pair]
+    flat = [text + added for pair in _texts(rows, source, phase) for text in pair]
     encoded = []
     if flat:
         encoded = tokenizer(
