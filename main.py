@@ -12,6 +12,11 @@ Any decoder-only model of transformers trains, under ZeRO 0 to 3, with or withou
 `utils/arguments/preflight.py` refuses what can't work before a model is loaded.
 """
 
+if __name__ == "__main__":
+    from utils.arguments.early import answer_early
+
+    answer_early()  # what needs none of the libraries below, whose import takes seconds
+
 from argparse import Namespace
 from dataclasses import replace
 

@@ -12,6 +12,11 @@ One model is in memory at a time, except in a conversation with both. What can b
 reported before the first one is loaded.
 """
 
+if __name__ == "__main__":
+    from utils.prompt_eval.early import answer_early
+
+    answer_early()  # what needs none of the libraries below, whose import takes seconds
+
 import gc
 import sys
 from argparse import Namespace

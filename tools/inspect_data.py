@@ -16,8 +16,9 @@ import numpy as np
 from utils.arguments.parser import parse_args
 from utils.arguments.values import check_values
 from utils.data.cache import cache_lock
-from utils.data.formats.custom import OwnOptions, own_options, parse_columns
-from utils.data.mixture import DataSources, parse_source, weighted
+from utils.data.formats.custom import OwnOptions, own_options
+from utils.data.formats.roles import parse_columns
+from utils.data.mixture import DataSources, weighted
 from utils.data.prepare import get_raw_dataset
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.splits import get_shuffle_idx, split_boundaries
@@ -26,7 +27,7 @@ from utils.data.tokenization.tokenize_rows import SampleForm, end_of_conversatio
 from utils.distributed.failures import end_run
 from utils.errors import UserError, join_problems
 from utils.model.tokenizer import load_hf_tokenizer
-from utils.run_config import asked_eot_token
+from utils.notation import asked_eot_token, parse_source
 
 ROWS_AT_ONCE = 1000
 SAMPLES = 3

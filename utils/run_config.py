@@ -4,10 +4,9 @@ Arguments stay what the user typed. A decision made later is a new value: `confi
 """
 
 import json
-import re
 from argparse import Namespace
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -15,29 +14,7 @@ from utils.distributed.process_group import local_rank_of
 from utils.distributed.ranks import global_rank, print_rank_0, world_size
 from utils.errors import UserError
 from utils.machine.precision import planned_dtype, resolve_dtype
-
-HERE = "here"  # the value of a bare --dry_run
-
-
-class Gpus(NamedTuple):
-    """The GPUs a plan is made for instead of this machine."""
-
-    count: int  # over all nodes
-    gigabytes: float  # of memory each, in 1e9 bytes
-
-
-def parse_gpus(text: str | None) -> Gpus | None:
-    """Parse `--dry_run 64x80`: 64 GPUs of 80 GB; None for a run, or a dry run, on this machine.
-
-    Raises:
-        UserError: the text is not of that form.
-    """
-    if text in (None, HERE):
-        return None
-    match = re.fullmatch(r"([1-9]\d*)[xX×](\d+(?:\.\d+)?)", text)
-    if not match or float(match[2]) == 0:
-        raise UserError(f"--dry_run {text}: write GPUs x gigabytes, as in 64x80, or nothing for this machine.")
-    return Gpus(int(match[1]), float(match[2]))
+from utils.notation import Gpus, asked_eot_token, parse_gpus
 
 
 @dataclass(frozen=True)
@@ -164,11 +141,6 @@ class RunConfig:
             "gradient_accumulation_steps": self.batches.accumulation, "padding": self.layout, "packing": self.packing,
             "save_only_model": self.save_only_model, "local_rank": self.local_rank,
         }  # fmt: skip
-
-
-def asked_eot_token(args: Namespace) -> str | None:
-    """Return the end token that `--add_eot_token` asks for; None for the tokenizer's own eos."""
-    return args.eot_token if args.add_eot_token else None
 
 
 def averaged_over(groups: int, group_size: int, zero_stage: int) -> int:

@@ -14,12 +14,14 @@ from transformers import AutoTokenizer
 from tests.data.prepared_data import SEED, prepare
 from utils.data.data_utils import create_prompt_dataset, get_raw_dataset
 from utils.data.formats.chat_template import ChatFormat
-from utils.data.formats.custom import OwnFormatDataset, OwnOptions, parse_columns
-from utils.data.mixture import parse_source, weighted
+from utils.data.formats.custom import OwnFormatDataset, OwnOptions
+from utils.data.formats.roles import parse_columns
+from utils.data.mixture import weighted
 from utils.data.raw_datasets import RAW_DATASETS
 from utils.data.splits import get_shuffle_idx, split_boundaries
 from utils.errors import UserError
 from utils.model.tokenizer import load_hf_tokenizer
+from utils.notation import parse_source
 
 DEMO = str(ROOT / "demo" / "tiny_opt")
 

@@ -15,11 +15,11 @@ from utils.data.splits import (
     get_raw_dataset_split_index,
     get_shuffle_idx,
     index_dtype,
-    parse_data_split,
     split_boundaries,
 )
 from utils.errors import UserError
 from utils.files import write_aside
+from utils.notation import parse_data_split
 
 SHARES = st.lists(st.integers(0, 20) | st.floats(0, 10), min_size=1, max_size=5).filter(lambda s: sum(s) > 0)
 

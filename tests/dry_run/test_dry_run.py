@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-from utils.run_config import Gpus, parse_gpus
+from utils.notation import Gpus, parse_gpus
 
 
 @pytest.fixture(scope="module")

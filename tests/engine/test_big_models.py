@@ -22,9 +22,9 @@ from utils.dry_run.zero_memory import Setting, Sizes, estimate, setting_from_con
 from utils.ds_utils import scale_settings
 from utils.engine.nvme_swap import check_swap_folder, open_swap_folder, remove_swap_folders
 from utils.errors import UserError
-from utils.export.hf_model import parse_size
 from utils.machine.compile_locks import extension_folder
 from utils.model.model_utils import size_swap_buffers
+from utils.notation import parse_size
 from utils.run_config import RunConfig
 
 needs_async_io = pytest.mark.skipif(

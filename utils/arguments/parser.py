@@ -2,12 +2,8 @@
 
 import argparse
 
-import deepspeed
-from transformers import SchedulerType
-
-from utils.data.cache import default_cache_folder
 from utils.logging.trackers import CHOICES
-from utils.run_config import HERE
+from utils.notation import HERE, default_cache_folder
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -27,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_long_context_arguments(parser)
     _add_run_arguments(parser)
     _add_scale_arguments(parser)
-    deepspeed.add_config_arguments(parser)
+    _add_deepspeed_arguments(parser)
     return parser
 
 
@@ -115,8 +111,7 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="passes over the training data; 1, since more overfit small sets")
     add("--max_steps", type=int, default=None, metavar="N",
         help="number of optimizer steps, in place of --num_train_epochs; None counts epochs")
-    add("--lr_scheduler_type", type=SchedulerType, default=SchedulerType.COSINE, metavar="NAME",
-        choices=[SchedulerType(name) for name in SCHEDULES],
+    add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", metavar="NAME",
         help=f"shape of the learning rate: {', '.join(SCHEDULES)}; cosine, since it needs no tuning")
     add("--num_warmup_steps", type=int, default=0, metavar="N",
         help="optimizer steps over which the learning rate rises from 0; 0, since pretrained models do without")
@@ -237,6 +232,18 @@ def _add_scale_arguments(parser: argparse.ArgumentParser) -> None:
         "within the node; 1 keeps no copy, since it takes memory")
     add("--enable_mixed_precision_lora", action="store_true",
         help="hold LoRA's frozen weights in 8 bits (ZeRO 3 and fp16 on CUDA GPUs); off, since it rounds them")
+
+
+def _add_deepspeed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `deepspeed.add_config_arguments` adds, without importing DeepSpeed, which takes seconds."""
+    add = parser.add_argument_group("DeepSpeed").add_argument
+    add("--deepspeed", action="store_true",
+        help="accepted from scripts written for DeepSpeed and without effect: training always runs under DeepSpeed")
+    add("--deepspeed_config", metavar="FILE",
+        help="json file of DeepSpeed's own settings, for those that have no flag here; what flags decide stays theirs; "
+        "None: the flags alone")
+    add("--deepscale", action="store_true", help="an older name of --deepspeed")
+    add("--deepscale_config", metavar="FILE", help="an older name of --deepspeed_config")
 # fmt: on
 
 

@@ -16,11 +16,12 @@ from utils.checkpoint.checkpoint_folder import find_checkpoint
 from utils.checkpoint.resume import check_same_run
 from utils.data.cache import cache_lock
 from utils.data.formats.chat_template import ChatFormat, resolve_chat_format
-from utils.data.formats.custom import OwnOptions, parse_columns
-from utils.data.mixture import SFT_ONLY_SPLIT, parse_source, shares_of
+from utils.data.formats.custom import OwnOptions
+from utils.data.formats.roles import parse_columns
+from utils.data.mixture import SFT_ONLY_SPLIT, shares_of
 from utils.data.prepare import get_raw_dataset
 from utils.data.raw_datasets import known_name
-from utils.data.splits import parse_data_split, split_boundaries
+from utils.data.splits import split_boundaries
 from utils.data.tokenization.tokenize_rows import end_of_conversation_token
 from utils.distributed.launchers import launched_rank, launched_ranks
 from utils.distributed.process_group import check_local_rank, local_rank_of
@@ -36,7 +37,8 @@ from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import check_lora_module_name
 from utils.module.sequence_parallel import check_sequence_parallel
 from utils.module.tiled_mlp import check_tiled_mlp
-from utils.run_config import Gpus, asked_eot_token, parse_gpus, read_deepspeed_config
+from utils.notation import Gpus, asked_eot_token, parse_data_split, parse_gpus, parse_source
+from utils.run_config import read_deepspeed_config
 
 Result = TypeVar("Result")
 PROBE_TEXT = "Human: How many legs has a spider? Assistant: Eight. 蜘蛛有八条腿。"

@@ -5,12 +5,10 @@ from argparse import Namespace
 from contextlib import suppress
 from datetime import date
 
-from utils.data.formats.custom import parse_columns
-from utils.data.mixture import KNOWN_SPLIT, check_evaluation_source, parse_source, shares_of
-from utils.data.splits import parse_data_split
+from utils.data.formats.roles import parse_columns
+from utils.data.mixture import KNOWN_SPLIT, shares_of
 from utils.errors import UserError
-from utils.export.hf_model import parse_size
-from utils.run_config import parse_gpus
+from utils.notation import check_evaluation_source, parse_data_split, parse_gpus, parse_size, parse_source
 
 MAX_SEED = 2**32  # numpy's
 
@@ -64,6 +62,8 @@ def check_values(args: argparse.Namespace) -> list[str]:
             problems.append(str(err))
     if args.template_date is not None and not _is_date(args.template_date):
         problems.append(f"--template_date {args.template_date}: write a date as YYYY-MM-DD.")
+    if args.deepscale_config is not None:
+        problems.append("--deepscale_config is an older name, which is not read: give --deepspeed_config.")
     if args.train_turns != "all" and not args.completion_only_loss:
         problems.append("--train_turns says what --completion_only_loss labels: give that flag too.")
     problems += _check_streaming_values(args)

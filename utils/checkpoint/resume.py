@@ -9,11 +9,12 @@ import deepspeed
 
 from utils.checkpoint.checkpoint_folder import Checkpoint
 from utils.checkpoint.universal import load_full_states
-from utils.data.mixture import divided_as, parse_source
+from utils.data.mixture import divided_as
 from utils.data.prompt_dataset import PromptDataset
 from utils.distributed.ranks import print_rank_0, world_size
 from utils.engine.engine import recount_updates
 from utils.errors import UserError
+from utils.notation import parse_source
 from utils.run_config import RunConfig
 from utils.train.plan import RunPlan
 from utils.train.state import RunState

@@ -43,12 +43,6 @@ def cache_lock(folder: str) -> Iterator[None]:
         lock.release()
 
 
-def default_cache_folder() -> str:
-    """Return the user's own cache folder on the node's disk, below $XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(base, "sft_scripts")
-
-
 def key(
     raw_datasets: list[tuple[Any, str, float, str]], main_sets: int, sample: "SampleForm", phase: int, seed: int
 ) -> str:

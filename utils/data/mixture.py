@@ -1,15 +1,11 @@
 """The data sets of a run: names, weights, and which of them a phase uses."""
 
-import math
-import os
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from utils.data.raw_datasets import known_name
-from utils.errors import UserError
+from utils.notation import parse_source
 
 SFT_ONLY_SPLIT = "10,0,0"
 KNOWN_SPLIT = "2,4,4"  # of known data sets: rows are left for the reward and RLHF phases
@@ -44,6 +40,8 @@ def shares_of(text: str, data_split: str | None) -> str:
     """
     if data_split is not None:
         return data_split
+    from utils.data.raw_datasets import known_name  # imports datasets, which the command line can wait for
+
     return SFT_ONLY_SPLIT if known_name(parse_source(text).name) is None else KNOWN_SPLIT
 
 
@@ -51,37 +49,6 @@ def divided_as(data_path: Sequence[str], data_split: str | None) -> str:
     """Return how all data sets of `data_path` are divided among the phases, in the words of `--data_split`."""
     shares = dict.fromkeys(shares_of(name, data_split) for name in data_path)
     return " and ".join(shares) or data_split or KNOWN_SPLIT
-
-
-class Source(NamedTuple):
-    """One data set of `--data_path`, and how often each of its training rows is used."""
-
-    name: str
-    weight: float
-
-
-def parse_source(text: str) -> Source:
-    """Parse `NAME` or `NAME:WEIGHT`; an existing path that contains a colon is a name.
-
-    Raises:
-        UserError: the weight is not a finite number above 0.
-    """
-    match = re.fullmatch(r"(.+):([-+]?(?:[\d.]+(?:[eE][-+]?\d+)?|inf|nan))", text)
-    if match is None or os.path.exists(text):
-        return Source(text, 1.0)
-    try:
-        weight = float(match[2])
-    except ValueError:
-        weight = math.nan
-    if not 0 < weight < math.inf:
-        raise UserError(f"the weight in --data_path {text} must be a number above 0, such as 0.3, not {match[2]}.")
-    return Source(match[1], weight)
-
-
-def check_evaluation_source(text: str) -> None:
-    """Check one name of `--eval_data_path`; raises UserError where it has a weight."""
-    if parse_source(text).weight != 1:
-        raise UserError(f"--eval_data_path {text} has a weight: every row is evaluated once, so leave it out.")
 
 
 def weighted(index: np.ndarray, weight: float) -> np.ndarray:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from utils.data.formats.custom import OwnFormatDataset, OwnOptions
-from utils.data.mixture import BOTH, EVALUATION, TRAINING, DataSources, parse_source
+from utils.data.mixture import BOTH, EVALUATION, TRAINING, DataSources
 from utils.data.raw_datasets import PromptRawDataset, find_raw_dataset_class, known_name
 from utils.data.reading.arrow_files import changed_message, hash_files, name_bad_text
 from utils.data.reading.file_shapes import shape_advice
 from utils.data.splits import split_boundaries
 from utils.errors import UserError
 from utils.logging.console import say
+from utils.notation import parse_source
 
 
 class OpenSet(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 from utils.data import cache as prompt_cache
 from utils.data.cache import cache_lock
 from utils.data.formats.custom import OwnOptions
-from utils.data.mixture import BOTH, EVALUATION, TRAINING, DataSources, parse_source, weighted
+from utils.data.mixture import BOTH, EVALUATION, TRAINING, DataSources, weighted
 from utils.data.open_sets import OpenSet, check_unchanged, describe_shares, get_raw_dataset, open_sets
 from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
 from utils.data.raw_datasets import PromptRawDataset
@@ -25,6 +25,7 @@ from utils.data.tokenization.tokenize_rows import SampleForm, map_arguments, row
 from utils.errors import UserError
 from utils.files import build_folder
 from utils.logging.console import say
+from utils.notation import parse_source
 
 # A fast tokenizer uses every core by itself: for fewer rows than this, starting processes costs more than it saves.
 ROWS_PER_PROCESS = 25_000

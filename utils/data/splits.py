@@ -6,7 +6,6 @@ of rows.
 """
 
 import io
-import math
 import os
 from fractions import Fraction
 from itertools import pairwise
@@ -17,6 +16,7 @@ import numpy as np
 from utils.errors import UserError
 from utils.files import write_aside
 from utils.logging.console import say
+from utils.notation import parse_data_split
 
 PUBLISHED = "published"
 LARGEST_REMAINDER = "largest remainder"
@@ -39,27 +39,6 @@ def get_shuffle_idx(seed: int, size: int) -> np.ndarray:
 def index_dtype(size: int) -> type:
     """Return the integer type of an index over `size` rows, which is part of the published file format."""
     return np.uint32 if size < 2**32 - 2 else np.int64
-
-
-def parse_data_split(text: str) -> list[float]:
-    """Parse shares such as "2,4,4": one for every phase, so as many as there are phases; SFT alone needs the first.
-
-    Raises:
-        UserError: not numbers, a negative or infinite share, or zeros alone.
-    """
-    argument = "--data_split"
-    advice = 'give shares separated by commas, for example "2,4,4"'
-    try:
-        shares = [float(share) for share in text.split(",")]
-    except ValueError as err:
-        raise UserError(f'{argument} "{text}" is not a list of numbers: {advice}.') from err
-    if not all(math.isfinite(share) for share in [*shares, sum(shares)]):
-        raise UserError(f'{argument} "{text}" holds a share that is not a finite number: {advice}.')
-    if min(shares) < 0:
-        raise UserError(f'{argument} "{text}" holds a negative share: {advice}.')
-    if sum(shares) == 0:
-        raise UserError(f'{argument} "{text}" gives every part nothing: {advice}.')
-    return shares
 
 
 def split_boundaries(data_split: str, size: int) -> Boundaries:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.agreement import check_ranks_agree
-from utils.data.formats.custom import own_options, parse_columns
+from utils.data.formats.custom import own_options
+from utils.data.formats.roles import parse_columns
 from utils.data.mixture import DataSources
 from utils.data.prepare import Preparation, prepare_prompt_data
 from utils.data.prompt_dataset import PromptDataset

@@ -57,7 +57,7 @@ def dry_run(
     print_rank_0(describe_data(config, tokenizer, data))
     plan = make_plan(config, data.train, RunState())
     warmup = describe_warmup(args.learning_rate, args.num_warmup_steps, plan.steps)
-    print_rank_0(f"Schedule: {args.lr_scheduler_type.value}, {warmup}")
+    print_rank_0(f"Schedule: {args.lr_scheduler_type}, {warmup}")
     print_rank_0("First sample as the model sees it, tokens that are labels " + first_sample(data.train, tokenizer))
     estimate = estimate_memory(
         args.model_name_or_path, model_form(args), ds_config, largest_micro_batch(config, data.train),

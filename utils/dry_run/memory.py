@@ -14,7 +14,8 @@ from utils.dry_run.zero_memory import Estimate, Setting, Sizes, estimate, settin
 from utils.machine.device import free_memory, ranks_here
 from utils.model.build import ModelForm
 from utils.model.model_utils import load_model_config
-from utils.run_config import Gpus, enabled_precision
+from utils.notation import Gpus
+from utils.run_config import enabled_precision
 
 GB = 1e9
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits and loss", "buffers")

@@ -7,7 +7,6 @@ first, then moved, `config.json` last, and no loader accepts a folder without it
 
 import json
 import os
-import re
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -25,10 +24,10 @@ from utils.distributed.zero3 import gather, has_partitioned, whole_numel
 from utils.errors import UserError
 from utils.files import INCOMPLETE, move_files
 from utils.module.lora import LinearLayer_LoRA
+from utils.notation import parse_size
 
 WORK_FOLDER = INCOMPLETE + "model"
 DEFAULT_SHARD_SIZE = "5GB"
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class SavedTensor(NamedTuple):
@@ -220,19 +219,6 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------- verification
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size in transformers' spelling: 5GB, 200MB.
-
-    Raises:
-        UserError: the text is not of that form, or means zero bytes.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip(), flags=re.IGNORECASE)
-    size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
-    if size < 1:
-        raise UserError(f"--max_shard_size {text}: write a number above 0 with KB, MB, GB or TB, as in 5GB or 200MB.")
-    return size
 
 
 def save_hf_format(

@@ -11,10 +11,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.formats.chat_template import AS_IS, AUTO, HUMAN_ASSISTANT, SPEAKERS, ChatFormat, render
-from utils.data.mixture import parse_source
 from utils.logging.console import say
 from utils.logging.loss_curve import PICTURE, draw_losses
 from utils.logging.metrics_file import METRICS_FILE, curve, read_metrics
+from utils.notation import parse_source
 from utils.run_config import RunConfig
 
 CARD = "README.md"

@@ -4,11 +4,12 @@ import math
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
-
-import deepspeed
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    import deepspeed
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 CHOICES = ("none", *PACKAGES)
@@ -57,7 +58,7 @@ def monitor_blocks(report_to: Sequence[str], enable_tensorboard: bool) -> dict[s
     return {name: blocks[name] for name in wanted_reports(report_to, enable_tensorboard)}
 
 
-def send_record(engine: deepspeed.DeepSpeedEngine, record: dict[str, float | None]) -> None:
+def send_record(engine: "deepspeed.DeepSpeedEngine", record: dict[str, float | None]) -> None:
     """Send the figures of one record of metrics.jsonl, at the number of samples trained on up to its step.
 
     Records must be sent in the order of their steps: Weights & Biases drops earlier ones.

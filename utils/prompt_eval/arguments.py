@@ -6,11 +6,9 @@ import shlex
 import shutil
 from collections.abc import Sequence
 
-from utils.data.cache import default_cache_folder
-from utils.data.formats.custom import parse_columns
-from utils.data.mixture import check_evaluation_source
-from utils.data.splits import parse_data_split
+from utils.data.formats.roles import parse_columns
 from utils.errors import UserError, join_problems
+from utils.notation import check_evaluation_source, default_cache_folder, parse_data_split
 from utils.prompt_eval.config import (
     BEAM_STRATEGIES,
     ONE_ANSWER,

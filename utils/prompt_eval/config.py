@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from utils.notation import asked_eot_token
 from utils.prompt_eval.prompts import PROMPTS, read_prompt_file
-from utils.prompt_eval.search import contrastive_search, diverse_beam_search
-from utils.run_config import asked_eot_token
 
 # The names that --strategies takes, and the headings of their answers.
 STRATEGIES = {
@@ -64,6 +63,8 @@ class EvalConfig:
 
     def decoding(self, strategy: str) -> dict[str, Any]:
         """Return the settings with which `generate_ids` decodes by one of the strategies."""
+        from utils.prompt_eval.search import contrastive_search, diverse_beam_search  # imports torch
+
         args = self.args
         common = {
             "max_new_tokens": args.max_new_tokens,

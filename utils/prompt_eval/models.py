@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.data.batching.batches import collate_for, eval_batches
-from utils.data.formats.custom import own_options, parse_columns
+from utils.data.formats.custom import own_options
+from utils.data.formats.roles import parse_columns
 from utils.data.mixture import DataSources
 from utils.data.prepare import Preparation, prepare_prompt_data
 from utils.data.prompt_dataset import PromptDataset

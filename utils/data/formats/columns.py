@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from utils.data.formats.conversations import ANSWER_ROLES, INPUT_ROLES, PROMPT_ROLES, TALK_ROLES, Rows
+from utils.data.formats.roles import BESIDE, OPTIONAL
 from utils.data.reading.find_files import CSV_SUFFIXES, PARQUET_SUFFIXES
 from utils.data.reading.messages import conversation_fault
 from utils.data.reading.records import iter_csv_records, iter_json_records
@@ -13,19 +14,6 @@ from utils.data.reading.schema import Kind, Schema
 from utils.errors import UserError
 
 ROWS_TRIED = 100
-BESIDE = ("system", "history", "tools")  # what may stand beside a prompt and its answer
-OPTIONAL = ("rejected", "labels", *INPUT_ROLES, *BESIDE)
-ROLE_NAMES = (
-    *TALK_ROLES,
-    *PROMPT_ROLES,
-    *ANSWER_ROLES,
-    "rejected",
-    *INPUT_ROLES,
-    *BESIDE,
-    "text",
-    "input_ids",
-    "labels",
-)
 _TALKS = tuple(((role,), ("tools", "system")) for role in TALK_ROLES)
 
 
@@ -86,25 +74,6 @@ def _advice(found: list[str], given: dict[str, str]) -> str:
             f"If {found[0]} holds whole texts, give --columns text={found[0]}; if conversations, messages={found[0]}."
         )
     return "Write columns with one of these names."
-
-
-def parse_columns(text: str | None) -> dict[str, str]:
-    """Parse `ROLE=COLUMN,ROLE=COLUMN` into a dict of columns by role.
-
-    Raises:
-        UserError: the text is not of that form, or names an unknown role or one role twice.
-    """
-    columns: dict[str, str] = {}
-    for pair in (text or "").split(",") if text is not None else ():
-        role, sign, column = (part.strip() for part in pair.partition("="))
-        if not sign or not column or role not in ROLE_NAMES:
-            raise UserError(
-                f'--columns "{text}": {pair!r} is not ROLE=COLUMN with one of the roles {", ".join(ROLE_NAMES)}.'
-            )
-        if role in columns:
-            raise UserError(f'--columns "{text}" names {role} twice.')
-        columns[role] = column
-    return columns
 
 
 # ------------------------------------------------------------------------------------------------- kinds

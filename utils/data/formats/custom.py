@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.data.formats import chat_template as chat_format
 from utils.data.formats.base import STREAM_EVAL_ROWS, PromptRawDataset, Sample
 from utils.data.formats.chat_template import AS_IS, AUTO, TEMPLATE, ChatFormat, resolve_chat_format
-from utils.data.formats.columns import ROWS_TRIED, column_roles, first_rows, parse_columns, read_as
+from utils.data.formats.columns import ROWS_TRIED, column_roles, first_rows, read_as
 from utils.data.formats.conversations import (
     PROMPT_ROLES,
     TALK_ROLES,
@@ -27,6 +27,7 @@ from utils.data.formats.conversations import (
 )
 from utils.data.formats.findings import look_at
 from utils.data.formats.labels import answer_spans, last_answer
+from utils.data.formats.roles import parse_columns
 from utils.data.reading.arrow_files import SplitData, column_names, is_saved, load_saved, open_saved, place_of_row
 from utils.data.reading.find_files import other_files, own_files
 from utils.data.reading.messages import Malformed

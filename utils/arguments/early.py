@@ -1,0 +1,25 @@
+"""Answers --help and wrong values at once, before torch, transformers and DeepSpeed are imported: that takes seconds."""
+
+import sys
+
+from utils.arguments.parser import parse_args
+from utils.arguments.values import check_values
+from utils.distributed.launchers import adopt_launcher, launched_rank
+from utils.errors import UserError, join_problems
+
+EXIT_USER_ERROR = 2
+
+
+def answer_early() -> None:
+    """Parse the command line and check its values; end the program where help is asked for or a value is wrong.
+
+    One rank speaks; the others go on, find the same mistake later, and are ended by their launcher.
+    """
+    try:
+        adopt_launcher()
+    except UserError:
+        return  # the run says it
+    problems = check_values(parse_args())
+    if problems and launched_rank() == 0:
+        print(f"error: {join_problems(problems)}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)

@@ -1,0 +1,15 @@
+"""Answers --help and wrong values of prompt_eval.py before the libraries are imported, which takes seconds."""
+
+import sys
+
+from utils.errors import UserError
+from utils.prompt_eval.arguments import parse_args
+
+
+def answer_early() -> None:
+    """Parse and check the command line; end the program where help is asked for or a value is wrong."""
+    try:
+        parse_args()
+    except UserError as error:
+        print(f"prompt_eval.py: {error}", file=sys.stderr)
+        sys.exit(2)
