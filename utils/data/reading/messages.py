@@ -17,8 +17,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _SPEAKERS = {
     "system": "system", "developer": "developer", "human": "user", "user": "user", "gpt": "assistant",
     "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant", "assistant": "assistant",
-    "tool": "tool", "observation": "tool", "function_response": "tool", "function_call": "assistant",
-    "tool_call": "assistant",
+    "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool",
+    "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
 _CALLERS = ("function_call", "tool_call")
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
@@ -110,6 +110,8 @@ def _with_role(message: Message, where: str) -> Message:
     """Return a copy that has `role` and `content`."""
     if "role" in message or "from" not in message:
         role = message.get("role")
+        if role == "function":  # the result of a call in OpenAI's first version
+            return message | {"role": "tool"}
         if role not in ROLES:
             raise Malformed(f'"{where}.role" is {role!r}: it must be one of {", ".join(ROLES)}')
         return dict(message)
