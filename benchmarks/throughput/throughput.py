@@ -48,7 +48,7 @@ from utils.machine.cpu_allocator import give_back_freed_memory, keep_freed_memor
 from utils.machine.device import to_device  # noqa: E402
 from utils.machine.precision import DTYPES, resolve_dtype  # noqa: E402
 from utils.model.tokenizer import load_hf_tokenizer  # noqa: E402
-from utils.module.attention import NAME as DOCUMENTS  # noqa: E402
+from utils.module.attention import use_document_attention  # noqa: E402
 from utils.module.fused_loss import install_loss, summed_loss  # noqa: E402
 from utils.perf import ModelShape, flops_per_token, model_shape  # noqa: E402
 from utils.run_config import BatchCut  # noqa: E402
@@ -131,7 +131,10 @@ def take_step(engine: Any, batches: list[TrainBatch], device: torch.device) -> M
 
 
 def set_layout(engine: Any, layout: str) -> None:
-    engine.module.set_attn_implementation(DOCUMENTS if layout in WITHOUT_PADDING else "sdpa")
+    if layout in WITHOUT_PADDING:
+        use_document_attention(engine.module)
+    else:
+        engine.module.set_attn_implementation("sdpa")
     install_loss(engine.module, fused=layout != "max_length")
 
 

@@ -46,6 +46,16 @@ def test_a_wrong_value_of_prompt_eval_is_refused_without_a_library():
     assert not imported & LIBRARIES
 
 
+def test_a_wrong_column_is_refused_before_models_and_compiler_are_imported(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"left": "a", "right": "b"}\n')
+    model = str(ROOT / "demo" / "tiny_opt")
+    done, imported, words = started("main.py", "--model_name_or_path", model, "--data_path", str(data), "--dry_run")
+    assert done.returncode == 2 and "has the columns left, right" in words
+    assert {"torch", "transformers", "datasets"} <= imported
+    assert not re.search(r"transformers\.modeling_utils|torch\._dynamo\.convert_frame", done.stderr)
+
+
 def test_one_rank_speaks(monkeypatch, capsys):
     """The other ranks find the mistake in the run itself, where they wait for rank 0's message."""
     monkeypatch.setattr(sys, "argv", ["main.py", "--model_name_or_path", "no/model", "--max_seq_len", "1"])

@@ -1,4 +1,4 @@
-"""Answers --help and wrong values at once, before torch, transformers and DeepSpeed are imported: that takes seconds."""
+"""Answers --help and wrong values at once, before torch, transformers and DeepSpeed are imported (seconds)."""
 
 import sys
 

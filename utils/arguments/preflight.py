@@ -1,5 +1,7 @@
 """Checks before a run: everything that can be known to fail is found, all at once, before a model is loaded."""
 
+from __future__ import annotations
+
 import copy
 import os
 import tempfile
@@ -8,8 +10,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from deepspeed.accelerator import get_accelerator
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from utils.arguments.values import can_split, check_values
 from utils.checkpoint.checkpoint_folder import find_checkpoint
@@ -165,7 +168,7 @@ def _check_length(max_seq_len: int, config: PretrainedConfig) -> None:
 
 def _check_lora_names(config: PretrainedConfig, module_name: str) -> None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     check_lora_module_name(model, module_name)
 
 

@@ -1,12 +1,15 @@
 """Keep a run: resume it, write its checkpoints and its best model, and end it when it is asked to stop."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 from typing import Any, NamedTuple, NoReturn
 
 import deepspeed
-from transformers import PreTrainedTokenizerBase, get_scheduler
+import transformers
+from transformers import PreTrainedTokenizerBase
 
 from utils.checkpoint.checkpoint_folder import (
     checkpoints_folder,
@@ -73,7 +76,7 @@ class Checkpointer:
         # Only now is the number of steps known: packing depends on what the model can do.
         plan = make_plan(self.config, self.data.train, state)
         self._record = run_record(engine, self.data.train, self.config)
-        engine.lr_scheduler = get_scheduler(
+        engine.lr_scheduler = transformers.get_scheduler(
             args.lr_scheduler_type, engine.basic_optimizer, args.num_warmup_steps, plan.steps
         )
         # Weights are the same on all ranks by now; from here on each rank draws its own dropout masks.

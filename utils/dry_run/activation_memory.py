@@ -5,14 +5,17 @@ sizes of the tensors that are alive. So no family needs a formula of its own, an
 The closed formulas for transformer blocks are in Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198).
 """
 
+from __future__ import annotations
+
 import weakref
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from utils.model.build import ModelForm, create_meta_model
 from utils.module.fused_loss import can_fuse, install_loss, summed_loss
@@ -48,7 +51,7 @@ class Counts(NamedTuple):
 class _LiveBytes(TorchDispatchMode):
     """Adds up the storages that ops make, from their birth to their end; those of `model` are there already."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
         super().__init__()
         tensors = (*model.parameters(), *model.buffers())
         self.known: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in tensors}
@@ -106,9 +109,6 @@ def _attention(
     return _Attention.apply(query, key, value), None
 
 
-AttentionInterface.register(NAME, _attention)
-
-
 def _offloading_checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Checkpoint `function`, add up the bytes it keeps, and hold none of them until the backward."""
 
@@ -128,7 +128,7 @@ class _Offloaded:
 
 def simulated_model(
     config: PretrainedConfig, form: ModelForm, dtype: str, entries: int | None = None
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """Build the run's model on the meta device, with attention and offloading that allocate as the real ones do.
 
     Args:
@@ -137,6 +137,7 @@ def simulated_model(
     """
     offload = form.gradient_checkpointing and form.activation_offloading
     model = create_meta_model(config, form._replace(activation_offloading=False), dtype, entries)
+    transformers.AttentionInterface.register(NAME, _attention)
     model.set_attn_implementation(NAME)
     if offload:
         for module in model.modules():
@@ -145,7 +146,7 @@ def simulated_model(
     return model.train()
 
 
-def count(model: PreTrainedModel, layout: Layout, fused: bool = True) -> Counts:
+def count(model: transformers.PreTrainedModel, layout: Layout, fused: bool = True) -> Counts:
     """Run one micro batch of `layout` through a model of `simulated_model`, which is used up by that.
 
     Models of many blocks are run with 3 and with 6 of them: what is alive grows by the same for every block.
@@ -173,7 +174,7 @@ def count(model: PreTrainedModel, layout: Layout, fused: bool = True) -> Counts:
     return Counts(*totals, *sizes[:3], max(sizes[3], gradients), sizes[4])
 
 
-def _sizes(model: PreTrainedModel, layout: Layout) -> list[int]:
+def _sizes(model: transformers.PreTrainedModel, layout: Layout) -> list[int]:
     """Return [activations, forward, backward, with_gradients, offloaded] of `Counts`."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     activations, forward, with_gradients = _micro_batch(model, layout)
@@ -191,7 +192,7 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _loss(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
+def _loss(model: transformers.PreTrainedModel, layout: Layout) -> torch.Tensor:
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.long, device="meta")
 
@@ -202,7 +203,7 @@ def _loss(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
     return summed_loss(model, batch)
 
 
-def _micro_batch(model: PreTrainedModel, layout: Layout) -> tuple[int, int, int]:
+def _micro_batch(model: transformers.PreTrainedModel, layout: Layout) -> tuple[int, int, int]:
     """Return the bytes alive when the head begins, and the most in the forward and from there to the backward's end."""
     for parameter in model.parameters():
         parameter.grad = None

@@ -1,10 +1,12 @@
 """Load a saved model again and compare its logits with the live model's."""
 
+from __future__ import annotations
+
 import math
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 
 from utils.errors import UserError
 
@@ -33,7 +35,7 @@ def verify_saved_model(folder: str, input_ids: torch.Tensor, expected: torch.Ten
         UserError: it does not load, or differs by more than the dtype's rounding explains.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as err:
         raise UserError(f"the model saved in {folder} does not load again: {err}") from err
     actual = live_logits(model, input_ids.cpu())

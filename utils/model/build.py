@@ -1,11 +1,14 @@
 """Build the model a run trains: loaded, with random weights, or without weights on the meta device."""
 
+from __future__ import annotations
+
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from utils.distributed.ranks import print_rank_0
 from utils.machine.precision import DTYPES
@@ -51,7 +54,7 @@ def create_model(
     tokenizer: PreTrainedTokenizerBase,
     ds_config: dict[str, Any],
     untrained: bool = False,
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """Build the model that a run trains, loaded from `name`, and print what was done to it.
 
     Args:
@@ -59,7 +62,7 @@ def create_model(
         untrained: make random weights from the configuration alone.
     """
     model = create_hf_model(
-        AutoModelForCausalLM, name, tokenizer, None if untrained else ds_config, rlhf_training=untrained,
+        transformers.AutoModelForCausalLM, name, tokenizer, None if untrained else ds_config, rlhf_training=untrained,
         dropout=form.dropout,
     )  # fmt: skip
     model = _shape(model, form, print_rank_0)
@@ -69,7 +72,7 @@ def create_model(
 
 def create_meta_model(
     config: PretrainedConfig, form: ModelForm, dtype: str, entries: int | None = None
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """Build the same model on the meta device: all its tensors and none of their memory.
 
     Args:
@@ -79,7 +82,7 @@ def create_meta_model(
     """
     configure_dropout(config, form.dropout)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
         if entries is not None:
             grow_embeddings(model, entries)
         model = _shape(model, form, lambda line: None)
@@ -87,7 +90,9 @@ def create_meta_model(
         return model.to(DTYPES[dtype]) if form.lora_dim > 0 else model
 
 
-def _shape(model: PreTrainedModel, form: ModelForm, say: Callable[[str], None]) -> PreTrainedModel:
+def _shape(
+    model: transformers.PreTrainedModel, form: ModelForm, say: Callable[[str], None]
+) -> transformers.PreTrainedModel:
     """Tile MLPs, wrap layers in LoRA and turn checkpointing on, as `form` asks; `say` gets a line on each."""
     if form.tiled_mlp:
         say(f"Tiled MLP: {tile_mlps(model)}")

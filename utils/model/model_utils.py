@@ -1,14 +1,16 @@
 """Load a causal language model for training: dtype, dropout, vocabulary, special ids."""
 
+from __future__ import annotations
+
 import math
 import os
 from typing import Any
 
 import torch
+import transformers
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import HfDeepSpeedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from utils.distributed.ranks import world_size
 from utils.distributed.zero3 import whole_numel, whole_shape
@@ -66,7 +68,7 @@ def create_hf_model(
     rlhf_training: bool = False,
     disable_dropout: bool | float | None = False,
     dropout: float | None = None,
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """Load `model_name_or_path` for training.
 
     Args:
@@ -89,6 +91,8 @@ def create_hf_model(
         if needs_swap_buffers(ds_config):
             size_swap_buffers(ds_config, largest_weight(config, token_rows(tokenizer)), world_size())
         # transformers keeps a weak reference: the object has to live as long as the model is being built.
+        from transformers.integrations import HfDeepSpeedConfig  # imports what a run without ZeRO 3 does without
+
         keep_alive = HfDeepSpeedConfig(ds_config)
     dtype = _training_dtype(ds_config)
     try:
@@ -113,7 +117,7 @@ def create_hf_model(
     return model
 
 
-def enable_checkpointing(model: PreTrainedModel, offload: bool) -> None:
+def enable_checkpointing(model: transformers.PreTrainedModel, offload: bool) -> None:
     """Keep only the inputs of the blocks for the backward; `offload`: in pinned CPU memory, transformers' own way."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(offload=offload)
@@ -123,7 +127,7 @@ def enable_checkpointing(model: PreTrainedModel, offload: bool) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def embedding_rows(model: PreTrainedModel) -> int:
+def embedding_rows(model: transformers.PreTrainedModel) -> int:
     """Count the rows of the input embedding, also where ZeRO 3 has partitioned it."""
     weight = model.get_input_embeddings().weight
     return whole_shape(weight)[0]
@@ -137,12 +141,12 @@ def rounded_rows(entries: int) -> int:
 def largest_weight(config: PretrainedConfig, entries: int) -> int:
     """Count the elements of the model's largest tensor, its embedding grown for a tokenizer of so many entries."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     grown = rounded_rows(entries) * model.get_input_embeddings().weight.shape[1]
     return max(grown, *(parameter.numel() for parameter in model.parameters()))
 
 
-def grow_embeddings(model: PreTrainedModel, entries: int) -> bool:
+def grow_embeddings(model: transformers.PreTrainedModel, entries: int) -> bool:
     """Give the model at least `entries` embedding rows, rounded up to a multiple of 8; True if it grew.
 
     GPT-2's 50257 rows become 50264: a product with a vocabulary that divides by 8 is faster on a GPU.

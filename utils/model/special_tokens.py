@@ -1,10 +1,13 @@
 """The tokens with a task: those that generation stops at, the one that closes an answer, and rows for all of them."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import PreTrainedTokenizerBase
 
 from utils.distributed.ranks import print_rank_0
 
@@ -23,7 +26,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
 
-def end_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
+def end_ids(tokenizer: PreTrainedTokenizerBase, model: transformers.PreTrainedModel) -> list[int]:
     """Return the ids that generation stops at: the tokenizer's end token, then those of the checkpoint's list.
 
     A single id is no list that somebody chose: the tokenizer's end token takes its place. Many families have a default
@@ -37,7 +40,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[
     return list(dict.fromkeys(found))
 
 
-def stop_at(model: PreTrainedModel, ids: list[int]) -> None:
+def stop_at(model: transformers.PreTrainedModel, ids: list[int]) -> None:
     """Have generation stop at these ids, in both configurations; a single one is a plain number."""
     for settings in (model.config, model.generation_config):
         settings.eos_token_id = ids[0] if len(ids) == 1 else list(ids) or None
@@ -60,7 +63,7 @@ def closing_ids(samples: Iterable[list[int]], end_id: int, tokenizer: PreTrained
     return [token for token, count in counts.most_common() if count >= USUAL_SHARE * read]
 
 
-def stop_where_answers_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Any) -> None:
+def stop_where_answers_end(model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Any) -> None:
     """Add what closes the answers of the training data to what generation stops at, and print it.
 
     A base model may be trained on the turns of a chat template: it learns the token that closes a turn, and has to be

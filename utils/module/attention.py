@@ -5,6 +5,8 @@
 stays until another is set or `clear_documents` is called, so gradient checkpointing's second forward sees the same.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 from collections.abc import Callable
@@ -12,18 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, PreTrainedModel
+import transformers
 
 from utils.module.cpu_attention import cpu_attention
 
 NAME = "documents"
 _UNSUPPORTED = ("position_bias", "s_aux", "cache")  # learned biases, sinks, paged caches: refused, never ignored
 Attention = Callable[..., tuple[torch.Tensor, None]]
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a torch built without the kernel
-    varlen_attn = None
 FLASH_CAPABILITY = (8, 0)  # Ampere: varlen_attn's flash kernels raise an error on older GPUs
 
 
@@ -159,8 +156,7 @@ def _one_document_softcapped(
 def _can_use_varlen(query: torch.Tensor, value: torch.Tensor, dropout: float, softcap: float | None) -> bool:
     """Return whether torch's flash kernel can be used: Ampere or later, 16 bits, a head size it has, nothing extra."""
     return (
-        varlen_attn is not None
-        and query.device.type == "cuda"
+        query.device.type == "cuda"
         and torch.cuda.get_device_capability(query.device) >= FLASH_CAPABILITY
         and query.dtype in (torch.float16, torch.bfloat16)
         and dropout == 0
@@ -168,6 +164,7 @@ def _can_use_varlen(query: torch.Tensor, value: torch.Tensor, dropout: float, so
         and query.shape[0] == 1
         and query.shape[-1] == value.shape[-1] <= 256
         and query.shape[-1] % 8 == 0
+        and varlen_kernel() is not None
     )
 
 
@@ -204,13 +201,26 @@ def _varlen(
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     cu_seqlens = Documents.cu_seqlens
-    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)[None]
+    return varlen_kernel()(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)[None]
+
+
+@functools.cache
+def varlen_kernel() -> Callable[..., torch.Tensor] | None:
+    """Return torch's varlen attention; None from a torch built without it.
+
+    It is imported when it is wanted: it brings torch's compiler, a second that runs on a CPU do without.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
 
 
 @functools.cache
 def _varlen_arguments() -> frozenset[str]:
     """Return the argument names of this torch's varlen_attn: 2.11 added scale and window_size, 2.12 enable_gqa."""
-    return frozenset(inspect.signature(varlen_attn).parameters)
+    return frozenset(inspect.signature(varlen_kernel()).parameters)
 
 
 def row_attention(
@@ -221,20 +231,20 @@ def row_attention(
     return attend(module, query, key, value, *args, **kwargs)
 
 
-AttentionInterface.register(NAME, row_attention)
-
-
-def use_document_attention(model: PreTrainedModel) -> str:
+def use_document_attention(model: transformers.PreTrainedModel) -> str:
     """Switch `model` to document attention; return the name of its former attention, for `restore_attention`.
 
     No mask function is registered under the name "documents", so transformers builds no mask.
     """
     before = model.config._attn_implementation
+    # Not where this file is imported: the interface brings all that models need, and a wrong column needs none of it.
+    if NAME not in transformers.AttentionInterface():
+        transformers.AttentionInterface.register(NAME, row_attention)
     model.set_attn_implementation(NAME)
     return before
 
 
-def restore_attention(model: PreTrainedModel, name: str) -> None:
+def restore_attention(model: transformers.PreTrainedModel, name: str) -> None:
     """Switch `model` back to the attention of this name and forget the row layout."""
     clear_documents()
     model.set_attn_implementation(name)

@@ -4,12 +4,14 @@ The fused loss projects to the vocabulary only at label positions, a chunk of th
 [tokens, vocabulary] logits never exist. Gradients are computed in the same pass over a chunk.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
 
 from utils.module.attention import set_documents
 
@@ -26,7 +28,7 @@ class LogitTransform(NamedTuple):
     softcap: float | None = None  # logits are bounded to +-softcap by tanh, after scaling
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "LogitTransform":
+    def of(cls, model: transformers.PreTrainedModel) -> LogitTransform:
         """Read a model's scale (Cohere's logit_scale, Granite's logits_scaling) and soft-cap (Gemma 2)."""
         config = model.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -45,7 +47,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     return model(**inputs, use_cache=False, positions=batch["positions"], targets=batch["targets"])
 
 
-def install_loss(model: PreTrainedModel, fused: bool) -> None:
+def install_loss(model: transformers.PreTrainedModel, fused: bool) -> None:
     """Make `model(..., positions=, targets=)` return the summed loss; without them it returns what it did before.
 
     The loss is computed inside the model's forward, so DeepSpeed's hooks run around it (ZeRO 3 gathers the head by
@@ -78,7 +80,7 @@ def install_loss(model: PreTrainedModel, fused: bool) -> None:
     model.forward = forward
 
 
-def can_fuse(model: PreTrainedModel) -> bool:
+def can_fuse(model: transformers.PreTrainedModel) -> bool:
     """Return whether the head is a plain Linear on the base model's output (with LoRA on the head it is not)."""
     return type(model.get_output_embeddings()) is nn.Linear and model.base_model is not model
 

@@ -8,15 +8,18 @@ over the ranks of a group and averaged over the groups (`averaged_over` of `util
 batches undo.
 """
 
+from __future__ import annotations
+
 from argparse import Namespace
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import transformers
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from utils.errors import UserError
 from utils.module.attention import document_attention, set_exchange
@@ -121,11 +124,11 @@ def _attention_calls(config: PretrainedConfig) -> tuple[list[_Shapes], str | Non
         calls.append(_Shapes(query.shape, key.shape, value.shape))
         return document_attention(module, query, key, value, *args, **kwargs)
 
-    AttentionInterface.register(PROBE, probe)
+    transformers.AttentionInterface.register(PROBE, probe)
     try:
         with torch.device("meta"), torch.no_grad():
             # bf16: kernels of mixtures of experts ask for it on the meta device.
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
             model.set_attn_implementation(PROBE)
             ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
             model(input_ids=ids, position_ids=ids, use_cache=False)

@@ -4,15 +4,18 @@ DeepSpeed's `TiledMLP` (Bekman et al. 2025, https://arxiv.org/abs/2506.13996) co
 and tells ZeRO that a weight's gradient is complete with the last piece.
 """
 
+from __future__ import annotations
+
 import inspect
 from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from utils.errors import UserError
 from utils.module.lora import find_blocks
@@ -90,4 +93,4 @@ def check_tiled_mlp(config: PretrainedConfig) -> None:
         UserError: `tile_mlps` would refuse the model.
     """
     with torch.device("meta"):
-        find_mlps(AutoModelForCausalLM.from_config(config))
+        find_mlps(transformers.AutoModelForCausalLM.from_config(config))
