@@ -1,15 +1,19 @@
 """DeepSpeed's configuration of a training run."""
 
 import os
+from argparse import Namespace
 from typing import Any, NamedTuple
 
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
 from utils.distributed.ranks import print_rank_0, world_size
+from utils.ds_file.read import merge_config, overridden_zero
 from utils.engine.nvme_swap import open_swap_folder
 from utils.errors import UserError
+from utils.logging.console import chatter_to_log
 from utils.logging.trackers import monitor_blocks
-from utils.run_config import RunConfig, merge_config, overrides_precision
+from utils.run_config import RunConfig
 
 GLOBAL_BATCH_SIZE = 32  # these two stand in for a run's own batch sizes, which replace them
 MICRO_BATCH_SIZE = 4
@@ -155,10 +159,8 @@ def build_ds_config(config: RunConfig) -> dict[str, Any]:
     With `--offload nvme` this opens the process's folder for swap files.
     """
     args, overrides = config.args, config.overrides
-    # The precision of --deepspeed_config replaces that of --dtype.
-    dtype = "fp32" if overrides_precision(overrides) else config.dtype
     ds_config = get_train_ds_config(
-        args.offload, config.zero_stage, dtype, enable_tensorboard=args.enable_tensorboard,
+        args.offload, config.zero_stage, config.dtype, enable_tensorboard=args.enable_tensorboard,
         tb_path=args.tensorboard_path, tb_name="step1_model",
     )  # fmt: skip
     ds_config = merge_config(ds_config, monitor_blocks(args.report_to, args.enable_tensorboard))
@@ -168,6 +170,7 @@ def build_ds_config(config: RunConfig) -> dict[str, Any]:
     # DeepSpeed's own timer of throughput waits for the device twice in every micro batch; Progress measures it instead.
     ds_config["timers"] = {"throughput": {"enabled": False}}
     ds_config = merge_config(ds_config, overrides)
+    ds_config["zero_optimization"]["stage"] = config.zero_stage  # what is offloaded is sharded
     ds_config["train_batch_size"] = config.batches.global_batch
     if args.sequence_parallel_size > 1:  # read where weights are partitioned while they load
         ds_config["sequence_parallel_size"] = args.sequence_parallel_size
@@ -182,6 +185,23 @@ def build_ds_config(config: RunConfig) -> dict[str, Any]:
             f"Swap files: below {folder}, removed when the run ends; checkpoints hold models alone (--save_only_model)"
         )
     return ds_config
+
+
+def check_ds_file(args: Namespace, settings: dict[str, Any]) -> None:
+    """Have DeepSpeed read the generated configuration with the settings of `--deepspeed_config` laid over it.
+
+    Raises:
+        UserError: DeepSpeed refuses it.
+    """
+    stage, offload = overridden_zero(args.zero_stage, args.offload, settings)
+    trial = merge_config(get_train_ds_config(offload, max(stage, 1 if offload else 0), "fp32"), settings)
+    del trial["train_batch_size"]  # it follows from the number of ranks
+    try:
+        with chatter_to_log():
+            DeepSpeedConfig(trial)
+    except (DeepSpeedConfigError, AssertionError, ValueError, TypeError, KeyError, AttributeError) as err:
+        reason = " ".join(str(err).split())[:300]
+        raise UserError(f"--deepspeed_config {args.deepspeed_config}: DeepSpeed can't use it: {reason}") from err
 
 
 def scale_settings(config: RunConfig) -> dict[str, Any]:

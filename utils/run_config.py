@@ -3,7 +3,6 @@
 Arguments stay what the user typed. A decision made later is a new value: `config = replace(config, layout=...)`.
 """
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from utils.distributed.process_group import local_rank_of
 from utils.distributed.ranks import global_rank, print_rank_0, world_size
+from utils.ds_file.read import DeepSpeedFile, disables, enabled_precision, overridden_zero, read_deepspeed_file
 from utils.errors import UserError
 from utils.machine.precision import planned_dtype, resolve_dtype
 from utils.notation import Gpus, asked_eot_token, parse_gpus
@@ -47,7 +47,7 @@ class RunConfig:
     zero_stage: int
     offload: str | None  # None, "cpu" or "nvme"
     save_only_model: bool
-    overrides: dict[str, Any]  # content of --deepspeed_config
+    overrides: dict[str, Any]  # what --deepspeed_config sets
     batches: BatchCut
     layout: str  # of a batch: "free" (samples end to end in one row), "longest" or "max_length" (padded)
     packing: bool  # batches are counted in packed rows, not in samples
@@ -61,21 +61,16 @@ class RunConfig:
         """
         gpus = parse_gpus(args.dry_run)
         ranks = world_size() if gpus is None else gpus.count
-        dtype, reason = resolve_dtype(args.dtype) if gpus is None else planned_dtype(args.dtype)
-        zero_stage, offload, overrides = args.zero_stage, args.offload, {}
+        file = read_deepspeed_file(args, ranks)
+        dtype, reason = decide_dtype(args, file.settings)
+        zero_stage, offload = overridden_zero(args.zero_stage, args.offload, file.settings)
+        if args.deepspeed_config:
+            print_rank_0(f"DeepSpeed configuration: {describe_file(args.deepspeed_config, file, dtype)}")
         if offload and zero_stage == 0:
             zero_stage = 1
             print_rank_0(
                 "--offload with ZeRO 0: DeepSpeed offloads only what ZeRO shards, so stage 1 is used (same mathematics)"
             )
-        if args.deepspeed_config:
-            overrides = read_deepspeed_config(args.deepspeed_config)
-            print_rank_0(
-                f"DeepSpeed configuration: {args.deepspeed_config} laid over the generated one: {', '.join(overrides)}"
-            )
-            zero_stage, offload = _overridden_zero(zero_stage, offload, overrides)
-            if overrides_precision(overrides) and enabled_precision(overrides) != dtype:
-                dtype, reason = enabled_precision(overrides), "as the DeepSpeed configuration says"
         print_rank_0(f"Precision: {dtype} ({reason})")
         print_rank_0(f"DeepSpeed: ZeRO stage {zero_stage}, offload {offload or 'off'}, {ranks} rank(s)")
         groups = ranks // args.sequence_parallel_size
@@ -87,7 +82,7 @@ class RunConfig:
         return cls(
             args=args, device=device, local_rank=local_rank_of(args.local_rank), gpus=gpus, ranks=ranks, dtype=dtype,
             zero_stage=zero_stage, offload=offload, save_only_model=args.save_only_model or offload == "nvme",
-            overrides=overrides, batches=batches, layout=args.padding, packing=args.packing,
+            overrides=file.settings, batches=batches, layout=args.padding, packing=args.packing,
         )  # fmt: skip
 
     def with_layout(self, layout: str) -> "RunConfig":
@@ -143,6 +138,39 @@ class RunConfig:
         }  # fmt: skip
 
 
+def decide_dtype(args: Namespace, settings: dict[str, Any]) -> tuple[str, str]:
+    """Return (dtype, reason): what the file of `--deepspeed_config` turns on or off, else as `--dtype` says.
+
+    Args:
+        settings: of the file.
+
+    Raises:
+        UserError: the device can't train in it.
+    """
+    decide = resolve_dtype if parse_gpus(args.dry_run) is None else planned_dtype
+    in_file = enabled_precision(settings)
+    if in_file == "fp32":
+        dtype, reason = decide(args.dtype)
+        if disables(settings, dtype):
+            return "fp32", f"the DeepSpeed configuration turns {dtype} off"
+        return dtype, reason
+    try:
+        dtype, reason = decide(in_file)
+    except UserError as err:
+        raise UserError(f"--deepspeed_config {args.deepspeed_config} turns {in_file} on: {err}") from err
+    reason = reason.replace("as asked", "as the DeepSpeed configuration says")
+    return dtype, reason + f", in place of --dtype {args.dtype}" * (args.dtype not in ("auto", dtype))
+
+
+def describe_file(path: str, file: DeepSpeedFile, dtype: str) -> str:
+    """Return a line on what of the file of `--deepspeed_config` is used and what is not."""
+    idle = [name for name in ("bf16", "fp16") if name != dtype and file.settings.get(name, {}).keys() - {"enabled"}]
+    settings = [name for name in file.settings if name not in idle]
+    notes = [*file.notes, *(f"{name}'s settings wait for that precision" for name in idle)]
+    laid = f"{path} laid over the generated one: {', '.join(settings) or 'nothing'}"
+    return f"{laid} ({'; '.join(notes)})" if notes else laid
+
+
 def averaged_over(groups: int, group_size: int, zero_stage: int) -> int:
     """Return the number DeepSpeed (0.19.8) divides the gradients by that it sums over all ranks.
 
@@ -150,64 +178,3 @@ def averaged_over(groups: int, group_size: int, zero_stage: int) -> int:
     ZeRO 3, where gradients go through `reduce_scatter_coalesced`, by the number of all ranks.
     """
     return groups * (group_size if zero_stage == 3 else 1)
-
-
-# ------------------------------------------------------------------------------------- --deepspeed_config
-
-
-def read_deepspeed_config(path: str) -> dict[str, Any]:
-    """Read the user's `--deepspeed_config` file.
-
-    Raises:
-        UserError: the file is no JSON object, or sets what this program's flags decide.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError) as err:
-        raise UserError(f"--deepspeed_config {path} can't be read as JSON: {err}") from err
-    if not isinstance(config, dict):
-        raise UserError(f"--deepspeed_config {path} must hold one JSON object, not a {type(config).__name__}.")
-    owned = {
-        "optimizer": "--learning_rate, --weight_decay",
-        "scheduler": "--lr_scheduler_type, --num_warmup_steps",
-        "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
-        "gradient_accumulation_steps": "--gradient_accumulation_steps",
-        "sequence_parallel_size": "--sequence_parallel_size",
-        "train_batch_size": "--per_device_train_batch_size and --gradient_accumulation_steps",
-    }
-    clash = [f"{key} (use {flag})" for key, flag in owned.items() if config.get(key, "auto") != "auto"]
-    if clash:
-        raise UserError(f"--deepspeed_config {path} sets what this program's flags decide: {'; '.join(clash)}.")
-    return config
-
-
-def merge_config(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """Lay `override` over `base` key by key, nested objects too; the value "auto" keeps the base's. Returns a copy."""
-    merged = dict(base)
-    for key, value in override.items():
-        if isinstance(value, dict):
-            below = merged.get(key)
-            merged[key] = merge_config(below if isinstance(below, dict) else {}, value)
-        elif value != "auto":
-            merged[key] = value
-    return merged
-
-
-def enabled_precision(ds_config: dict[str, Any]) -> str:
-    """Return the precision that a DeepSpeed configuration enables: bf16, fp16 or fp32."""
-    blocks = merge_config({}, ds_config)
-    return next((name for name in ("bf16", "fp16") if blocks.get(name, {}).get("enabled")), "fp32")
-
-
-def overrides_precision(overrides: dict[str, Any]) -> bool:
-    """Whether `--deepspeed_config` sets the precision, which then replaces `--dtype`'s."""
-    return "fp16" in overrides or "bf16" in overrides
-
-
-def _overridden_zero(stage: int, offload: str | None, overrides: dict[str, Any]) -> tuple[int, str | None]:
-    """Return (ZeRO stage, offload device) once `--deepspeed_config` is laid over the arguments' own."""
-    base = {"stage": stage, "offload_optimizer": {"device": offload or "none"}}
-    block = merge_config({"zero_optimization": base}, overrides)["zero_optimization"]
-    device = block.get("offload_optimizer", {}).get("device", "none")
-    return block["stage"], None if device == "none" else device

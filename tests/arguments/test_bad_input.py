@@ -162,7 +162,7 @@ def test_bad_deepspeed_configuration(run_inside, good, tmp_path):
     config = tmp_path / "ds.json"
     config.write_text("{")
     fails(run_inside, {**good, "--deepspeed_config": [str(config)]}, "ds.json", "JSON")
-    config.write_text(json.dumps({"optimizer": {"type": "Adam"}, "train_batch_size": 3}))
+    config.write_text(json.dumps({"optimizer": {"type": "Adam", "params": {"lr": 0.1}}, "train_batch_size": 3}))
     fails(run_inside, {**good, "--deepspeed_config": [str(config)]}, "--learning_rate", "--per_device_train_batch_size")
 
 

@@ -28,11 +28,12 @@ from utils.data.splits import split_boundaries
 from utils.data.tokenization.tokenize_rows import end_of_conversation_token
 from utils.distributed.launchers import launched_rank, launched_ranks
 from utils.distributed.process_group import check_local_rank, local_rank_of
+from utils.ds_file.read import read_deepspeed_file
+from utils.ds_utils import check_ds_file
 from utils.engine.nvme_swap import check_async_io, check_swap_folder
 from utils.errors import UserError, join_problems
 from utils.logging.console import say
 from utils.logging.trackers import check_reports
-from utils.machine.precision import resolve_dtype
 from utils.model.build import create_meta_model, model_form
 from utils.model.model_utils import configure_dropout, has_weights, load_model_config, max_positions
 from utils.model.special_tokens import token_rows
@@ -41,7 +42,7 @@ from utils.module.lora import check_lora_module_name
 from utils.module.sequence_parallel import check_sequence_parallel
 from utils.module.tiled_mlp import check_tiled_mlp
 from utils.notation import Gpus, asked_eot_token, parse_data_split, parse_gpus, parse_source
-from utils.run_config import read_deepspeed_config
+from utils.run_config import decide_dtype
 
 Result = TypeVar("Result")
 PROBE_TEXT = "Human: How many legs has a spider? Assistant: Eight. 蜘蛛有八条腿。"
@@ -96,14 +97,12 @@ def check_run(args: Namespace) -> None:
 def _check_machine(args: Namespace, gpus: Gpus | None, ranks: int, attempt: Callable[..., Any]) -> None:
     """Try what depends on this machine and its ranks, or on those of the plan."""
     attempt(check_local_rank, local_rank_of(args.local_rank))
-    if gpus is None:
-        attempt(resolve_dtype, args.dtype)
+    file = attempt(_check_deepspeed_file, args, ranks)
+    attempt(decide_dtype, args, file or {})
     attempt(check_reports, args.report_to, args.enable_tensorboard)
     attempt(_check_groups, args.sequence_parallel_size, ranks)
     if args.activation_offloading and gpus is None:
         attempt(_check_offloading)
-    if args.deepspeed_config:
-        attempt(read_deepspeed_config, args.deepspeed_config)
 
 
 def _check_model(args: Namespace, config: PretrainedConfig, attempt: Callable[..., Any]) -> None:
@@ -117,6 +116,14 @@ def _check_model(args: Namespace, config: PretrainedConfig, attempt: Callable[..
         own = copy.deepcopy(config)
         configure_dropout(own, model_form(args).dropout)
         attempt(check_tiled_mlp, own)
+
+
+def _check_deepspeed_file(args: Namespace, ranks: int) -> dict[str, Any]:
+    """Return what the file of `--deepspeed_config` sets, which DeepSpeed itself has read too."""
+    settings = read_deepspeed_file(args, ranks).settings
+    if args.deepspeed_config:
+        check_ds_file(args, settings)
+    return settings
 
 
 def _check_writable(folder: str, argument: str) -> bool:
