@@ -105,7 +105,7 @@ def test_precision_is_the_flags_unless_the_file_says_it(arguments, content, flag
     ("content", "words"),
     [
         ({"zero_optimisation": {"stage": 2}}, "zero_optimisation is no setting of DeepSpeed's (do you mean zero_opt"),
-        ({"zero_optimization": {"stag": 2}}, "zero_optimization.stag is no setting of DeepSpeed's (do you mean stage?)"),
+        ({"zero_optimization": {"stag": 2}}, "zero_optimization.stag is no setting of DeepSpeed's (do you mean stage?"),
         ({"zero_optimization": {"offload_param": {"devise": "cpu"}}}, "offload_param.devise is no"),
         ({"zero_optimization": {"offload_param": None}}, "offload_param must be an object of settings, not null"),
         ({"zero_optimization": {"offload_param": {"device": "gpu"}}}, "zero_optimization.offload_param.device: "),
