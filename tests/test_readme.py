@@ -344,6 +344,7 @@ def test_requirements_are_pinned_and_hold_what_is_imported():
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)", text_of("requirements.txt") + text_of("requirements-dev.txt"), re.M))
     ours = {"utils", "tools", "benchmarks", "demo", "tests", "main", "prompt_eval"}
     ours |= {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    ours |= {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
     packages = packages_distributions()  # modules go by another name than their package, or several come in one
     for folder in (".", "utils", "tools", "evaluation_scripts", "tests"):
         for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py"):
