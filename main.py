@@ -74,7 +74,9 @@ def main(args: Namespace) -> None:
     stop_where_answers_end(model, tokenizer, data.train)
     advise_rate(model, args.learning_rate, args.lora_learning_rate, args.lora_dim)
     engine = create_engine(config, model, ds_config, groups)
-    layout = choose_layout(engine.module, config.layout, len(tokenizer), config.device, config.sequence_part)
+    layout = choose_layout(
+        engine.module, config.layout, len(tokenizer), config.device, config.sequence_part, args.max_seq_len
+    )
     config = config.with_layout(layout)
     add_embedding_noise(engine.module, args.neftune_noise_alpha)
 

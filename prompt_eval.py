@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.data.prompt_dataset import PromptDataset
 from utils.errors import UserError
+from utils.module.remote_code import trust_remote_code
 from utils.prompt_eval.answers import Results, generate, generate_constrastive_search
 from utils.prompt_eval.arguments import parse_args, with_defaults
 from utils.prompt_eval.chat import Speaker, chat
@@ -46,6 +47,7 @@ __all__ = [
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare the two models that the command line names, or talk to them."""
     args = parse_args(argv)
+    trust_remote_code(args.trust_remote_code)
     config = EvalConfig.resolve(args)
     device = chosen_device(args.device)
     print(f"Settings: {', '.join(config.settings)}")

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.module.test_lora import CONFIGS
 from utils.errors import UserError
-from utils.model.model_utils import create_hf_model, enable_checkpointing, grow_embeddings, max_positions
+from utils.model.config_values import max_positions
+from utils.model.model_utils import create_hf_model, enable_checkpointing, grow_embeddings
 from utils.model.tokenizer import load_hf_tokenizer
 
 

@@ -334,7 +334,7 @@ def test_a_checkpoint_that_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no weights here"):
         prompt_eval.load(str(tmp_path / "empty"), "cpu")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="nobody/nothing: cannot be loaded"):
+    with pytest.raises(UserError, match="no usable model configuration at nobody/nothing"):
         prompt_eval.load("nobody/nothing", "cpu")
 
 

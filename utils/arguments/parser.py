@@ -76,6 +76,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", required=True, metavar="NAME",
         help="the model to fine-tune: a folder with weights and tokenizer, or a hub name")
+    add("--trust_remote_code", action="store_true",
+        help="run the Python code that a model brings with it (auto_map in its config.json); off, since such code can "
+        "do anything: read it first")
     add("--gradient_checkpointing", "--gradient_checkpoint", action="store_true",
         help="compute activations again in the backward instead of keeping them: far less memory, about a third more "
         "time; off, since it is slower; --gradient_checkpoint is the same flag")

@@ -35,10 +35,13 @@ from utils.errors import UserError, join_problems
 from utils.logging.console import say
 from utils.logging.trackers import check_reports
 from utils.model.build import create_meta_model, model_form
-from utils.model.model_utils import configure_dropout, has_weights, load_model_config, max_positions
+from utils.model.checkpoint import check_files, check_weights
+from utils.model.config_values import check_length, check_rope
+from utils.model.model_utils import configure_dropout, has_weights, load_model_config
 from utils.model.special_tokens import token_rows
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import check_lora_module_name
+from utils.module.remote_code import is_trusted, trust_remote_code
 from utils.module.sequence_parallel import check_sequence_parallel
 from utils.module.tiled_mlp import check_tiled_mlp
 from utils.notation import Gpus, asked_eot_token, parse_data_split, parse_gpus, parse_source
@@ -55,6 +58,7 @@ def check_run(args: Namespace) -> None:
         UserError: everything that is wrong, in one message.
     """
     problems = check_values(args)
+    trust_remote_code(args.trust_remote_code)
 
     def attempt(check: Callable[..., Result], *arguments: Any) -> Result | None:
         try:
@@ -90,6 +94,8 @@ def check_run(args: Namespace) -> None:
             attempt(_check_data, name, SFT_ONLY_SPLIT, args, own)
         for name in args.eval_data_path:
             attempt(_check_data, name, SFT_ONLY_SPLIT, args, own)
+    if not problems and config is not None and os.path.isdir(args.model_name_or_path) and not args.dry_run:
+        attempt(check_weights, args.model_name_or_path, config, False)  # imports the model's code, so it comes last
     if problems:
         raise UserError(join_problems(problems))
 
@@ -107,7 +113,8 @@ def _check_machine(args: Namespace, gpus: Gpus | None, ranks: int, attempt: Call
 
 def _check_model(args: Namespace, config: PretrainedConfig, attempt: Callable[..., Any]) -> None:
     """Try what depends on the model's configuration."""
-    attempt(_check_length, args.max_seq_len, config)
+    attempt(check_length, args.max_seq_len, config)
+    attempt(check_rope, config, args)
     if args.lora_dim > 0:
         attempt(_check_lora_names, config, args.lora_module_name)
     if args.sequence_parallel_size > 1:
@@ -159,6 +166,7 @@ def _check_resume(args: Namespace) -> None:
 
 def _check_model_folder(name: str, needs_weights: bool) -> PretrainedConfig:
     if os.path.isdir(name):
+        check_files(name)
         files = os.listdir(name)
         if "config.json" not in files:
             raise UserError(f"no config.json in the model folder {name}: give a complete model folder or a hub name.")
@@ -167,15 +175,9 @@ def _check_model_folder(name: str, needs_weights: bool) -> PretrainedConfig:
     return load_model_config(name)
 
 
-def _check_length(max_seq_len: int, config: PretrainedConfig) -> None:
-    limit = max_positions(config)
-    if limit is not None and max_seq_len > limit:
-        raise UserError(f"--max_seq_len {max_seq_len} is more than the model's {limit} positions: use {limit} or less.")
-
-
 def _check_lora_names(config: PretrainedConfig, module_name: str) -> None:
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted())
     check_lora_module_name(model, module_name)
 
 

@@ -207,7 +207,9 @@ def measure_time(
     args = config.args
     model = create_model(args.model_name_or_path, model_form(args), tokenizer, ds_config, untrained=True)
     engine = create_engine(config, model, ds_config, groups)
-    layout = choose_layout(engine.module, config.layout, len(tokenizer), config.device, config.sequence_part)
+    layout = choose_layout(
+        engine.module, config.layout, len(tokenizer), config.device, config.sequence_part, args.max_seq_len
+    )
     engine.train()
     units = units_of_epoch(config, data, 1)
     timed = TimedRun(engine, data, units, replace(config, layout=layout))

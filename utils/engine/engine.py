@@ -10,6 +10,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.runtime.utils import clip_grad_norm_
+from torch import nn
 
 from utils.distributed.ranks import print_rank_0
 from utils.logging.console import chatter_to_log, phase
@@ -17,9 +18,8 @@ from utils.machine.cpu_allocator import keep_freed_memory
 from utils.run_config import RunConfig
 
 BETAS = (0.9, 0.95)
-# Spellings of "this parameter is a bias or belongs to a normalisation layer" in the families in use:
-# OPT/GPT-2 `..._layer_norm`, `ln_1`, BLOOM/NeoX `..._layernorm`, Llama/Qwen/Gemma `...norm.weight`, MPT `norm_1`.
-NO_DECAY_NAMES = ("bias", "layer_norm.", "layernorm.", "norm.", "norm_", "norm1.", "norm2.", "ln_")
+# DeepSpeed-Chat's names of what is not decayed; a model's own structure says the rest (`_undecayed`).
+NO_DECAY_NAMES = ("bias", "layer_norm.weight", "layernorm.weight", "norm.weight", "ln_f.weight")
 LORA_NAMES = ("lora_right_weight", "lora_left_weight")
 
 
@@ -115,21 +115,23 @@ def get_optimizer_grouped_parameters(
     model: torch.nn.Module,
     weight_decay: float,
     lora_lr: float = 5e-4,
-    no_decay_name_list: Iterable[str] = NO_DECAY_NAMES,
+    no_decay_name_list: Iterable[str] | None = None,
     lora_name_list: Iterable[str] = LORA_NAMES,
 ) -> list[dict[str, Any]]:
     """Put trainable parameters into up to three groups: decayed, LoRA (own rate), not decayed.
 
-    Biases and the weights of all normalisation layers get no decay. Empty groups are left out.
+    Biases and the weights of all normalisation layers get no decay; with `no_decay_name_list` the parameters whose
+    names contain one of its parts, and no others. Empty groups are left out.
     """
-    no_decay, lora_names = tuple(no_decay_name_list), tuple(lora_name_list)
+    no_decay, lora_names = tuple(no_decay_name_list or NO_DECAY_NAMES), tuple(lora_name_list)
+    undecayed = _undecayed(model) if no_decay_name_list is None else set()
     decayed, lora, plain = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if any(part in name for part in lora_names):
             lora.append(parameter)
-        elif any(part in name.lower() for part in no_decay):
+        elif id(parameter) in undecayed or any(part in name.lower() for part in no_decay):
             plain.append(parameter)
         else:
             decayed.append(parameter)
@@ -139,6 +141,21 @@ def get_optimizer_grouped_parameters(
         {"params": plain, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _undecayed(model: torch.nn.Module) -> set[int]:
+    """Return the ids of biases, of normalisation layers' weights, and of what the model itself marks as not decayed.
+
+    A normalisation layer is known by its class, which every family calls a norm (LayerNorm, LlamaRMSNorm), whatever
+    its name in the model is (`ln1`, `pre_ln`).
+    """
+    found = set()
+    for module in model.modules():
+        is_norm = "norm" in type(module).__name__.lower() and not isinstance(module, (nn.Linear, nn.Embedding))
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_norm or "bias" in name or getattr(parameter, "_no_weight_decay", False):
+                found.add(id(parameter))
+    return found
 
 
 def skip_steps_that_are_not_finite(engine: deepspeed.DeepSpeedEngine) -> None:

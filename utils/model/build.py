@@ -25,6 +25,7 @@ from utils.module.lora import (
     make_model_gradient_checkpointing_compatible,
     only_optimize_lora_parameters,
 )
+from utils.module.remote_code import is_trusted
 from utils.module.tiled_mlp import tile_mlps
 
 
@@ -82,7 +83,9 @@ def create_meta_model(
     """
     configure_dropout(config, form.dropout)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[dtype], trust_remote_code=is_trusted()
+        )
         if entries is not None:
             grow_embeddings(model, entries)
         model = _shape(model, form, lambda line: None)

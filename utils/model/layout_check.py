@@ -10,11 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PretrainedConfig
 
 from utils.data.batching.batches import collate_for
 from utils.distributed.ranks import print_rank_0
 from utils.errors import UserError
 from utils.machine.device import to_device
+from utils.model.config_values import max_positions, windows
 from utils.module.attention import clear_documents, restore_attention, set_documents, use_document_attention
 from utils.module.fused_loss import can_fuse, install_loss, summed_loss
 
@@ -22,7 +24,12 @@ FIRST, SECOND = 19, 11  # lengths of the documents: odd, so that no kernel's blo
 
 
 def choose_layout(
-    model: nn.Module, padding: str, vocabulary: int, device: torch.device, part: tuple[int, int] = (0, 1)
+    model: nn.Module,
+    padding: str,
+    vocabulary: int,
+    device: torch.device,
+    part: tuple[int, int] = (0, 1),
+    longest: int | None = None,
 ) -> str:
     """Return the layout to train with: `padding`, or "longest" instead of "free" where document attention is wrong.
 
@@ -34,18 +41,21 @@ def choose_layout(
         padding: "free", "longest" or "max_length", as asked for.
         vocabulary: the documents' token ids are below this.
         part: (k, N) where each rank gets part k of N of a row.
+        longest: tokens of the longest document there will be; None: as many as the model has positions for.
 
     Raises:
-        UserError: the parts of a row give another result than the whole row.
+        UserError: the model looks ahead, or the parts of a row give another result than the whole row.
     """
     generator = torch.Generator().manual_seed(0)
+    length = first_length(model.config, longest)
     first, other, second = (
-        torch.randint(0, vocabulary, (length,), generator=generator) for length in (FIRST, FIRST, SECOND)
+        torch.randint(0, vocabulary, (size,), generator=generator) for size in (length, length, SECOND)
     )
     training = model.training
     model.eval()
     with torch.no_grad():
         alone = [_logits(model, [document], device) for document in (first, second)]
+        _check_causality(model, first, vocabulary, alone[0], device)
         if padding == "free":
             padding = _check_documents(model, first, other, second, alone, device)
         _check_loss(model, [first, second], alone, padding, device)
@@ -56,12 +66,44 @@ def choose_layout(
     return padding
 
 
+def first_length(config: PretrainedConfig, longest: int | None) -> int:
+    """Return the length of the first document: it reaches beyond every window and chunk that a document can reach.
+
+    A window that no document is longer than changes nothing, and is not reached here either.
+    """
+    limits = [limit for limit in (longest, max_positions(config)) if limit is not None]
+    reachable = [size for size in windows(config) if all(size < limit for limit in limits)]
+    return min([max([0, *reachable]) + FIRST, *(max(limit, FIRST) for limit in limits)])
+
+
+def _check_causality(
+    model: nn.Module, document: torch.Tensor, vocabulary: int, logits: torch.Tensor, device: torch.device
+) -> None:
+    """Check that another last token leaves the logits before it as they were.
+
+    Args:
+        logits: of `document`, [tokens, vocabulary].
+
+    Raises:
+        UserError: it changes them: an encoder, whose loss as a causal model would be that of tokens it has seen.
+    """
+    changed = document.clone()
+    changed[-1] = (changed[-1] + 1) % vocabulary
+    difference = _relative(_logits(model, [changed], device)[:-1], logits[:-1])
+    if _any_rank(not difference < (1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2), device):
+        raise UserError(
+            f"model type {model.config.model_type!r} looks ahead: another last token changes the logits before it by "
+            f"{difference:.1e} of the largest. It is an encoder, or set up as one (is_decoder in config.json), and "
+            "can't be trained to continue texts: give a causal language model."
+        )
+
+
 def _samples(documents: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "labels": ids.clone()} for ids in documents]
 
 
 def _batch(documents: list[torch.Tensor], padding: str, device: torch.device) -> dict[str, Any]:
-    return to_device(collate_for(padding, 0, FIRST)(_samples(documents)), device)
+    return to_device(collate_for(padding, 0, max(map(len, documents)))(_samples(documents)), device)
 
 
 def _logits(model: nn.Module, documents: list[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -96,7 +138,7 @@ def _check_documents(
         changed = _logits(model, [other, second], device)
         difference = _relative(together, torch.cat(alone))
         # Another first document must not change the second one's logits: both rows round alike in any dtype.
-        leak = _relative(changed[FIRST:], together[FIRST:])
+        leak = _relative(changed[len(first) :], together[len(first) :])
         right = difference < (1e-4 if exact else 5e-2) and leak < (1e-6 if exact else 1e-3)
         detail = f"logits differ by {difference:.1e} of the largest, {leak:.1e} with another neighbour"
     except torch.OutOfMemoryError:
@@ -157,7 +199,7 @@ def _check_parts(
     """
     difference, detail = math.inf, "its documents can't lie in one row"
     if padding == "free":
-        row = to_device(collate_for("free", 0, FIRST, part)(_samples(documents)), device)
+        row = to_device(collate_for("free", 0, len(documents[0]), part)(_samples(documents)), device)
         set_documents(row["document_lengths"], row["cu_seqlens"], part)
         logits = model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits[0]
         start = part[0] * len(logits)

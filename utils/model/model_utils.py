@@ -10,42 +10,71 @@ import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from utils.distributed.ranks import world_size
 from utils.distributed.zero3 import whole_numel, whole_shape
 from utils.errors import UserError
+from utils.model.checkpoint import (
+    adapter_error,
+    adapter_on_hub,
+    check_files,
+    check_is_causal,
+    check_weights,
+    remote_code_error,
+)
+from utils.model.config_values import DROPOUT, OTHER_RANDOMNESS, is_probability, set_dropouts
+from utils.model.loading_report import Report, check_report
 from utils.model.special_tokens import end_ids, stop_at, token_rows
+from utils.module.remote_code import is_trusted
 
-# All spellings of dropout in the configurations of decoder-only families.
-DROPOUT_KEYS = (
-    "dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "classifier_dropout",
-    "embd_pdrop", "attn_pdrop", "resid_pdrop", "embed_dropout", "resid_dropout",
-)  # fmt: skip
 EMBEDDING_MULTIPLE = 8
 
 
 def load_model_config(model_name_or_path: str) -> PretrainedConfig:
-    """Load the model's configuration; UserError when there is none or its family is unknown."""
+    """Load the configuration of a causal language model.
+
+    Raises:
+        UserError: there is none, its family is unknown, or it is not a model that can be trained here: an adapter,
+            quantized weights, an encoder and decoder, code of its own without `--trust_remote_code`.
+    """
+    check_files(model_name_or_path)
     try:
-        return AutoConfig.from_pretrained(model_name_or_path)
-    except (OSError, ValueError, KeyError) as err:
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=is_trusted())
+    except (OSError, ValueError, KeyError, ImportError) as err:
+        if "trust_remote_code" in str(err):
+            raise remote_code_error(model_name_or_path) from err
+        adapter = None if os.path.isdir(model_name_or_path) else adapter_on_hub(model_name_or_path)
+        if adapter is not None:
+            raise adapter_error(model_name_or_path, adapter) from err
         reason = " ".join(str(err).split())[:300]
         raise UserError(
             f"no usable model configuration at {model_name_or_path} ({reason}). "
             "Give a folder with config.json, or a hub name while the hub can be reached."
         ) from err
+    check_is_causal(model_name_or_path, config)
+    return config
 
 
 def configure_dropout(config: PretrainedConfig, dropout: float | None) -> None:
-    """Set every dropout the configuration has; None leaves them. 0 also turns whole-layer dropping off."""
+    """Set every dropout the configuration has; None leaves them. 0 also turns whole-layer dropping and noise off."""
+    if dropout is not None:
+        set_dropouts(config, dropout)
+
+
+def set_module_dropouts(model: nn.Module, dropout: float | None) -> None:
+    """Set every dropout of a model's modules, also those no configuration names; None leaves them."""
     if dropout is None:
         return
-    for key in DROPOUT_KEYS:
-        if isinstance(getattr(config, key, None), (int, float)):
-            setattr(config, key, dropout)
-    if dropout == 0 and hasattr(config, "layerdrop"):
-        config.layerdrop = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = dropout
+        for name, value in list(vars(module).items()):
+            if is_probability(value) and OTHER_RANDOMNESS.search(name):
+                setattr(module, name, 0.0 if dropout == 0 else value)
+            elif is_probability(value) and DROPOUT.search(name):
+                setattr(module, name, dropout)
 
 
 def _training_dtype(ds_config: dict[str, Any] | None) -> torch.dtype:
@@ -85,7 +114,10 @@ def create_hf_model(
     if not isinstance(disable_dropout, bool):
         disable_dropout, dropout = False, disable_dropout if dropout is None else dropout
     config = load_model_config(model_name_or_path)
-    configure_dropout(config, 0.0 if disable_dropout else dropout)
+    dropout = 0.0 if disable_dropout else dropout
+    configure_dropout(config, dropout)
+    if not rlhf_training:
+        check_weights(model_name_or_path, config)
     keep_alive = None
     if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3:
         if needs_swap_buffers(ds_config):
@@ -97,15 +129,19 @@ def create_hf_model(
     dtype = _training_dtype(ds_config)
     try:
         if rlhf_training:
-            model = model_class.from_config(config, dtype=dtype)
+            model = model_class.from_config(config, dtype=dtype, trust_remote_code=is_trusted())
         else:
-            model = model_class.from_pretrained(model_name_or_path, config=config, dtype=dtype)
+            model, info = model_class.from_pretrained(
+                model_name_or_path, config=config, dtype=dtype, trust_remote_code=is_trusted(), output_loading_info=True
+            )
+            check_report(model_name_or_path, model, Report.of(info), tell=False)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as err:
         reason = " ".join(str(err).split())[:300]
         raise UserError(f"the model at {model_name_or_path} can't be loaded: {reason}") from err
 
+    set_module_dropouts(model, dropout)
     model.config.end_token_id = tokenizer.eos_token_id
     stop_at(model, end_ids(tokenizer, model))
     for settings in (model.config, model.generation_config):
@@ -141,7 +177,7 @@ def rounded_rows(entries: int) -> int:
 def largest_weight(config: PretrainedConfig, entries: int) -> int:
     """Count the elements of the model's largest tensor, its embedding grown for a tokenizer of so many entries."""
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted())
     grown = rounded_rows(entries) * model.get_input_embeddings().weight.shape[1]
     return max(grown, *(parameter.numel() for parameter in model.parameters()))
 
@@ -160,15 +196,6 @@ def grow_embeddings(model: transformers.PreTrainedModel, entries: int) -> bool:
     model.resize_token_embeddings(rounded_rows(entries), mean_resizing=False)
     torch.set_rng_state(rng_state)
     return True
-
-
-def max_positions(config: PretrainedConfig) -> int | None:
-    """Return the longest sequence the model has positions for; None where there is no limit (BLOOM)."""
-    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
-        value = getattr(config, key, None)
-        if isinstance(value, int) and config.model_type != "bloom":
-            return value
-    return None
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, LlamaTokenize
 from utils.data.tokenization.tokenize_rows import end_of_conversation_token
 from utils.distributed.ranks import print_rank_0
 from utils.errors import UserError
+from utils.module.remote_code import is_trusted
 
 
 def create_tokenizer(model_name_or_path: str, eot_token: str | None) -> PreTrainedTokenizerBase:
@@ -86,7 +87,9 @@ def _read_tokenizer(path: str, fast: bool) -> PreTrainedTokenizerBase:
             return _opt_tokenizer(path)
         if local and _is_bare_llama_vocabulary(path, files):
             return LlamaTokenizer.from_pretrained(path, add_bos_token=True, local_files_only=True)
-        return AutoTokenizer.from_pretrained(path, use_fast=fast, local_files_only=local)
+        return AutoTokenizer.from_pretrained(
+            path, use_fast=fast, local_files_only=local, trust_remote_code=is_trusted()
+        )
     except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as err:
         reason = " ".join(str(err).split())[:300]
         if not local:
@@ -111,7 +114,11 @@ def _is_bare_llama_vocabulary(path: str, files: set[str]) -> bool:
     """True for a Llama's tokenizer.model without the configuration that says it starts with BOS and a space."""
     if "tokenizer.model" not in files or "tokenizer.json" in files or "tokenizer_config.json" in files:
         return False
-    return "config.json" in files and AutoConfig.from_pretrained(path).model_type in ("llama", "mistral")
+    return "config.json" in files and _model_type(path) in ("llama", "mistral")
+
+
+def _model_type(path: str) -> str:
+    return AutoConfig.from_pretrained(path, trust_remote_code=is_trusted()).model_type
 
 
 def _opt_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -130,7 +137,9 @@ def _opt_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def _adopt_eos_of_config(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Use the model configuration's eos id where the tokenizer's own files name none."""
     try:
-        eos = AutoConfig.from_pretrained(path, local_files_only=os.path.isdir(path)).eos_token_id
+        local = os.path.isdir(path)
+        config = AutoConfig.from_pretrained(path, local_files_only=local, trust_remote_code=is_trusted())
+        eos = config.eos_token_id
     except (OSError, ValueError):
         return
     eos = eos[0] if isinstance(eos, list) and eos else eos

@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 
 from utils.errors import UserError
 from utils.module.attention import document_attention, set_exchange
+from utils.module.remote_code import is_trusted
 
 PROBE = "probed"  # a name in transformers' AttentionInterface
 PROBE_TOKENS = 8
@@ -128,7 +129,9 @@ def _attention_calls(config: PretrainedConfig) -> tuple[list[_Shapes], str | Non
     try:
         with torch.device("meta"), torch.no_grad():
             # bf16: kernels of mixtures of experts ask for it on the meta device.
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, trust_remote_code=is_trusted()
+            ).eval()
             model.set_attn_implementation(PROBE)
             ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
             model(input_ids=ids, position_ids=ids, use_cache=False)

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from utils.errors import UserError
 from utils.module.lora import find_blocks
+from utils.module.remote_code import is_trusted
 
 NAMES = ("mlp", "feed_forward")  # of a block's MLP, in transformers' families
 
@@ -93,4 +94,4 @@ def check_tiled_mlp(config: PretrainedConfig) -> None:
         UserError: `tile_mlps` would refuse the model.
     """
     with torch.device("meta"):
-        find_mlps(transformers.AutoModelForCausalLM.from_config(config))
+        find_mlps(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted()))

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from utils.errors import UserError
-from utils.model.model_utils import max_positions
+from utils.model.config_values import max_positions
 from utils.prompt_eval.search import contrastive_search, diverse_beam_search
 
 NEXT_TURN = re.compile(r"(?<![A-Za-z])Human:")
@@ -202,7 +202,7 @@ def check_length(config: Any, prompt_tokens: int, max_new_tokens: int, prompt: s
     Raises:
         UserError: it is too long.
     """
-    positions = max_positions(config.get_text_config())
+    positions = max_positions(config)
     if positions is not None and prompt_tokens + max_new_tokens > positions:
         raise UserError(
             f"{prompt} of {prompt_tokens} tokens and --max_new_tokens {max_new_tokens} exceed the model's "

@@ -44,6 +44,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model_name_or_path_finetune", metavar="NAME",
         help="fine-tuned model, a folder (a run's --output_dir) or a hub name; required, but --interactive needs only "
         "one of the two")
+    add("--trust_remote_code", action="store_true",
+        help="run the Python code that a model brings with it (auto_map in its config.json); off, since such code can "
+        "do anything: read it first")
     add("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
         help="precision of the loaded models; auto keeps each checkpoint's own, but takes fp32 on a CPU, where half "
         "precision is slow and rounds differently")

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from utils.errors import UserError
-from utils.model.model_utils import max_positions
+from utils.model.config_values import max_positions
 from utils.prompt_eval.answers import NEXT_TURN, Answer, answer_batch, encode
 from utils.prompt_eval.config import EvalConfig
 
@@ -54,7 +54,7 @@ def fitting_turns(speaker: Speaker, turns: list[tuple[str, str]], question: str,
     Raises:
         UserError: the question alone is too long.
     """
-    limit = max_positions(speaker.model.config.get_text_config())
+    limit = max_positions(speaker.model.config)
     for forgotten in range(len(turns) + 1):
         tokens = len(speaker.tokenizer(next_prompt(turns[forgotten:], question))["input_ids"])
         if limit is None or tokens + new_tokens <= limit:

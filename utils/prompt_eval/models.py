@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.data.batching.batches import collate_for, eval_batches
 from utils.data.formats.custom import own_options
@@ -20,10 +20,12 @@ from utils.data.tokenization.tokenize_rows import SampleForm, end_of_conversatio
 from utils.errors import UserError
 from utils.machine.device import free_memory as free_host_memory
 from utils.machine.precision import DTYPES
+from utils.model.checkpoint import check_files, check_weights
 from utils.model.layout_check import choose_layout
-from utils.model.model_utils import grow_embeddings
+from utils.model.model_utils import grow_embeddings, load_model_config
 from utils.model.special_tokens import token_rows
 from utils.model.tokenizer import load_hf_tokenizer
+from utils.module.remote_code import is_trusted
 from utils.prompt_eval.config import EvalConfig
 from utils.run_config import BatchCut
 from utils.train.perplexity import evaluate
@@ -46,12 +48,15 @@ def load_config_and_tokenizer(
     if not os.path.isdir(path) and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
         raise UserError(f"{path}: there is no such folder")
     if os.path.isdir(path):
+        check_files(path)
         if not os.path.isfile(os.path.join(path, "config.json")):
             raise UserError(f"{path}: no model here (config.json is missing); is it a run's --output_dir?")
         if not weight_files(path):
             raise UserError(f"{path}: no weights here ({' or '.join(WEIGHTS)}); did its run end before saving?")
     try:
-        return AutoConfig.from_pretrained(path), load_hf_tokenizer(path, True, extra_token)
+        config = load_model_config(path)
+        check_weights(path, config, tell=False)
+        return config, load_hf_tokenizer(path, True, extra_token)
     except (OSError, ValueError) as error:
         raise _not_loadable(path, error) from error
 
@@ -69,8 +74,11 @@ def load(
         UserError: the checkpoint can't be loaded, or does not fit in the device's memory.
     """
     config, tokenizer = load_config_and_tokenizer(path, extra_token)
+    check_weights(path, config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype(config, device, dtype))
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=chosen_dtype(config, device, dtype), trust_remote_code=is_trusted()
+        )
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -128,7 +136,7 @@ def check_fit(paths: list[str], device: str, dtype: str) -> None:
     """
     needed = 0
     for path in filter(os.path.isdir, paths):
-        config = AutoConfig.from_pretrained(path)
+        config = load_model_config(path)
         stored = (config.dtype or torch.float32).itemsize
         needed += sum(map(os.path.getsize, weight_files(path))) * chosen_dtype(config, device, dtype).itemsize // stored
     free = free_memory(device)
@@ -186,7 +194,7 @@ def measure_perplexity(model: PreTrainedModel, tokenizer: Any, data: PromptDatas
     their batch, which changes no figure and works with every model's own attention.
     """
     device = model.device
-    choose_layout(model, "longest", len(tokenizer), device)
+    choose_layout(model, "longest", len(tokenizer), device, longest=data.max_seq_len)
     collate = collate_for("longest", tokenizer.pad_token_id, data.max_seq_len)
     batches = eval_batches(data, collate, BatchCut(EVAL_BATCH, on_cpu=device.type == "cpu"))
     return evaluate(model, batches, device)

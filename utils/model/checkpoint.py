@@ -1,0 +1,250 @@
+"""What a model's files hold, found before a weight is loaded or data are prepared.
+
+A checkpoint that is not what it seems must not train: transformers gives every weight it does not find random values
+and leaves out what it has no place for, both with a warning alone. Here the names, shapes and dtypes in the files go
+through transformers' own loading as tensors without memory, conversions of names included, and what does not fit
+is an error: the same on every rank and under every ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
+from transformers.utils import cached_file, logging
+
+from utils.errors import UserError
+from utils.logging.console import say
+from utils.model.loading_report import Report, check_report
+from utils.module.remote_code import is_trusted
+
+# In the order in which transformers looks for them: one file, or the index of several.
+WEIGHT_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+# Names of dtypes in a safetensors file; others, such as 8-bit floats, can't be trained.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "BOOL": torch.bool,
+}  # fmt: skip
+ADAPTER_CONFIG = "adapter_config.json"
+LFS_POINTER = b"version https://git-lfs"
+
+
+def check_files(name: str) -> None:
+    """Check what can be seen of a folder without reading its configuration; a name on the hub is not looked up.
+
+    Raises:
+        UserError: files are git-lfs pointers, or the folder is an adapter.
+    """
+    if not os.path.isdir(name):
+        return
+    pointers = [file for file in sorted(os.listdir(name)) if _is_lfs_pointer(os.path.join(name, file))]
+    if pointers:
+        raise UserError(
+            f"{len(pointers)} of the files in {name} are git-lfs pointers, a few lines of text in place of their "
+            f"content ({_first(pointers)}): run `git lfs install && git lfs pull` in that folder."
+        )
+    if os.path.isfile(os.path.join(name, ADAPTER_CONFIG)):
+        raise adapter_error(name, os.path.join(name, ADAPTER_CONFIG))
+
+
+def adapter_error(name: str, path: str) -> UserError:
+    """Return the error for an adapter given as a model; `path` is its configuration."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            base = json.load(file).get("base_model_name_or_path") or "its base model"
+    except (OSError, ValueError, AttributeError):
+        base = "its base model"
+    return UserError(
+        f"{name} is a PEFT adapter of {base}, not a model: merge it into a folder of its own and give that. "
+        f"`pip install peft`, then in Python: from peft import AutoPeftModelForCausalLM as M; "
+        f'M.from_pretrained("{name}").merge_and_unload().save_pretrained("MERGED"); and copy the tokenizer there.'
+    )
+
+
+def adapter_on_hub(name: str) -> str | None:
+    """Return the local path of a hub repository's adapter configuration; None where it has none or can't be asked."""
+    try:
+        return cached_file(name, ADAPTER_CONFIG, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return None
+
+
+def check_is_causal(name: str, config: PretrainedConfig) -> None:
+    """Check by the configuration that this is a plain causal language model.
+
+    Raises:
+        UserError: it is quantized, an encoder and decoder, or no causal language model at all.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        kind = quantization if isinstance(quantization, dict) else vars(quantization)
+        method = getattr(kind.get("quant_method"), "value", kind.get("quant_method")) or "an unnamed method"
+        raise UserError(
+            f"the weights of {name} are quantized ({method}; quantization_config in config.json), and only whole "
+            "weights can be trained: give the model they were made from, or a copy saved in bf16 or fp32."
+        )
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{name} (model type {config.model_type!r}) is an encoder with a decoder, and this program trains "
+            "decoders alone: its encoder would be left out. Give a causal language model."
+        )
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        if own_code and not is_trusted():
+            say(f"{name} brings code of its own, which is not run: transformers has model type {config.model_type!r}")
+        return
+    if not own_code:
+        raise UserError(
+            f"{name} (model type {config.model_type!r}) is not a causal language model that transformers knows: "
+            "give a model that continues texts, such as OPT, Llama or Qwen."
+        )
+    if not is_trusted():
+        raise remote_code_error(name)
+
+
+def remote_code_error(name: str) -> UserError:
+    """Return the error for a model that comes with code while code is not trusted."""
+    return UserError(
+        f"{name} brings Python code of its own (auto_map in config.json), which is not run unless you say so: read "
+        "it, and give --trust_remote_code if you trust it."
+    )
+
+
+def check_weights(name: str, config: PretrainedConfig, tell: bool = True) -> None:
+    """Check that the files of `name` hold every weight of the model and no other; nothing is loaded.
+
+    Files of a name on the hub that are not on this disk yet are fetched. `tell`: print what is left out.
+
+    Raises:
+        UserError: weights are missing, have no place in the model or other shapes, or a file can't be read.
+    """
+    stored = stored_weights(name)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted())
+    report = _loading_report(model, stored)
+    if report is not None:
+        check_report(name, model, report, stored, tell)
+
+
+def _loading_report(model: transformers.PreTrainedModel, stored: dict[str, torch.Tensor]) -> Report | None:
+    """Return what transformers' loading would find; None where it can't be tried without memory.
+
+    The weights' own loading is then the only check.
+    """
+    from transformers.initialization import no_init_weights  # imports what reading a configuration does without
+
+    try:
+        with no_init_weights(), _quiet():
+            _, info = type(model).from_pretrained(
+                None, config=model.config, state_dict=dict(stored), dtype=torch.float32, device_map={"": "meta"},
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
+        return None
+    return Report.of(info)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing its own report and progress."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def stored_weights(name: str) -> dict[str, torch.Tensor]:
+    """Return the weights in the files of `name`: their names, shapes and dtypes, as tensors without memory.
+
+    Raises:
+        UserError: there are no such files, or one can't be read.
+    """
+    stored: dict[str, torch.Tensor] = {}
+    for path in weight_paths(name):
+        try:
+            stored.update(_read_safetensors(path) if path.endswith(".safetensors") else _read_bin(path))
+        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as err:
+            reason = " ".join(str(err).split())[:200]
+            raise UserError(f"the weights in {path} can't be loaded ({reason}): is the file complete?") from err
+    return stored
+
+
+def weight_paths(name: str) -> list[str]:
+    """Return the paths of the files that transformers would load, of a folder or of a name on the hub.
+
+    Raises:
+        UserError: there are none, or some that the index names are missing.
+    """
+    for file in WEIGHT_FILES:
+        path = _path_of(name, file)
+        if path is None:
+            continue
+        if not file.endswith(".index.json"):
+            return [path]
+        try:
+            with open(path, encoding="utf-8") as opened:
+                shards = sorted(set(json.load(opened)["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as err:
+            raise UserError(f"{path} can't be read as an index of weights: {err}") from err
+        paths = {shard: _path_of(name, shard) for shard in shards}
+        missing = [shard for shard, found in paths.items() if found is None]
+        if missing:
+            raise UserError(f"{name} lacks {len(missing)} of the {len(shards)} files of weights that {file} names: "
+                            f"{_first(missing)}.")  # fmt: skip
+        return [path for path in paths.values() if path is not None]
+    raise UserError(f"no weights in {name}: none of {', '.join(WEIGHT_FILES)} is there.")
+
+
+def _path_of(name: str, file: str) -> str | None:
+    if os.path.isdir(name):
+        path = os.path.join(name, file)
+        return path if os.path.isfile(path) else None
+    try:
+        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as err:
+        raise UserError(f"{file} of {name} can't be fetched from the hub: {' '.join(str(err).split())[:200]}") from err
+
+
+def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        return {
+            key: torch.empty(part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
+            for key, part in slices.items()
+        }
+
+
+def _read_bin(path: str) -> dict[str, torch.Tensor]:
+    try:
+        content: Any = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except RuntimeError:  # an older format that can't be mapped
+        content = torch.load(path, map_location="meta", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no dictionary of weights")
+    return {key: value for key, value in content.items() if torch.is_tensor(value)}
+
+
+def _is_lfs_pointer(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def _first(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
