@@ -19,11 +19,12 @@ from utils.data.cache import cache_lock
 from utils.data.formats.custom import OwnOptions, own_options
 from utils.data.formats.roles import parse_columns
 from utils.data.mixture import DataSources, weighted
+from utils.data.outcomes import REASON_WORDS
 from utils.data.prepare import get_raw_dataset
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.splits import get_shuffle_idx, split_boundaries
 from utils.data.tokenization.byte_bpe import quick_tokenizer
-from utils.data.tokenization.tokenize_rows import SampleForm, end_of_conversation_token, map_arguments
+from utils.data.tokenization.tokenize_rows import SampleForm, encode, end_of_conversation_token, map_arguments
 from utils.distributed.failures import end_run
 from utils.errors import UserError, join_problems
 from utils.model.tokenizer import load_hf_tokenizer
@@ -120,13 +121,14 @@ def _measure_batch(rows: list[dict], raw: PromptRawDataset, tokenizer: Any, end_
     texts = [raw.get_prompt_and_chosen(row) for row in rows]
     prompts = [raw.get_prompt(row) for row in rows]
     answers = [raw.get_chosen(row) for row in rows]
+    adds = [raw.adds_special(row) for row in rows]
     return Rows(
         np.array([_text_hash(text) for text in texts], dtype=np.uint64),
         np.array([_text_hash(prompt) for prompt in prompts], dtype=np.uint64),
         np.array([answer is None or not answer.strip() for answer in answers], dtype=bool),
         np.array([raw.get_prompt_and_rejected(row) is not None for row in rows], dtype=bool),
-        _token_counts(texts, raw, tokenizer, end_id),
-        _token_counts(prompts, raw, tokenizer, None),
+        _token_counts(texts, adds, tokenizer, end_id),
+        _token_counts(prompts, adds, tokenizer, None),
     )
 
 
@@ -138,14 +140,12 @@ def _text_hash(text: str | None) -> int:
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") | 1
 
 
-def _token_counts(texts: list[str | None], raw: PromptRawDataset, tokenizer: Any, end_id: int | None) -> np.ndarray:
+def _token_counts(texts: list[str | None], adds: list[bool], tokenizer: Any, end_id: int | None) -> np.ndarray:
     counts = np.zeros(len(texts), dtype=np.int64)
     present = [place for place, text in enumerate(texts) if text is not None]
     if present:
-        encoded = tokenizer(
-            [texts[place] for place in present], return_attention_mask=False, verbose=False,
-            add_special_tokens=raw.add_special_tokens,
-        )["input_ids"]  # fmt: skip
+        chosen, special = [texts[place] for place in present], [adds[place] for place in present]
+        encoded = [ids for ids, _ in encode(tokenizer, chosen, special)]
         counts[present] = [len(ids) + (end_id is not None and ids[-1:] != [end_id]) for ids in encoded]
     return counts
 
@@ -234,8 +234,8 @@ def sample_text(row: dict, raw: PromptRawDataset, sample: SampleForm) -> str:
     tokenizer = sample.tokenizer
     mapping = map_arguments(raw, sample, 1, tokenizer)
     made = mapping["function"]({name: [value] for name, value in row.items()}, **mapping["fn_kwargs"])
-    if not made["input_ids"]:
-        return "dropped, since it has nothing to label"
+    if made["dropped"][0]:
+        return f"dropped ({REASON_WORDS[made['dropped'][0]]})"
     ids, place, text = made["input_ids"][0], 0, ""
     spans = made.get("label_spans", [[]])[0]
     for start, end in zip(spans[::2], spans[1::2], strict=True):

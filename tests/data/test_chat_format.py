@@ -107,7 +107,7 @@ def test_label_counts_of_several_spans_and_truncated_samples(tmp_path):
 def test_an_answer_beyond_max_seq_len_is_dropped(tmp_path, capsys):
     rows = [TALK, [{"role": "user", "content": "word " * 200}, TALK[1]]]
     assert len(build(tmp_path / "d", tokenizer_with(INST), rows)) == 1
-    assert "1 dropped (no text, or nothing to label)" in capsys.readouterr().out
+    assert "1 dropped (1 answer cut off entirely by --max_seq_len)" in capsys.readouterr().out
 
 
 def test_human_assistant_labels_every_turn(tmp_path):

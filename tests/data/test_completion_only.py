@@ -60,7 +60,7 @@ def test_a_prompt_longer_than_max_seq_len_leaves_no_label_and_is_counted(tmp_pat
     records = [*RECORDS, {"prompt": "Human: " + "very " * 100 + "long? Assistant:", "chosen": "No."}]
     _, only = build(tmp_path, records)
     assert len(only) == 3
-    assert "1 dropped (no text, or nothing to label)" in capsys.readouterr().out
+    assert "1 dropped (1 answer cut off entirely by --max_seq_len)" in capsys.readouterr().out
     assert (only.label_counts() > 0).all()
 
 

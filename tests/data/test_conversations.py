@@ -175,7 +175,7 @@ def test_an_answer_that_is_not_to_be_learned(tmp_path, tokenizer, mark):
 def test_blank_answers_in_the_middle_are_not_labelled(tmp_path, tokenizer, capsys):
     rows = [{"messages": [Q, A | {"content": ""}, Q, A]}] * 2
     assert samples(write(tmp_path / "t.jsonl", rows), tmp_path, tokenizer)[0][1] == ["a<|im_end|>\n</s>"]
-    assert "rows tried have a blank answer before the last: none is labelled" in capsys.readouterr().out
+    assert "2 of 2 rows have a blank answer before the last" in capsys.readouterr().out
 
 
 def test_what_is_left_out_is_said(tmp_path, tokenizer, capsys):

@@ -288,7 +288,7 @@ def test_blank_prompts_and_answers_are_dropped_and_counted(build, tmp_path):
     write(tmp_path / "eval.csv", rows[:2])
     train, _, printed = build(write(tmp_path / "train.csv", rows))
     assert len(train) == 4
-    assert "Data train: 4 samples" in printed and "2 dropped (no text, or nothing to label)" in printed
+    assert "Data train: 4 samples" in printed and "2 dropped (1 blank text, 1 no answer)" in printed
 
 
 # ---------------------------------------------------------------------------------------------- weights

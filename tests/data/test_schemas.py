@@ -409,5 +409,7 @@ def test_a_saved_data_set_that_changes_while_it_is_tokenized_is_noticed(tmp_path
 
 def test_rows_that_are_all_dropped_are_counted(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", *[PAIR | {"response": " "}] * 20)
-    with pytest.raises(UserError, match=r"all 18 training rows of .*a.jsonl were dropped \(no text"):
+    with pytest.raises(
+        UserError, match=r"all 18 training rows of .*a.jsonl that this phase reads were dropped \(18 no answer\)"
+    ):
         prepare([tmp_path / "a.jsonl"], tmp_path / "cache", load_hf_tokenizer(str(ROOT / "demo" / "tiny_opt")), 64)

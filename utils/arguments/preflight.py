@@ -86,7 +86,7 @@ def check_run(args: Namespace) -> None:
         attempt(_check_new_row, args, config, tokenizer)
     columns = attempt(_check_columns, args)
     chat = None if tokenizer is None else attempt(_chat_format, args, tokenizer)
-    own = OwnOptions(columns or {}, chat or ChatFormat(), args.train_turns)
+    own = OwnOptions(columns or {}, chat or ChatFormat(), args.train_turns, tokenizer)
     if attempt(_check_writable, args.data_output_path, "--data_output_path") and can_split(args.seed, args.data_split):
         for name in args.data_path:
             attempt(_check_data, name, shares_of(name, args.data_split), args, own)

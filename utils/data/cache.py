@@ -16,6 +16,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.agreement import Content
+from utils.data.outcomes import added, dropped_words
 from utils.errors import UserError
 from utils.files import checksum
 
@@ -57,7 +58,7 @@ def key(
         for raw, shares, weight, use in raw_datasets
     ]
     form = [tokenizer_fingerprint(sample.tokenizer), sample.max_seq_len, sample.end_id]
-    form += [sample.end_text, sample.completion_only]
+    form += [sample.end_text, sample.completion_only, sample.overlong]
     parts = [contents, main_sets, phase, seed, *form, _code_fingerprint()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
@@ -78,9 +79,10 @@ def _code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def finish(work: str, parts: dict[str, list[Any]], id_columns: list[str]) -> None:
+def finish(work: str, parts: dict[str, list[Any]], counts_of_sets: list[dict[str, Any]]) -> None:
     """Remove the working files of single data sets and write the report, which marks the folder as complete."""
-    report: dict[str, Any] = {split: statistics(parts[split], id_columns) for split in SPLITS}
+    report: dict[str, Any] = {split: added(part.counts for part in parts[split]) for split in SPLITS}
+    report["sets"] = counts_of_sets
     report["content"] = {split: content_sum(datasets.load_from_disk(os.path.join(work, split))) for split in SPLITS}
     for file in Path(work).glob("part*/*"):
         file.unlink()
@@ -97,7 +99,7 @@ def finish(work: str, parts: dict[str, list[Any]], id_columns: list[str]) -> Non
 def content_sum(table: datasets.Dataset) -> int:
     """Return the CRC-32 of all ids and labels of a split, the same however the rows lie in files and batches."""
     value = 0
-    for name in sorted(set(table.column_names) - {"truncated"}):
+    for name in sorted(table.column_names):
         chunks = table.with_format("arrow")[:][name].chunks
         for part in (pc.list_value_length, pc.list_flatten):
             for chunk in chunks:
@@ -105,26 +107,12 @@ def content_sum(table: datasets.Dataset) -> int:
     return value
 
 
-def statistics(parts: list[Any], id_columns: list[str]) -> dict[str, int]:
-    """Count samples, dropped rows, truncated samples and tokens over the data sets of one split."""
-    tables = [part.table.with_format("arrow")[:] for part in parts if len(part)]
-    lengths = [pc.list_value_length(table[name]).to_numpy() for table in tables for name in id_columns]
-    lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
-    return {
-        "samples": sum(len(part) for part in parts),
-        "dropped": sum(part.rows_given - len(part) for part in parts),
-        "truncated": sum(pc.sum(table["truncated"]).as_py() or 0 for table in tables),
-        "tokens": int(lengths.sum()),
-        "longest": int(lengths.max(initial=0)),
-    }
-
-
 def damage(folder: str) -> str | None:
     """Return why the folder can't be used; None when it is complete and as it was written."""
     try:
         report = read_report(folder)
         files = {name: (int(size), int(crc)) for name, (size, crc) in report["files"].items()}
-        if not all(split in report for split in SPLITS):
+        if not all(name in report for name in (*SPLITS, "sets")):
             return "its report is damaged"
     except FileNotFoundError:
         return "not there yet" if not os.path.exists(folder) else "incomplete"
@@ -149,7 +137,14 @@ def content_of(opened: list[Any], sample: "SampleForm", seed: int, report: dict[
         [[data.fingerprint for data in raw.raw_datasets.values()], shares, weight, use]
         for raw, shares, weight, use in opened
     ]
-    parts = [sources, seed, sample.max_seq_len, tokenizer_fingerprint(sample.tokenizer), _code_fingerprint()]
+    parts = [
+        sources,
+        seed,
+        sample.max_seq_len,
+        sample.overlong,
+        tokenizer_fingerprint(sample.tokenizer),
+        _code_fingerprint(),
+    ]
     train, evaluation = (report[split] for split in SPLITS)
     return Content(
         hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20], train["samples"], evaluation["samples"],
@@ -162,8 +157,8 @@ def describe(report: dict[str, Any], max_seq_len: int, phase: int) -> list[str]:
     return [describe_part(f"Data {split}", report[split], max_seq_len, phase) for split in SPLITS]
 
 
-def describe_part(title: str, part: dict[str, int], max_seq_len: int, phase: int) -> str:
-    """Return one line with the counts of `statistics`."""
+def describe_part(title: str, part: dict[str, Any], max_seq_len: int, phase: int) -> str:
+    """Return one line with the counts of `utils.data.outcomes.count`."""
     samples = part["samples"]
     line = f"{title}: {samples} samples, {part['tokens']} tokens"
     if samples:
@@ -173,6 +168,5 @@ def describe_part(title: str, part: dict[str, int], max_seq_len: int, phase: int
             line += f", so {part['truncated'] / samples:.1%} lost their end token"
         line += ")"
     if part["dropped"]:
-        why = "no text, or nothing to label" if phase < 3 else "no text, or longer than max_seq_len"
-        line += f", {part['dropped']} dropped ({why})"
+        line += f", {sum(part['dropped'].values())} dropped ({dropped_words(part)})"
     return line

@@ -12,7 +12,8 @@ from utils.data import prompt_dataset, splits
 from utils.data.formats.chat_template import AUTO, resolve_chat_format
 from utils.data.formats.custom import OwnOptions
 from utils.data.mixture import SFT_ONLY_SPLIT, DataSources
-from utils.data.prepare import Preparation, get_raw_dataset, prepare_data_set, prepare_prompt_data, tokenize_part
+from utils.data.open_sets import Preparation
+from utils.data.prepare import get_raw_dataset, prepare_data_set, prepare_prompt_data, tokenize_part
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.rlhf_data import DataCollatorReward, DataCollatorRLHF, MiniDataset, get_unsupervised_data
 from utils.data.splits import get_shuffle_idx
@@ -161,7 +162,7 @@ def create_prompt_dataset(
         UserError: bad data, or no training sample is left.
     """
     sample = sample_form(tokenizer, end_of_conversation_token, max_seq_len)
-    own = OwnOptions(chat=resolve_chat_format(AUTO, tokenizer, end_of_conversation_token))
+    own = OwnOptions(chat=resolve_chat_format(AUTO, tokenizer, end_of_conversation_token), tokenizer=tokenizer)
     sources = DataSources(data_path, data_split, tuple(sft_only_data_path))
     preparation = Preparation(local_rank, output_path, train_phase, seed, reload)
     return prepare_prompt_data(sources, sample, own, preparation)

@@ -15,6 +15,22 @@ from utils.logging.console import say
 from utils.notation import parse_source
 
 
+class Preparation(NamedTuple):
+    """Where and how data are prepared."""
+
+    local_rank: int  # rank on this node, -1 without ranks; only the first one prints what the data are
+    cache_folder: str  # on the node's own or a shared disk
+    phase: int  # 1: SFT, 2: reward, 3: RLHF; phase k uses part k of the split
+    seed: int
+    rebuild: bool = False  # build anew even where the cache fits
+    num_proc: int | None = None  # tokenizing processes; None decides by the number of rows and cores
+
+    @property
+    def prints(self) -> bool:
+        """Whether this process prints what the data are."""
+        return self.local_rank <= 0
+
+
 class OpenSet(NamedTuple):
     """One data set of a run."""
 
@@ -57,28 +73,24 @@ def get_raw_dataset(
 
 
 def open_sets(
-    sources: DataSources, phase: int, place: tuple[str, int, int], own: OwnOptions, streaming: bool = False
+    sources: DataSources, preparation: Preparation, own: OwnOptions, streaming: bool = False
 ) -> list[OpenSet]:
     """Open the data sets that a phase uses, those of `--data_path` first and those for evaluation last.
-
-    Args:
-        place: folder for files made from the data, seed, and rank on this node.
 
     Raises:
         UserError: one of them can't be read or is malformed.
     """
-    folder, seed, local_rank = place
     opened = []
-    for text, shares, use in sources.of_phase(phase):
+    for text, shares, use in sources.of_phase(preparation.phase):
         name, weight = parse_source(text)
-        raw = get_raw_dataset(name, folder, seed, local_rank, own, streaming)
+        raw = get_raw_dataset(name, preparation.cache_folder, preparation.seed, preparation.local_rank, own, streaming)
         if use != BOTH and raw.eval_split is None:
             raw.eval_split = raw.train_split  # no row is kept from training, or all are evaluated
         raw.eval_origin = {TRAINING: "the data of --eval_data_path", EVALUATION: "all rows"}.get(
             use, getattr(raw, "eval_origin", "")
         )
         opened.append(OpenSet(raw, shares, weight, use))
-    _keep_names_apart([one.raw for one in opened], is_printed=local_rank <= 0 and not streaming)
+    _keep_names_apart([one.raw for one in opened], is_printed=preparation.prints and not streaming)
     return opened
 
 

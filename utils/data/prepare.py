@@ -8,7 +8,6 @@ import hashlib
 import os
 import sys
 from functools import partial
-from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -17,10 +16,19 @@ from utils.data import cache as prompt_cache
 from utils.data.cache import cache_lock
 from utils.data.formats.custom import OwnOptions
 from utils.data.mixture import BOTH, EVALUATION, TRAINING, DataSources, weighted
-from utils.data.open_sets import OpenSet, check_unchanged, describe_shares, get_raw_dataset, open_sets
+from utils.data.open_sets import (
+    OpenSet,
+    Preparation,
+    check_unchanged,
+    describe_shares,
+    get_raw_dataset,
+    open_sets,
+)
+from utils.data.outcomes import added, advice_on, dropped_words, notes_on, settled
 from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.splits import PUBLISHED, get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
+from utils.data.tokenization.refused_rows import name_refused_row
 from utils.data.tokenization.tokenize_rows import SampleForm, map_arguments, row_tokenizer, sample_features
 from utils.errors import UserError
 from utils.files import build_folder
@@ -29,22 +37,6 @@ from utils.notation import parse_source
 
 # A fast tokenizer uses every core by itself: for fewer rows than this, starting processes costs more than it saves.
 ROWS_PER_PROCESS = 25_000
-
-
-class Preparation(NamedTuple):
-    """Where and how data are prepared."""
-
-    local_rank: int  # rank on this node, -1 without ranks; only the first one prints what the data are
-    cache_folder: str  # on the node's own or a shared disk
-    phase: int  # 1: SFT, 2: reward, 3: RLHF; phase k uses part k of the split
-    seed: int
-    rebuild: bool = False  # build anew even where the cache fits
-    num_proc: int | None = None  # tokenizing processes; None decides by the number of rows and cores
-
-    @property
-    def prints(self) -> bool:
-        """Whether this process prints what the data are."""
-        return self.local_rank <= 0
 
 
 def prepare_prompt_data(
@@ -62,7 +54,7 @@ def prepare_prompt_data(
         datasets.disable_progress_bars()
     folder, phase = preparation.cache_folder, preparation.phase
     with cache_lock(folder):
-        opened = open_sets(sources, phase, (folder, preparation.seed, preparation.local_rank), own)
+        opened = open_sets(sources, preparation, own)
         key = prompt_cache.key(opened, len(sources.data_path), sample, phase, preparation.seed)
         folder = os.path.join(folder, f"prompts_{key}")
         reason = "asked for" if preparation.rebuild else prompt_cache.damage(folder)
@@ -77,21 +69,26 @@ def prepare_prompt_data(
             say(describe_shares(one, phase, sources.data_split))
         if not reason:
             say(f"Data cache {folder}: hit")
+        for one, counts in zip(opened, report["sets"], strict=True):
+            for note in notes_on(counts, sample.special):
+                say(f"Data {one.raw.source}: {note}")
         say("\n".join(prompt_cache.describe(report, sample.max_seq_len, phase)))
     if report["train"]["samples"] == 0:
-        raise UserError(_no_sample(opened, report["train"]["dropped"], phase))
+        raise UserError(_no_sample(opened, report["train"], phase))
     tables = [datasets.load_from_disk(os.path.join(folder, split)) for split in prompt_cache.SPLITS]
     train, evaluation = (_prompt_dataset(table, sample, phase) for table in tables)
     train.content = prompt_cache.content_of(opened, sample, preparation.seed, report)
     return train, evaluation
 
 
-def _no_sample(opened: list[OpenSet], dropped: int, phase: int) -> str:
+def _no_sample(opened: list[OpenSet], counts: dict, phase: int) -> str:
     """Return the message for training data of which nothing is left."""
     names = ", ".join(one.raw.source for one in opened if one.use != EVALUATION)
-    if dropped:
-        why = "no text, or nothing to label" if phase < 3 else "no text, or longer than --max_seq_len"
-        return f"no training sample: all {dropped} training rows of {names} were dropped ({why}). Correct the data."
+    if why := dropped_words(counts):
+        return (
+            f"no training sample: all {counts['rows']} training rows of {names} that this phase reads were dropped "
+            f"({why}). {advice_on(counts)}"
+        )
     return (
         f"no training sample: part {phase} of --data_split {opened[0].shares} of {names} is empty. Give that part a "
         "larger share, or more data."
@@ -101,15 +98,17 @@ def _no_sample(opened: list[OpenSet], dropped: int, phase: int) -> str:
 def _build(opened: list[OpenSet], main_sets: int, sample: SampleForm, preparation: Preparation, work: str) -> None:
     """Write the content of a cache folder into the folder `work`."""
     mixed: dict[str, list[PromptDataset]] = {split: [] for split in prompt_cache.SPLITS}
+    counts = []
     for number, one in enumerate(opened):
         pair = _prepare_parts(one, sample, preparation, os.path.join(work, f"part{number}"))
         for split, part, other_use in zip(mixed, pair, (EVALUATION, TRAINING), strict=True):
             if one.use != other_use:
                 mixed[split].append(part)
+        counts.append(added(part.counts for part in pair))
         check_unchanged(one.raw)
     for split, parts in mixed.items():
         _save_mix(parts, min(main_sets, len(parts)), preparation.seed, os.path.join(work, split))
-    prompt_cache.finish(work, mixed, ID_COLUMNS[preparation.phase])
+    prompt_cache.finish(work, mixed, counts)
 
 
 def prepare_data_set(
@@ -147,10 +146,10 @@ def _prepare_parts(
         try:
             chosen = rows.select(index)
             part = tokenize_part(chosen, raw, sample, preparation.phase, preparation.num_proc, work_file)
-        except UserError:
-            raw.try_rows(sample.completion_only, limit=None)  # raises with the row's place, which workers don't know
+        except UserError:  # of a worker, which does not know the row's place
+            if preparation.phase == 1:
+                name_refused_row(raw, split, sample, np.sort(raw.row_numbers(split)[index]))
             raise
-        part.rows_given = len(index)
         parts.append(part)
     return parts[0], parts[1]
 
@@ -202,7 +201,7 @@ def tokenize_part(
     features = sample_features(phase, sample.completion_only)
     if len(rows) == 0:  # `map` would not make the columns
         empty = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
-        return _prompt_dataset(empty, sample, phase)
+        return _counted(empty, sample, phase)
     tokenizer = row_tokenizer(sample, len(rows))
     if tokenizer is not sample.tokenizer:
         say(f"{raw.dataset_name}: {len(rows)} rows tokenized by tiktoken, with this tokenizer's ids")
@@ -222,7 +221,15 @@ def tokenize_part(
         new_fingerprint=fingerprint,
         desc=f"tokenizing {raw.dataset_name_clean}",
     )
-    return _prompt_dataset(table, sample, phase)
+    return _counted(table, sample, phase)
+
+
+def _counted(table: datasets.Dataset, sample: SampleForm, phase: int) -> PromptDataset:
+    """Return the samples among the entries of a table, with the counts of all."""
+    samples, counts = settled(table, ID_COLUMNS[phase])
+    data = _prompt_dataset(samples, sample, phase)
+    data.counts = counts
+    return data
 
 
 def _prompt_dataset(table: datasets.Dataset, sample: SampleForm, phase: int) -> PromptDataset:
@@ -231,7 +238,7 @@ def _prompt_dataset(table: datasets.Dataset, sample: SampleForm, phase: int) -> 
 
 def _save_mix(parts: list[PromptDataset], main_sets: int, seed: int, folder: str) -> None:
     """Join the parts as published: the main sets, shuffled if several; then the SFT-only sets added, all shuffled."""
-    tables = [part.table.with_format(None).remove_columns("truncated") for part in parts]
+    tables = [part.table.with_format(None) for part in parts]
     mixed = tables[:main_sets]
     if len(mixed) > 1:
         mixed = [_shuffled(mixed, seed)]

@@ -36,7 +36,7 @@ class PromptDataset(torch.utils.data.Dataset):
         self.pad_token_id = pad_token_id
         self.max_seq_len = max_seq_len
         self.completion_only = "label_spans" in table.column_names
-        self.rows_given = len(table)  # rows the samples were made from, dropped rows included
+        self.counts: dict[str, Any] = {}  # what became of the rows, see `utils.data.outcomes.count`
 
     def __len__(self) -> int:
         return len(self.table)

@@ -16,7 +16,8 @@ To add one, write a class below the others; defining it is enough for `--data_pa
 import os
 import re
 
-from utils.data.formats.base import RAW_DATASETS, PromptRawDataset, Sample, Text, around, as_is, human, joined, reply
+from utils.data.formats.base import RAW_DATASETS, PromptRawDataset
+from utils.data.formats.column_text import Sample, Text, around, as_is, human, joined, reply
 from utils.data.reading.arrow_files import SplitData
 from utils.errors import MissingDataSet
 

@@ -5,20 +5,21 @@ import inspect
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import datasets
+import numpy as np
 
+from utils.data.formats.column_text import Sample, Span, Text, joined
+from utils.data.outcomes import Reason
 from utils.data.reading.arrow_files import SplitData, load_files, load_from_path
 from utils.data.reading.hub import load_from_hub
-from utils.data.reading.schema import Columns, Kind, Schema
+from utils.data.reading.schema import Columns, Schema
 from utils.data.reading.streams import stream_files, stream_from_hub, stream_from_path
 from utils.data.splits import get_raw_dataset_split_index
 from utils.errors import UserError
 
-Sample = dict[str, Any]
 TRAIN_EVAL_SPLIT = "9,1"
 # Rows of a stream: enough for a steady perplexity, and few enough for memory.
 STREAM_EVAL_ROWS = 1000
@@ -27,54 +28,21 @@ STREAM_EVAL_ROWS = 1000
 RAW_DATASETS: dict[str, type["PromptRawDataset"]] = {}
 
 
-@dataclass(frozen=True)
-class Text:
-    """Reads the text at a path inside a sample and puts fixed words around it; None where the sample has no value."""
+class RowTexts(NamedTuple):
+    """What one row gives a phase."""
 
-    path: tuple[str | int, ...]
-    before: str = ""
-    after: str = ""
-
-    def __call__(self, sample: Sample) -> str | None:
-        value: Any = sample
-        for step in self.path:
-            if value is None or (isinstance(step, int) and len(value) <= step):
-                return None
-            value = value[step]
-        return around(value, self.before, self.after)
-
-    def column(self) -> Columns:
-        """Return the column that this text is read from, with the kind it must have."""
-        kind: Kind = str
-        for step in reversed(self.path[1:]):
-            kind = [kind] if isinstance(step, int) else {step: kind}
-        return {self.path[0]: kind}
+    samples: list[tuple[str, ...]]  # the texts of each sample: one, and in phase 2 the worse answer's too
+    spans: list[list[Span]] = []  # of each sample, where labels are asked for: the characters that are answers
+    dropped: int = 0  # the `Reason` where there is no sample
+    notes: tuple[int, ...] = ()  # `Note`s
+    words: tuple[str, ...] = ()  # what the row itself says, without what a format puts around it
+    adds_special: bool = True  # whether the tokenizer adds its special tokens
 
 
 @cache
 def _source(cls: type) -> str:
     """Return the source code of a class; cached, since finding it takes a tenth of a second."""
     return inspect.getsource(cls)
-
-
-def around(text: str | None, before: str, after: str = "") -> str | None:
-    """Return `before + text + after`, or None for None."""
-    return None if text is None else before + text + after
-
-
-def human(*path: str | int) -> Text:
-    """Make a question of the value at this path: ` Human: ... Assistant:`."""
-    return Text(path, " Human: ", " Assistant:")
-
-
-def reply(*path: str | int) -> Text:
-    """Make an answer of the value at this path, with the space that follows `Assistant:`."""
-    return Text(path, " ")
-
-
-def as_is(*path: str | int) -> Text:
-    """Use the value at this path as it is."""
-    return Text(path)
 
 
 class PromptRawDataset:
@@ -187,20 +155,21 @@ class PromptRawDataset:
             if split == "eval":
                 return dataset.take(rows)
             return dataset if self.eval_split is not None else dataset.skip(rows)
+        return dataset if self.eval_split is not None else dataset.select(self.row_numbers(split))
+
+    def row_numbers(self, split: str) -> np.ndarray:
+        """Return which rows of their source the training or evaluation rows are, [rows]; not of a stream."""
+        rows = len(self._source_split(split).dataset)
         if self.eval_split is not None:
-            return dataset
-        part = ("train", "eval").index(split)
-        index = get_raw_dataset_split_index(
-            self.local_rank,
-            self.output_path,
-            self.dataset_name_clean,
-            self.seed,
-            "train_eval",
-            TRAIN_EVAL_SPLIT,
-            part,
-            len(dataset),
-        )
-        return dataset.select(index)
+            return np.arange(rows)
+        return get_raw_dataset_split_index(
+            self.local_rank, self.output_path, self.dataset_name_clean, self.seed, "train_eval", TRAIN_EVAL_SPLIT,
+            ("train", "eval").index(split), rows,
+        )  # fmt: skip
+
+    def place_of(self, split: str, number: int) -> str:
+        """Name the place of row `number` (from 0) of the source of `split`, for a message."""
+        return f"{self.source}, record {number + 1} of the {split} rows"
 
     def _source_split(self, split: str) -> SplitData:
         if split not in ("train", "eval"):
@@ -250,13 +219,36 @@ class PromptRawDataset:
         """Return the ranges [start, end) of characters in `text`, the prompt with the answer, that are answers."""
         return [(_common_prefix(self.get_prompt(sample) or "", text), len(text))]
 
-    def labelled_texts(self, sample: Sample) -> list[tuple[str, list[tuple[int, int]]]]:
-        """Return the texts that the row gives phase 1, each with the ranges of its characters that are answers."""
-        text = self.get_prompt_and_chosen(sample)
-        return [] if text is None else [(text, self.response_spans(sample, text))]
+    def read_row(self, sample: Sample, phase: int = 1, labels: bool = False) -> RowTexts:
+        """Return what the row gives a phase, or why it gives nothing.
 
-    def refuse_unlabelled(self, sample: Sample) -> None:
-        """Raise UserError where a part of the row must not be labelled; of known data sets, all may be."""
+        Args:
+            labels: find the ranges of characters that are answers (phase 1).
+
+        Raises:
+            UserError: the row can't be rendered, labelled, or trained as it asks to be.
+        """
+        if phase == 3:
+            prompt = self.get_prompt(sample)
+            return RowTexts([], dropped=Reason.NO_TEXT) if prompt is None else self._as_texts((prompt,))
+        text = self.get_prompt_and_chosen(sample)
+        if text is None:
+            return RowTexts([], dropped=self.why_no_text(sample))
+        if phase == 2:
+            worse = self.get_prompt_and_rejected(sample)
+            return RowTexts([], dropped=Reason.NO_REJECTED) if worse is None else self._as_texts((text, worse))
+        return self._as_texts((text,), [self.response_spans(sample, text)] if labels else [])
+
+    def adds_special(self, sample: Sample) -> bool:
+        """Whether the tokenizer adds its special tokens to the row's text."""
+        return self.add_special_tokens
+
+    def why_no_text(self, sample: Sample) -> Reason:
+        """Return why a row has no text with its answer."""
+        return Reason.NO_TEXT if self.get_prompt(sample) is None else Reason.NO_ANSWER
+
+    def _as_texts(self, texts: tuple[str, ...], spans: list[list[Span]] | None = None) -> RowTexts:
+        return RowTexts([texts], spans or [], words=texts[:1], adds_special=self.add_special_tokens)
 
     def given_ids(self, sample: Sample, may_mask: bool = True) -> tuple[list[int], list[int]]:
         """Return the token ids of a row that brings them, and the starts and ends of their labels in turn."""
@@ -268,8 +260,3 @@ def _common_prefix(prompt: str, text: str) -> int:
     if text.startswith(prompt):
         return len(prompt)
     return next(at for at, pair in enumerate(zip(f"{prompt}\0", f"{text}\1", strict=False)) if pair[0] != pair[1])
-
-
-def joined(prompt: str | None, response: str | None) -> str | None:
-    """Join prompt and response, or return None when one of them is None."""
-    return None if prompt is None or response is None else prompt + response

@@ -53,22 +53,22 @@ class Rows(NamedTuple):
         value = self.value(sample, "rejected" if rejected else self.role_of(ANSWER_ROLES) or "")
         return value[0] if isinstance(value, list) and value and isinstance(value[0], str) else value
 
-    def conversation(self, sample: Sample, rejected: bool = False) -> Conversation | None:
-        """Return the row as a conversation; None where there is nothing to learn.
+    def read(self, sample: Sample, rejected: bool = False) -> tuple[Conversation | None, int]:
+        """Return the row as a conversation, None where there is nothing to learn; and the turns after its last answer.
 
         Raises:
             Malformed: a column holds something else.
         """
         talk = self.role_of(TALK_ROLES)
         if talk is not None:
-            messages = [] if rejected else to_messages(self.value(sample, talk), self.roles[talk])
+            given = [] if rejected else to_messages(self.value(sample, talk), self.roles[talk])
         else:
-            messages = self._pair(sample, rejected)
-        messages = _until_last_answer(messages)
+            given = self._pair(sample, rejected)
+        messages = _until_last_answer(given)
         if not messages:
-            return None
+            return None, len(given)
         tools = to_tools(self.value(sample, "tools"), self.roles["tools"]) if "tools" in self.roles else None
-        return Conversation(self._with_system(sample, messages), tools)
+        return Conversation(self._with_system(sample, messages), tools), len(given) - len(messages)
 
     def _pair(self, sample: Sample, rejected: bool) -> list[Message]:
         """Return prompt and answer as messages, each a text or a list of messages itself; [] where one is blank."""

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from utils.data.formats.chat_template import ChatFormat, render_raw
-from utils.data.formats.conversations import REASONING, Conversation, has_words
+from utils.data.formats.conversations import REASONING, Conversation
 from utils.data.reading.messages import Message
 from utils.errors import UserError
 
@@ -30,11 +30,6 @@ def look_at(chat: ChatFormat, talks: list[Conversation], unused: list[str]) -> l
     if left_out:
         counts = ", ".join(f"{kind} (in {count} of {len(talks)} rows tried)" for kind, count in left_out.items())
         lines.append(f"{chat.origin} leaves out {counts}")
-    blank = sum(
-        any(message["role"] == "assistant" and not has_words(message) for message in talk.messages) for talk in talks
-    )
-    if blank:
-        lines.append(f"{blank} of {len(talks)} rows tried have a blank answer before the last: none is labelled")
     developers = any(message["role"] == "developer" for talk in talks for message in talk.messages)
     if developers and (chat.developer_as_system or not chat.is_template):
         lines.append(f"{chat.origin} has no place for the role developer: written as system")

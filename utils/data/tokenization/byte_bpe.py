@@ -58,6 +58,7 @@ class ByteBpe:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pattern: str, ids: dict[str, int], nfc: bool) -> None:
         self.tokenizer = tokenizer
+        self.bos_token = tokenizer.bos_token
         self.nfc = nfc
         ranks = {b"".join(BYTES[letter] for letter in token): rank for rank, token in enumerate(ids)}
         self.encoding = tiktoken.Encoding(

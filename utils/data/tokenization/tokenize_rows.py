@@ -1,76 +1,37 @@
-"""Turns rows into token ids: each text encoded as a whole, ended by one end token, truncated to `max_seq_len`."""
+"""Turns rows into token ids: each text encoded as a whole, then made a sample by `utils.data.tokenization.entries`."""
 
 import copy
-from typing import Any, NamedTuple
+import re
+from collections.abc import Iterator
+from typing import Any
 
-import datasets
 from transformers import PreTrainedTokenizerBase
 
-from utils.data.formats.base import PromptRawDataset
-from utils.data.prompt_dataset import ID_COLUMNS
+from utils.data.formats.base import PromptRawDataset, RowTexts
+from utils.data.formats.rendered import begins_with, pattern_of
+from utils.data.outcomes import Note
 from utils.data.tokenization.byte_bpe import ByteBpe, quick_tokenizer
-from utils.errors import UserError
+from utils.data.tokenization.entries import Entries
+from utils.data.tokenization.sample_form import (
+    DEFAULT_END_TOKEN,
+    Rule,
+    SampleForm,
+    end_of_conversation_token,
+    end_token_id,
+    sample_features,
+)
 
-DEFAULT_END_TOKEN = "<|endoftext|>"
-
-
-class SampleForm(NamedTuple):
-    """What a sample is."""
-
-    tokenizer: PreTrainedTokenizerBase
-    end_token: str  # the token that ends every sample, as text
-    max_seq_len: int  # longer samples are truncated
-    completion_only: bool = False  # label only the responses (phase 1)
-    end_text: str | None = None  # in place of `end_token`: added to each text before it is encoded
-
-    @property
-    def end_id(self) -> int | None:
-        """The id of the end token, see `end_token_id`; None with `end_text`.
-
-        Read it once, not per row: it looks up the whole vocabulary.
-        """
-        return None if self.end_text is not None else end_token_id(self.tokenizer, self.end_token)
-
-
-def end_token_id(tokenizer: PreTrainedTokenizerBase, end_of_conversation_token: str) -> int:
-    """Return the id that ends every sample.
-
-    Raises:
-        UserError: the tokenizer has no such single token.
-    """
-    token_id = tokenizer.get_vocab().get(end_of_conversation_token)
-    if token_id is None:
-        raise UserError(
-            f"the end-of-conversation token {end_of_conversation_token!r} is not one token of this tokenizer "
-            f"(its own end token is {tokenizer.eos_token!r}): use that, or add it with --add_eot_token."
-        )
-    return token_id
-
-
-def end_of_conversation_token(tokenizer: PreTrainedTokenizerBase, eot_token: str | None, model_name: str) -> str:
-    """Return the text of the token that ends every sample: `eot_token`, or the tokenizer's eos where it is None.
-
-    Args:
-        eot_token: `--eot_token` where `--add_eot_token` is given, else None.
-        model_name: the model whose tokenizer this is, for the message.
-
-    Raises:
-        UserError: there is no end token, or it is not one token of the tokenizer.
-    """
-    token = tokenizer.eos_token if eot_token is None else eot_token
-    if token is None:
-        raise UserError(f"the tokenizer of {model_name} has no end token: add one with --add_eot_token.")
-    end_token_id(tokenizer, token)
-    return token
-
-
-def sample_features(phase: int, completion_only: bool) -> datasets.Features:
-    """Return the columns of tokenized samples."""
-    ids = {name: datasets.List(datasets.Value("int32")) for name in ID_COLUMNS[phase]}
-    features = datasets.Features({**ids, "truncated": datasets.Value("bool")})
-    if completion_only:
-        features["label_spans"] = datasets.List(datasets.Value("int32"))
-    return features
+__all__ = [
+    "DEFAULT_END_TOKEN",
+    "SampleForm",
+    "encode",
+    "end_of_conversation_token",
+    "end_token_id",
+    "map_arguments",
+    "row_tokenizer",
+    "sample_features",
+    "tokenize",
+]
 
 
 def row_tokenizer(sample: SampleForm, rows: int) -> PreTrainedTokenizerBase | ByteBpe:
@@ -91,129 +52,92 @@ def map_arguments(
     """
     source = copy.copy(raw)
     source.raw_datasets = None  # a worker process needs to know how texts are made, not the data
-    arguments = {"source": source, "tokenizer": tokenizer, "end_id": sample.end_id, "max_seq_len": sample.max_seq_len}
-    if not sample.completion_only:
-        arguments |= {"phase": phase, "end_text": sample.end_text}
+    rule = Rule(phase, sample.end_id, sample, sample.tokenizer.bos_token, sample.special)
     return {
-        "function": tokenize_completions if sample.completion_only else tokenize,
+        "function": tokenize,
         "batched": True,
-        "fn_kwargs": arguments,
+        "fn_kwargs": {"source": source, "tokenizer": tokenizer, "rule": rule},
         "features": sample_features(phase, sample.completion_only),
     }
 
 
 def tokenize(
-    columns: dict[str, list],
-    source: PromptRawDataset,
-    tokenizer: Any,
-    phase: int,
-    end_id: int | None,
-    max_seq_len: int,
-    end_text: str | None = None,
+    columns: dict[str, list], source: PromptRawDataset, tokenizer: PreTrainedTokenizerBase | ByteBpe, rule: Rule
 ) -> dict[str, list]:
-    """Turn one batch of rows into the phase's id columns and `truncated`; drops rows without a text or a label."""
-    rows = _rows(columns)
-    if source.has_ids and phase == 1:
-        return _given(rows, source, max_seq_len, may_mask=False)
-    if phase == 1:
-        for row in rows:
-            source.refuse_unlabelled(row)
-    added = end_text if end_text and phase < 3 else ""
-    flat = [text + added for pair in _texts(rows, source, phase) for text in pair]
-    encoded = []
-    if flat:
-        encoded = tokenizer(
-            flat, return_attention_mask=False, verbose=False, add_special_tokens=source.add_special_tokens
-        )["input_ids"]
-    if phase == 3:
-        kept = [ids for ids in encoded if 0 < len(ids) <= max_seq_len]
-        return {"prompt_ids": kept, "truncated": [False] * len(kept)}
-    whole = encoded if end_id is None else [_with_end(ids, end_id) for ids in encoded]
-    names = ID_COLUMNS[phase]
-    result: dict[str, list] = {name: [] for name in [*names, "truncated"]}
-    for start in range(0, len(whole), len(names)):
-        pair = whole[start : start + len(names)]
-        if min(map(len, pair)) < 2:  # nothing follows the first token, so there is no label
-            continue
-        for name, ids in zip(names, pair, strict=True):
-            result[name].append(ids[:max_seq_len])
-        result["truncated"].append(max(map(len, pair)) > max_seq_len)
-    return result
+    """Turn one batch of rows into the phase's id columns and the columns of `BOOKS`.
 
+    With completion-only loss, `label_spans` holds starts and ends of responses in turn. Prompt and responses are
+    encoded together, so the ids are the same with and without it.
 
-def tokenize_completions(
-    columns: dict[str, list], source: PromptRawDataset, tokenizer: Any, end_id: int, max_seq_len: int
-) -> dict[str, list]:
-    """Turn rows into phase 1 samples as `tokenize` does, and add `label_spans`: starts and ends of responses in turn.
+    Returns:
+        an entry for each sample, and one without ids for each row, or answer, that gives none.
 
-    Prompt and responses are encoded together, so the ids are those of `tokenize`; where a response begins and ends is
-    read off the characters that each token covers. A token that covers both prompt and response belongs to the
-    response. The end token belongs to a response that ends the text.
+    Raises:
+        UserError: a row can't be used as it asks to be, or is too long where that is an error.
     """
-    if source.has_ids:
-        return _given(_rows(columns), source, max_seq_len, may_mask=True)
-    pairs = [pair for row in _rows(columns) for pair in source.labelled_texts(row)]
-    result: dict[str, list] = {"input_ids": [], "label_spans": [], "truncated": []}
-    if not pairs:
-        return result
-    encoded = tokenizer(
-        [text for text, _ in pairs], return_attention_mask=False, return_offsets_mapping=True, verbose=False,
-        add_special_tokens=source.add_special_tokens,
-    )  # fmt: skip
-    for (text, ranges), ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        whole = _with_end(ids, end_id)
-        kept = min(len(whole), max_seq_len)
-        spans = []
-        for start, end in ranges:
-            first, last = _token_span(offsets, start, end)
-            last = len(whole) if end == len(text) else last
-            if max(first, 1) < min(last, kept):  # nothing predicts the first token
-                spans += [max(first, 1), min(last, kept)]
-        if spans:  # without one there is no label
-            result["input_ids"].append(whole[:kept])
-            result["label_spans"].append(spans)
-            result["truncated"].append(len(whole) > max_seq_len)
-    return result
-
-
-def _given(rows: list[dict], source: PromptRawDataset, max_seq_len: int, may_mask: bool) -> dict[str, list]:
-    """Return the samples of rows that bring token ids, as they are; with `may_mask`, with the spans of their labels."""
-    result: dict[str, list] = {"input_ids": [], "truncated": []} | ({"label_spans": []} if may_mask else {})
-    for row in rows:
-        ids, edges = source.given_ids(row, may_mask)
-        pairs = zip(edges[::2], edges[1::2], strict=True)
-        spans = [at for start, end in pairs if start < max_seq_len for at in (start, min(end, max_seq_len))]
-        if len(ids) < 2 or not spans:
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    entries = Entries(rule)
+    if source.has_ids and rule.phase == 1:
+        for row in rows:
+            entries.add_given(*source.given_ids(row, rule.sample.completion_only))
+        return entries.columns
+    read = [source.read_row(row, rule.phase, rule.sample.completion_only) for row in rows]
+    encoded = _encoded(read, tokenizer, rule)
+    pattern = pattern_of(tuple(rule.special))
+    for row in read:
+        if not row.samples:
+            entries.add([], dropped=row.dropped)
             continue
-        result["input_ids"].append(ids[:max_seq_len])
-        result["truncated"].append(len(ids) > max_seq_len)
-        if may_mask:
-            result["label_spans"].append(spans)
-    return result
+        notes, special = list(row.notes), _special_in(row, rule, pattern)
+        if row.adds_special and begins_with(row.samples[0][0], rule.bos):
+            notes.append(Note.OWN_BOS)
+        for number, texts in enumerate(row.samples):
+            made = [next(encoded) for _ in texts]
+            if len(row.samples) > 1:
+                notes.append(Note.SPLIT_SAMPLE)
+            spans = row.spans[number] if rule.sample.completion_only else None
+            entries.add_sample(made, spans, len(texts[0]), notes, special)
+            notes, special = [], []  # said once for a row
+    return entries.columns
 
 
-def _rows(columns: dict[str, list]) -> list[dict[str, Any]]:
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+def encode(
+    tokenizer: PreTrainedTokenizerBase | ByteBpe, texts: list[str], adds_special: list[bool], **options: Any
+) -> list[tuple[list[int], Any]]:
+    """Return the ids of each text, and with `return_offsets_mapping` the characters of each token.
+
+    The tokenizer adds its special tokens to the texts for which `adds_special` says so, but to none that begins with
+    BOS: that text has its own.
+    """
+    bos = tokenizer.bos_token
+    adds = [add and not begins_with(text, bos) for text, add in zip(texts, adds_special, strict=True)]
+    made: dict[bool, Iterator[tuple[list[int], Any]]] = {}
+    for kind in set(adds):
+        chosen = [text for text, add in zip(texts, adds, strict=True) if add == kind]
+        found = tokenizer(chosen, return_attention_mask=False, verbose=False, add_special_tokens=kind, **options)
+        made[kind] = zip(found["input_ids"], found.get("offset_mapping") or [None] * len(chosen), strict=True)
+    return [next(made[kind]) for kind in adds]
 
 
-def _texts(rows: list[dict], source: PromptRawDataset, phase: int) -> list[tuple[str, ...]]:
-    """Return the texts that each row gives this phase; drops rows that lack one."""
-    ways = {
-        1: (source.get_prompt_and_chosen,),
-        2: (source.get_prompt_and_chosen, source.get_prompt_and_rejected),
-        3: (source.get_prompt,),
-    }[phase]
-    texts = [tuple(way(row) for way in ways) for row in rows]
-    return [pair for pair in texts if None not in pair]
+def _encoded(
+    read: list[RowTexts], tokenizer: PreTrainedTokenizerBase | ByteBpe, rule: Rule
+) -> Iterator[tuple[list[int], Any]]:
+    """Return ids, and where labels are asked for the characters of each token, of all texts in turn."""
+    added = rule.sample.end_text if rule.sample.end_text and rule.phase < 3 else ""
+    texts = [text + added for row in read for texts in row.samples for text in texts]
+    adds = [row.adds_special for row in read for texts in row.samples for _ in texts]
+    options = {"return_offsets_mapping": True} if rule.sample.completion_only else {}
+    return iter(encode(tokenizer, texts, adds, **options))
 
 
-def _with_end(ids: list[int], end_id: int) -> list[int]:
-    """Return `ids` ending in `end_id` exactly once (some tokenizers append it themselves)."""
-    return ids if ids and ids[-1] == end_id else [*ids, end_id]
-
-
-def _token_span(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """Return the range of tokens that cover the characters [start, end), wholly or in part."""
-    first = next((at for at, (_, stop) in enumerate(offsets) if stop > start), len(offsets))
-    last = next((at for at in range(len(offsets) - 1, first - 1, -1) if offsets[at][0] < end), first - 1)
-    return first, last + 1
+def _special_in(row: RowTexts, rule: Rule, pattern: re.Pattern[str]) -> list[int]:
+    """Return the special tokens inside what the row itself says, without BOS and end token around a whole text."""
+    found: set[int] = set()
+    for text in row.words:
+        if pattern.search(text) is None:
+            continue
+        if text is row.samples[0][0]:
+            bare = text.lstrip()
+            text = bare.removeprefix(rule.bos or "").removesuffix(rule.sample.end_token)
+        found |= {rule.special[match[0]] for match in pattern.finditer(text)}
+    return sorted(found)
