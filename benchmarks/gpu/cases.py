@@ -143,7 +143,7 @@ def kernels(context: Context, what: str, dtype: str) -> Outcome:
         values = [case[name] for case in cases if name in case]
         figures |= {name: f"{max(values):.1e}"} if values else {}
     if what == "attention":
-        figures["varlen kernel"] = ", ".join(case["case"] for case in cases if case["varlen"]) or "none"
+        figures["kernels"] = ", ".join(f"{case['case']} {case['kernel']}" for case in cases)
         waits = [f"{case['case']} {case['waits']}" for case in cases if case["waits"]]
         figures["host waits for the GPU"] = ", ".join(waits) or "never"
     if failure:

@@ -29,6 +29,7 @@ from utils.machine.precision import DTYPES  # noqa: E402
 from utils.model.layout_check import choose_layout  # noqa: E402
 from utils.module.attention import clear_documents, set_documents  # noqa: E402
 from utils.module.fused_loss import LogitTransform, fused_loss, summed_loss  # noqa: E402
+from utils.module.row_kernels import FLASH_CAPABILITY  # noqa: E402
 
 VOCABULARY = 120
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -47,7 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**LLAMA, "sliding_window": 24, "query_pre_attn_scalar": 64},
     "mistral": {**LLAMA, "sliding_window": 24},
 }  # fmt: skip
-NO_ROWS, SOFT_CAPPED = ("bloom",), ("gemma2",)  # trains in padded batches; can't use the varlen kernel
+NO_ROWS, SOFT_CAPPED = ("bloom",), ("gemma2",)  # trains in padded batches; can't use a kernel for rows
 LENGTHS = (13, 130, 1, 64, 77)
 # Largest difference allowed: of the logits relative to the largest one, of the loss relative to itself, and of the
 # gradients relative to their norm. On a CPU the logits differ by at most 6e-7 (fp32), 2.5e-3 and 1.5e-2; gradients
@@ -95,25 +96,28 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def has_flash(dtype: str, device: torch.device) -> bool:
-    """Return whether this device has the varlen kernel for this precision, which must then be used."""
-    return (
-        device.type == "cuda"
-        and dtype != "fp32"
-        and torch.cuda.get_device_capability(device) >= utils.module.attention.FLASH_CAPABILITY
-    )
+def kernel_meant(family: str, dtype: str, device: torch.device) -> str:
+    """Return the kernel that must be used for a family's rows on this device."""
+    if device.type != "cuda" or family in (*NO_ROWS, *SOFT_CAPPED):
+        return "none"
+    has_flash = torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
+    if has_flash and dtype != "fp32":
+        return "flash"
+    return "none" if dtype == "bf16" or "sliding_window" in FAMILIES[family] else "efficient"
 
 
-def count_varlen() -> list[int]:
-    """Return a list of one number that from now on counts the calls of the varlen kernel."""
-    calls, plain = [0], utils.module.attention._varlen
+def note_kernels() -> set[str]:
+    """Return a set that from now on gets the names of the kernels that are used."""
+    used: set[str] = set()
+    plain = utils.module.attention.kernels_for
 
-    def counting(*args: Any) -> torch.Tensor:
-        calls[0] += 1
-        return plain(*args)
+    def noting(*args: Any) -> list[Any]:
+        found = plain(*args)
+        used.update(kernel.__name__ for kernel in found[:1])
+        return found
 
-    utils.module.attention._varlen = counting
-    return calls
+    utils.module.attention.kernels_for = noting
+    return used
 
 
 def train_once(model: torch.nn.Module, batch: dict[str, Any], device: torch.device) -> tuple[float, int | None]:
@@ -134,12 +138,12 @@ def train_once(model: torch.nn.Module, batch: dict[str, Any], device: torch.devi
 
 def attention(dtype: str, device: torch.device) -> Iterator[dict[str, Any]]:
     """Check each family: documents in one row on the device against one by one in float32 on the CPU."""
-    calls = count_varlen()
+    used = note_kernels()
     for family in FAMILIES:
         reference = make(family)
         model = copy.deepcopy(reference).to(device, DTYPES[dtype])
         expected, expected_loss = one_by_one(reference)
-        calls[0] = 0
+        used.clear()
         layout = choose_layout(model, "free", VOCABULARY, device)
         samples = documents()
         batch = collate_free(samples) if layout == "free" else collate_padded(samples, 0)
@@ -161,8 +165,9 @@ def attention(dtype: str, device: torch.device) -> Iterator[dict[str, Any]]:
         }
         right = all(value < limit for value, limit in zip(found.values(), LIMITS[dtype], strict=True))
         right &= layout == ("longest" if family in NO_ROWS else "free")
-        right &= (calls[0] > 0) == (has_flash(dtype, device) and family not in (*NO_ROWS, *SOFT_CAPPED))
-        yield {"case": family, "right": right, **found, "layout": layout, "varlen": calls[0] > 0, "waits": waits}
+        kernel = ", ".join(sorted(used)) or "none"
+        right &= kernel == kernel_meant(family, dtype, device)
+        yield {"case": family, "right": right, **found, "layout": layout, "kernel": kernel, "waits": waits}
 
 
 LOSS_CASES: dict[str, dict[str, Any]] = {

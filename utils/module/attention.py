@@ -7,8 +7,6 @@ stays until another is set or `clear_documents` is called, so gradient checkpoin
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +15,11 @@ import torch.nn.functional as F
 import transformers
 
 from utils.module.cpu_attention import cpu_attention
+from utils.module.row_kernels import Row, check_kernels, kernels_for
 
 NAME = "documents"
 _UNSUPPORTED = ("position_bias", "s_aux", "cache")  # learned biases, sinks, paged caches: refused, never ignored
 Attention = Callable[..., tuple[torch.Tensor, None]]
-FLASH_CAPABILITY = (8, 0)  # Ampere: varlen_attn's flash kernels raise an error on older GPUs
 
 
 class Documents:
@@ -96,8 +94,11 @@ def document_attention(
     lengths = Documents.lengths or [query.shape[2]]
     if sum(lengths) != query.shape[2]:
         raise NotImplementedError(f"documents of {sum(lengths)} tokens in a row of {query.shape[2]}")
-    if Documents.lengths and _can_use_varlen(query, value, dropout, softcap):
-        return _varlen(query, key, value, scaling, sliding_window, max(lengths)), None
+    if Documents.lengths and softcap is None:
+        row = Row(Documents.cu_seqlens, max(lengths), scaling, sliding_window, dropout)
+        if kernels := kernels_for(query, value, row):
+            query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+            return kernels[0](query, key, value, row)[None], None
     if _can_use_cpu_kernel(query, value, dropout, softcap, sliding_window, max(lengths)):
         return cpu_attention(query, key, value, lengths, scaling), None
     # Split and joined as [batch, length, heads, size]: each document is one block of memory, in the backward too.
@@ -153,21 +154,6 @@ def _one_document_softcapped(
     return F.dropout(weights, dropout, training=dropout > 0) @ value
 
 
-def _can_use_varlen(query: torch.Tensor, value: torch.Tensor, dropout: float, softcap: float | None) -> bool:
-    """Return whether torch's flash kernel can be used: Ampere or later, 16 bits, a head size it has, nothing extra."""
-    return (
-        query.device.type == "cuda"
-        and torch.cuda.get_device_capability(query.device) >= FLASH_CAPABILITY
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and dropout == 0
-        and softcap is None
-        and query.shape[0] == 1
-        and query.shape[-1] == value.shape[-1] <= 256
-        and query.shape[-1] % 8 == 0
-        and varlen_kernel() is not None
-    )
-
-
 def _can_use_cpu_kernel(
     query: torch.Tensor, value: torch.Tensor, dropout: float, softcap: float | None, window: int | None, longest: int
 ) -> bool:
@@ -181,48 +167,6 @@ def _can_use_cpu_kernel(
     )
 
 
-def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None, longest: int
-) -> torch.Tensor:
-    """Return [1, length, heads, head size] of torch's varlen kernel."""
-    takes = _varlen_arguments()
-    options: dict[str, Any] = {"window_size": ((window or 0) - 1, 0)} if "window_size" in takes else {"is_causal": True}
-    if window is not None and "window_size" not in takes and longest > window:
-        raise NotImplementedError("this torch's varlen attention has no sliding window")
-    # Older kernels take no scale and no grouped queries: scaling the query costs a rounding, repeating keys memory.
-    if "scale" in takes:
-        options["scale"] = scaling
-    else:
-        query = query * (scaling * query.shape[-1] ** 0.5)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and "enable_gqa" in takes:
-        options["enable_gqa"] = True
-    elif groups > 1:
-        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    cu_seqlens = Documents.cu_seqlens
-    return varlen_kernel()(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)[None]
-
-
-@functools.cache
-def varlen_kernel() -> Callable[..., torch.Tensor] | None:
-    """Return torch's varlen attention; None from a torch built without it.
-
-    It is imported when it is wanted: it brings torch's compiler, a second that runs on a CPU do without.
-    """
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
-@functools.cache
-def _varlen_arguments() -> frozenset[str]:
-    """Return the argument names of this torch's varlen_attn: 2.11 added scale and window_size, 2.12 enable_gqa."""
-    return frozenset(inspect.signature(varlen_kernel()).parameters)
-
-
 def row_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
@@ -234,13 +178,16 @@ def row_attention(
 def use_document_attention(model: transformers.PreTrainedModel) -> str:
     """Switch `model` to document attention; return the name of its former attention, for `restore_attention`.
 
-    No mask function is registered under the name "documents", so transformers builds no mask.
+    On a GPU the kernels for this model's attention are checked, and a line says which is used. No mask function
+    is registered under the name "documents", so transformers builds no mask.
     """
     before = model.config._attn_implementation
     # Not where this file is imported: the interface brings all that models need, and a wrong column needs none of it.
     if NAME not in transformers.AttentionInterface():
         transformers.AttentionInterface.register(NAME, row_attention)
     model.set_attn_implementation(NAME)
+    if model.config._attn_implementation == NAME:  # some families have attention of their own
+        check_kernels(model.config, model.dtype, model.device)
     return before
 
 
