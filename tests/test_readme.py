@@ -102,7 +102,9 @@ def check(command: str) -> None:
     elif "main.py" in words:
         assert program in ("python", "deepspeed", "torchrun", "srun")
         rest = words[words.index("main.py") + 1 :]
-        if rest not in ([], ["…"], ["..."]):
+        if {"--config", "--like"} & set(rest):  # the model stands in a file
+            build_parser().parse_args(["--model_name_or_path", "a", *rest])
+        elif rest not in ([], ["…"], ["..."]):
             build_parser().parse_args(rest)
     elif words[1:3] in (["-m", "tools.inspect_data"], ["-m", "utils.data.inspect"]):
         assert importlib.util.find_spec(words[2])

@@ -17,9 +17,9 @@ def answer_early() -> None:
     """
     try:
         adopt_launcher()
-    except UserError:
-        return  # the run says it
-    problems = check_values(parse_args())
+        problems = check_values(parse_args(announce=False))
+    except UserError as err:
+        problems = [str(err)]
     if problems and launched_rank() == 0:
         print(f"error: {join_problems(problems)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)

@@ -1,7 +1,11 @@
 """The command line of main.py: every argument with its group and its help."""
 
 import argparse
+import sys
 
+from utils.arguments.replay import merged_words
+from utils.distributed.launchers import launched_rank
+from utils.logging.console import say
 from utils.logging.trackers import CHOICES
 from utils.notation import HERE, default_cache_folder
 
@@ -196,6 +200,12 @@ def _add_long_context_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run and DeepSpeed").add_argument
+    add("--config", default=None, metavar="FILE",
+        help="YAML or JSON file of arguments, by the names of the flags; what is typed wins, and --no_SWITCH turns off "
+        "a switch that the file turns on; None: what is typed is all")
+    add("--like", default=None, metavar="OUTPUT_DIR",
+        help="take the arguments of the run that wrote OUTPUT_DIR, from its run.json, all but --output_dir and what "
+        "belongs to one start; --config and what is typed win; None takes none")
     add("--output_dir", default=None, metavar="DIR",
         help="folder of the model, metrics and loss curve; None saves nothing")
     add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=0,
@@ -250,14 +260,26 @@ def _add_deepspeed_arguments(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
-def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+def parse_args(
+    argv: list[str] | None = None, description: str | None = None, announce: bool = True
+) -> argparse.Namespace:
     """Parse the command line of main.py, or of a program (`description`) that takes the same arguments.
 
     `utils.arguments.preflight.check_run` checks it.
+
+    Args:
+        announce: print what came from `--like` and `--config`.
+
+    Raises:
+        UserError: the file of one of them can't be used.
     """
     parser = build_parser()
     parser.description = description or parser.description
-    args = parser.parse_args(argv)
+    words, lines = merged_words(parser, sys.argv[1:] if argv is None else argv)
+    if announce and launched_rank() == 0:
+        for line in lines:
+            say(line)
+    args = parser.parse_args(words)
     if args.save_strategy is None:
         args.save_strategy = "no" if args.save_steps is None else "steps"
     return args
