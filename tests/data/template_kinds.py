@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from utils.data.batching.collate import IGNORE_INDEX
 from utils.data.formats.custom import own_options
 from utils.data.prepare import Preparation, prepare_data_set
+from utils.data.prompt_dataset import PromptDataset
 from utils.data.tokenization.tokenize_rows import SampleForm
 
 QWEN = """\
@@ -114,17 +115,26 @@ class Sample(NamedTuple):
     is_label: list[bool]
 
 
-def samples_of(path: Any, cache: Any, kind: str = "qwen", max_seq_len: int = 1024, **changes: Any) -> list[Sample]:
-    """Prepare data in memory as a run with `--completion_only_loss` does; return all samples, by their ids.
+def samples_of(path: Any, cache: Any, kind: str = "qwen", **changes: Any) -> list[Sample]:
+    """Return all samples of data, by their ids; for the arguments see `parts_of`."""
+    parts = parts_of(path, cache, kind, **changes)
+    items = [part[place] for part in parts for place in range(len(part))]
+    return as_samples(items, tokenizer_of(kind, changes.get("folder", "")))
+
+
+def parts_of(
+    path: Any, cache: Any, kind: str = "qwen", max_seq_len: int = 1024, folder: str = "", **changes: Any
+) -> tuple[PromptDataset, PromptDataset]:
+    """Prepare data in memory as a run with `--completion_only_loss` does; return (train, eval).
 
     Args:
+        folder: of a tokenizer, see `tokenizer_of`.
         changes: completion_only, columns, chat_template, train_turns, date.
     """
-    tokenizer = tokenizer_of(kind)
+    tokenizer = tokenizer_of(kind, folder)
     form = SampleForm(tokenizer, tokenizer.eos_token, max_seq_len, changes.pop("completion_only", True))
     own = own_options(tokenizer, form.end_id, **changes)
-    prepared = prepare_data_set(str(path), "10,0,0", form, own, Preparation(0, str(cache), 1, 1234))
-    return as_samples([data[place] for data in prepared for place in range(len(data))], tokenizer)
+    return prepare_data_set(str(path), "10,0,0", form, own, Preparation(0, str(cache), 1, 1234))
 
 
 def as_samples(items: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:

@@ -114,7 +114,7 @@ class OwnFormatDataset(OwnTexts):
 
     def _findings(self) -> list[str]:
         rows = list(islice(self._source_split("train").dataset, ROWS_TRIED))
-        unused = [name for name in self.found if name not in self.roles.values()]
+        unused = [name or '""' for name in self.found if name not in self.roles.values()]
         if self.chat.kind == AS_IS:
             unused += [self.roles[role] for role in BESIDE if self.roles.get(role) in self.found]
             return [f"not used: {', '.join(unused)}"] if unused else []
