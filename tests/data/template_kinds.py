@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.data.batching.collate import IGNORE_INDEX
 from utils.data.formats.custom import own_options
-from utils.data.prepare import Preparation, prepare_data_set
+from utils.data.open_sets import Preparation
+from utils.data.prepare import prepare_data_set
 from utils.data.prompt_dataset import PromptDataset
 from utils.data.tokenization.tokenize_rows import SampleForm
 

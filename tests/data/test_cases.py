@@ -176,13 +176,6 @@ def test_what_is_refused(tmp_path, kind, row, words):
         samples_of(write(tmp_path / "t.jsonl", [row, row]), tmp_path / "cache", kind)
 
 
-def test_weight_0_needs_labels_of_answers_alone(tmp_path):
-    for mark in ({"weight": 0}, {"train": False}):
-        path = write(tmp_path / "t.jsonl", [talk(ASK, SAY | mark, AGAIN, LAST)])
-        with pytest.raises(UserError, match=r"record 1.*message 2.*--completion_only_loss"):
-            samples_of(path, tmp_path / "cache", completion_only=False)
-
-
 # -------------------------------------------------------------------------------- every file beside the repository
 
 FOLDER = SHARED.parent / "cases" / "data"
@@ -286,6 +279,14 @@ def test_a_template_that_leaves_reasoning_and_system_turns_out(tmp_path, name):
     raw = open_own(FOLDER / name, tmp_path, **chat)
     said = {"07": "leaves out reasoning (in 20 of 20 rows", "11": "leaves out system turns (in 20 of 20 rows", "12": ""}
     assert said[name[:2]] in raw.describe() and ("leaves out" in raw.describe()) == (name[:2] != "12")
+
+
+@needs_shared
+def test_rendered_prompts_keep_their_one_bos(tmp_path):
+    """Texts of Llama's kind, rendered already, stay as they are."""
+    path = FOLDER / "08_prerendered_bos" / "p.jsonl"
+    wanted = {row["prompt"] + row["completion"] for row in rows_in(path)}
+    assert {sample.text for sample in samples_of(path, tmp_path, "llama")} == wanted
 
 
 @needs_shared

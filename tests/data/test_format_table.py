@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from tests.data.prepared_data import prepare
 from tests.data.template_kinds import samples_of, tokenizer_of
 from tests.data.test_own_formats import write
 from utils.data.data_utils import get_raw_dataset
@@ -94,7 +95,7 @@ def spoken(message: dict) -> dict:
     return {"from": SPEAKERS.get(message["role"], message["role"]), "value": message["content"], **others}
 
 
-def outcome(row: dict, field: str, folder: Path) -> str:
+def outcome(row: dict, field: str, folder: Path, capsys: pytest.CaptureFixture) -> str:
     """What becomes of the word: labelled, used, not used (which is said), for step 2, refused, or lost."""
     path = write(folder / "t.jsonl", [row, row])
     try:
@@ -110,12 +111,16 @@ def outcome(row: dict, field: str, folder: Path) -> str:
     raw = get_raw_dataset(str(path), str(folder / "cache"), 1, 0, own_options(tokenizer, tokenizer.eos_token_id))
     if MARK in (raw.get_prompt_and_rejected(raw.get_train_data()[0]) or ""):
         return "step 2"
-    unused = re.search("not used: (.*)", raw.describe())
-    places = [field, *(name for name, value in row.items() if MARK in str(value))]
+    capsys.readouterr()
+    prepare([path], folder / "whole", tokenizer, 1024)
+    printed = capsys.readouterr().out
+    if field == TRIMMED:
+        return "not used" if f"2 rows have {TRIMMED}: not used" in printed else "lost"
+    unused = re.search("not used: (.*)", printed)
+    places = [name for name, value in row.items() if MARK in str(value)]
     places += [name for turn in row.get("messages", row.get("conversations", row.get("prompt"))) or ()
                if isinstance(turn, dict) for name, value in turn.items() if MARK in str(value)]  # fmt: skip
-    found = set(re.sub(r" \(in .*?\)", "", unused[1]).split(", ")) if unused else set()
-    return "not used" if found & set(places) else "lost"
+    return "not used" if unused and set(unused[1].split(", ")) & set(places) else "lost"
 
 
 def table() -> dict[str, dict[str, str]]:
@@ -128,12 +133,12 @@ def table() -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_every_cell_is_what_happens(tmp_path, field):
+def test_every_cell_is_what_happens(tmp_path, field, capsys):
     cells = table()[field]
     for form in FORMATS:
         row = in_format(form, field)
         (folder := tmp_path / form).mkdir()
-        found = "–" if row is None else outcome(row, field, folder)
+        found = "–" if row is None else outcome(row, field, folder, capsys)
         assert cells[form] == found, f"{form}: the page says {cells[form]!r}"
 
 

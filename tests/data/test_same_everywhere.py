@@ -8,7 +8,7 @@ from tests.data.template_kinds import KINDS, as_samples, samples_of, tokenizer_o
 from tests.data.test_own_formats import write
 from utils.data.formats import chat_template
 from utils.data.formats.custom import own_options
-from utils.data.prepare import Preparation
+from utils.data.open_sets import Preparation
 from utils.data.streaming import SFT_PHASE, create_prompt_stream
 from utils.data.tokenization.tokenize_rows import SampleForm
 
