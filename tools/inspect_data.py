@@ -19,12 +19,18 @@ from utils.data.cache import cache_lock
 from utils.data.formats.custom import OwnOptions, own_options
 from utils.data.formats.roles import parse_columns
 from utils.data.mixture import DataSources, weighted
-from utils.data.outcomes import REASON_WORDS
+from utils.data.outcomes import BOOKS, REASON_WORDS
 from utils.data.prepare import get_raw_dataset
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.splits import get_shuffle_idx, split_boundaries
 from utils.data.tokenization.byte_bpe import quick_tokenizer
-from utils.data.tokenization.tokenize_rows import SampleForm, encode, end_of_conversation_token, map_arguments
+from utils.data.tokenization.tokenize_rows import (
+    SampleForm,
+    encode,
+    end_of_conversation_token,
+    has_own_bos,
+    map_arguments,
+)
 from utils.distributed.failures import end_run
 from utils.errors import UserError, join_problems
 from utils.model.tokenizer import load_hf_tokenizer
@@ -144,8 +150,9 @@ def _token_counts(texts: list[str | None], adds: list[bool], tokenizer: Any, end
     counts = np.zeros(len(texts), dtype=np.int64)
     present = [place for place, text in enumerate(texts) if text is not None]
     if present:
-        chosen, special = [texts[place] for place in present], [adds[place] for place in present]
-        encoded = [ids for ids, _ in encode(tokenizer, chosen, special)]
+        chosen, bos = [texts[place] for place in present], tokenizer.bos_token
+        special = [adds[place] and not has_own_bos(texts[place], bos) for place in present]
+        encoded, _ = encode(tokenizer, chosen, special)
         counts[present] = [len(ids) + (end_id is not None and ids[-1:] != [end_id]) for ids in encoded]
     return counts
 
@@ -234,8 +241,8 @@ def sample_text(row: dict, raw: PromptRawDataset, sample: SampleForm) -> str:
     tokenizer = sample.tokenizer
     mapping = map_arguments(raw, sample, 1, tokenizer)
     made = mapping["function"]({name: [value] for name, value in row.items()}, **mapping["fn_kwargs"])
-    if made["dropped"][0]:
-        return f"dropped ({REASON_WORDS[made['dropped'][0]]})"
+    if not made["input_ids"][0]:
+        return f"dropped ({REASON_WORDS[made[BOOKS][0][0]]})"
     ids, place, text = made["input_ids"][0], 0, ""
     spans = made.get("label_spans", [[]])[0]
     for start, end in zip(spans[::2], spans[1::2], strict=True):

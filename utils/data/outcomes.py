@@ -1,8 +1,8 @@
 """What became of rows: why some gave no sample, and what is to be said of the others; counted over all of them.
 
-Tokenization gives every row one entry, or one for each of its samples. An entry without a sample has no ids and the
-number of a reason; the columns of `BOOKS` hold these numbers until they are counted, so that counts of several
-processes, of a stream's windows and of a cache's parts come from the rows themselves.
+Tokenization gives every row one entry, or one for each of its samples. An entry without a sample has no ids. The
+column `BOOKS` holds a list of numbers for each entry, an empty one for most, until these are counted: so the counts
+of several processes, of a stream's windows and of a cache's parts come from the rows themselves.
 """
 
 from collections import Counter
@@ -15,16 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-BOOKS = {
-    "truncated": datasets.Value("bool"),
-    "dropped": datasets.Value("int8"),  # a `Reason`, or 0 for a sample
-    "notes": datasets.List(datasets.Value("int8")),  # `Note`s
-    "special": datasets.List(datasets.Value("int32")),  # special tokens inside the texts that the row brings
-}
+BOOKS = "books"
+BOOKS_FEATURE = datasets.List(datasets.Value("int32"))
+FIRST_TOKEN = 256  # from here on, special tokens: the number minus this is the token's id
 
 
 class Reason(IntEnum):
-    """Why a row, or one of its answers, gives no sample."""
+    """Why a row, or one of its answers, gives no sample: the first of the entry's numbers."""
 
     NO_TEXT = 1
     NO_ANSWER = 2
@@ -38,14 +35,15 @@ class Reason(IntEnum):
 class Note(IntEnum):
     """What is to be said of a row that gives samples."""
 
-    BLANK_ANSWER = 1
-    BLANK_TURN = 2
-    UNANSWERED = 3
-    RENDERED = 4
-    BESIDE = 5
-    OWN_BOS = 6
-    SPLIT_ROW = 7  # on the first of its samples
-    SPLIT_SAMPLE = 8  # on each of them
+    TRUNCATED = 32
+    BLANK_ANSWER = 33
+    BLANK_TURN = 34
+    UNANSWERED = 35
+    RENDERED = 36
+    BESIDE = 37
+    OWN_BOS = 38
+    SPLIT_ROW = 39  # on the first of its samples
+    SPLIT_SAMPLE = 40  # on each of them
 
 
 REASON_WORDS = {
@@ -80,12 +78,14 @@ NOTE_WORDS = {
 
 
 def settled(table: datasets.Dataset, id_columns: list[str]) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """Return the samples of tokenized rows, without the columns of `BOOKS`, and the counts of `count`."""
-    counts = count(table.with_format("arrow")[:] if len(table) else None, id_columns)
+    """Return the samples of tokenized rows, without the column `BOOKS`, and the counts of `count`."""
+    if len(table) == 0:
+        return table.remove_columns(BOOKS), count(None, id_columns)
+    columns = table.with_format("arrow")[:]
+    counts = count(columns, id_columns)
     if counts["dropped"]:
-        kept = np.flatnonzero(np.asarray(table.with_format("arrow")[:]["dropped"]) == 0)
-        table = table.select(kept)
-    return table.remove_columns(list(BOOKS)), counts
+        table = table.select(np.flatnonzero(pc.list_value_length(columns[id_columns[0]]).to_numpy()))
+    return table.remove_columns(BOOKS), counts
 
 
 def count(table: pa.Table | None, id_columns: list[str]) -> dict[str, Any]:
@@ -94,27 +94,23 @@ def count(table: pa.Table | None, id_columns: list[str]) -> dict[str, Any]:
     counts |= {"dropped": {}, "notes": {}, "special": {}}
     if table is None:
         return counts
-    is_sample = pc.equal(table["dropped"], 0)
     lengths = [pc.list_value_length(table[name]).to_numpy() for name in id_columns]
-    notes = _tally(table["notes"])
-    special = table["special"].combine_chunks()
-    counts |= {
-        "rows": len(table) - notes.get(Note.SPLIT_SAMPLE, 0) + notes.get(Note.SPLIT_ROW, 0),
-        "samples": pc.sum(is_sample).as_py(),
+    books = table[BOOKS].combine_chunks()
+    numbers = pc.list_flatten(books).to_numpy()
+    found = dict(zip(*(part.tolist() for part in np.unique(numbers, return_counts=True)), strict=True))
+    of_entry = pc.list_parent_indices(books).to_numpy()
+    notes = {Note(number).name: times for number, times in found.items() if Note.TRUNCATED < number < FIRST_TOKEN}
+    return {
+        "rows": len(table) - notes.get(Note.SPLIT_SAMPLE.name, 0) + notes.get(Note.SPLIT_ROW.name, 0),
+        "samples": int(np.count_nonzero(lengths[0])),
         "tokens": int(sum(part.sum() for part in lengths)),
         "longest": int(max(part.max(initial=0) for part in lengths)),
-        "truncated": pc.sum(table["truncated"]).as_py(),
-        "dropped": {Reason(number).name: found for number, found in _tally(table["dropped"]).items() if number},
-        "notes": {Note(number).name: found for number, found in notes.items()},
-        "special": {str(token): found for token, found in _tally(table["special"]).items()},
-        "special_rows": pc.sum(pc.greater(pc.list_value_length(special), 0)).as_py() or 0,
+        "truncated": found.get(Note.TRUNCATED, 0),
+        "special_rows": len(np.unique(of_entry[numbers >= FIRST_TOKEN])),
+        "dropped": {Reason(number).name: times for number, times in found.items() if number < Note.TRUNCATED},
+        "notes": notes,
+        "special": {str(number - FIRST_TOKEN): times for number, times in found.items() if number >= FIRST_TOKEN},
     }
-    return counts
-
-
-def _tally(column: pa.ChunkedArray) -> dict[int, int]:
-    flat = pc.list_flatten(column) if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else column
-    return {pair["values"]: pair["counts"] for pair in pc.value_counts(flat).to_pylist()}
 
 
 def added(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:

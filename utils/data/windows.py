@@ -10,7 +10,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError
 
 from utils.data.formats.base import STREAM_EVAL_ROWS
-from utils.data.outcomes import Reason, advice_on, dropped_words
+from utils.data.outcomes import BOOKS, Reason, advice_on, dropped_words
 from utils.data.tokenization.entries import Overlong
 from utils.errors import UserError
 
@@ -92,11 +92,11 @@ class _Feed:
             entry = self._next()
             if entry is not None:
                 found.append(entry)
-                if entry["dropped"]:
-                    self.dropped[Reason(entry["dropped"]).name] += 1
-                else:
+                if entry["input_ids"]:
                     samples += 1
                     self.taken += 1
+                else:
+                    self.dropped[Reason(entry[BOOKS][0]).name] += 1
                 continue
             if self.taken == 0:
                 raise UserError(self._nothing())

@@ -65,7 +65,7 @@ def rendering_of(prompt: str, bos: str | None, special: tuple[str, ...] = ()) ->
 
 def begins_with(text: str, bos: str | None) -> bool:
     """Whether a text begins with BOS, perhaps after white space."""
-    return bool(bos) and text.lstrip().startswith(bos)
+    return bool(bos) and (text.startswith(bos) or (text[:1].isspace() and text.lstrip().startswith(bos)))
 
 
 def _has_own_markers(prompt: str, special: tuple[str, ...]) -> bool:

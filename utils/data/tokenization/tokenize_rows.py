@@ -2,14 +2,14 @@
 
 import copy
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.formats.base import PromptRawDataset, RowTexts
+from utils.data.formats.column_text import Span
 from utils.data.formats.rendered import begins_with, pattern_of
-from utils.data.outcomes import Note
+from utils.data.outcomes import FIRST_TOKEN, Note
 from utils.data.tokenization.byte_bpe import ByteBpe, quick_tokenizer
 from utils.data.tokenization.entries import Entries
 from utils.data.tokenization.sample_form import (
@@ -27,6 +27,7 @@ __all__ = [
     "encode",
     "end_of_conversation_token",
     "end_token_id",
+    "has_own_bos",
     "map_arguments",
     "row_tokenizer",
     "sample_features",
@@ -64,7 +65,7 @@ def map_arguments(
 def tokenize(
     columns: dict[str, list], source: PromptRawDataset, tokenizer: PreTrainedTokenizerBase | ByteBpe, rule: Rule
 ) -> dict[str, list]:
-    """Turn one batch of rows into the phase's id columns and the columns of `BOOKS`.
+    """Turn one batch of rows into the phase's id columns and the column `BOOKS`.
 
     With completion-only loss, `label_spans` holds starts and ends of responses in turn. Prompt and responses are
     encoded together, so the ids are the same with and without it.
@@ -77,67 +78,85 @@ def tokenize(
     """
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     entries = Entries(rule)
+    labels = rule.sample.completion_only
     if source.has_ids and rule.phase == 1:
         for row in rows:
-            entries.add_given(*source.given_ids(row, rule.sample.completion_only))
+            entries.add_given(*source.given_ids(row, labels))
         return entries.columns
-    read = [source.read_row(row, rule.phase, rule.sample.completion_only) for row in rows]
-    encoded = _encoded(read, tokenizer, rule)
+    read = [source.read_row(row, rule.phase, labels) for row in rows]
+    own_bos = [has_own_bos(row.samples[0][0], rule.bos) if row.samples else False for row in read]
+    ids, offsets = _encoded(read, own_bos, tokenizer, rule)
     pattern = pattern_of(tuple(rule.special))
-    for row in read:
+    at = 0
+    for row, is_own in zip(read, own_bos, strict=True):
         if not row.samples:
-            entries.add([], dropped=row.dropped)
+            entries.drop(row.dropped)
             continue
-        notes, special = list(row.notes), _special_in(row, rule, pattern)
-        if row.adds_special and begins_with(row.samples[0][0], rule.bos):
-            notes.append(Note.OWN_BOS)
+        books = _books(row, is_own, rule, pattern)
         for number, texts in enumerate(row.samples):
-            made = [next(encoded) for _ in texts]
             if len(row.samples) > 1:
-                notes.append(Note.SPLIT_SAMPLE)
-            spans = row.spans[number] if rule.sample.completion_only else None
-            entries.add_sample(made, spans, len(texts[0]), notes, special)
-            notes, special = [], []  # said once for a row
+                books.append(int(Note.SPLIT_SAMPLE))
+            parts = ids[at : at + len(texts)]
+            if labels:
+                entries.add(parts, books, row.spans[number], offsets[at], len(texts[0]))
+            else:
+                entries.add(parts, books)
+            at += len(texts)
+            books = []  # said once for a row
     return entries.columns
+
+
+def has_own_bos(text: str, bos: str | None) -> bool:
+    """Whether a text begins with BOS, so that the tokenizer must add none."""
+    return bos is not None and begins_with(text, bos)
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase | ByteBpe, texts: list[str], adds_special: list[bool], **options: Any
-) -> list[tuple[list[int], Any]]:
+) -> tuple[list[list[int]], list[list[Span]]]:
     """Return the ids of each text, and with `return_offsets_mapping` the characters of each token.
 
-    The tokenizer adds its special tokens to the texts for which `adds_special` says so, but to none that begins with
-    BOS: that text has its own.
+    Args:
+        adds_special: of each text, whether the tokenizer adds its special tokens.
     """
-    bos = tokenizer.bos_token
-    adds = [add and not begins_with(text, bos) for text, add in zip(texts, adds_special, strict=True)]
-    made: dict[bool, Iterator[tuple[list[int], Any]]] = {}
-    for kind in set(adds):
-        chosen = [text for text, add in zip(texts, adds, strict=True) if add == kind]
+    ids: list[list[int]] = [[]] * len(texts)
+    offsets: list[list[Span]] = [[]] * len(texts)
+    for kind in set(adds_special):
+        places = [place for place, adds in enumerate(adds_special) if adds == kind]
+        chosen = texts if len(places) == len(texts) else [texts[place] for place in places]
         found = tokenizer(chosen, return_attention_mask=False, verbose=False, add_special_tokens=kind, **options)
-        made[kind] = zip(found["input_ids"], found.get("offset_mapping") or [None] * len(chosen), strict=True)
-    return [next(made[kind]) for kind in adds]
+        if chosen is texts:
+            return found["input_ids"], found.get("offset_mapping") or offsets
+        for at, place in enumerate(places):
+            ids[place] = found["input_ids"][at]
+            offsets[place] = found["offset_mapping"][at] if options.get("return_offsets_mapping") else []
+    return ids, offsets
 
 
 def _encoded(
-    read: list[RowTexts], tokenizer: PreTrainedTokenizerBase | ByteBpe, rule: Rule
-) -> Iterator[tuple[list[int], Any]]:
+    read: list[RowTexts], own_bos: list[bool], tokenizer: PreTrainedTokenizerBase | ByteBpe, rule: Rule
+) -> tuple[list[list[int]], list[list[Span]]]:
     """Return ids, and where labels are asked for the characters of each token, of all texts in turn."""
     added = rule.sample.end_text if rule.sample.end_text and rule.phase < 3 else ""
     texts = [text + added for row in read for texts in row.samples for text in texts]
-    adds = [row.adds_special for row in read for texts in row.samples for _ in texts]
+    adds = [
+        row.adds_special and not is_own
+        for row, is_own in zip(read, own_bos, strict=True) for texts in row.samples for _ in texts
+    ]  # fmt: skip
     options = {"return_offsets_mapping": True} if rule.sample.completion_only else {}
-    return iter(encode(tokenizer, texts, adds, **options))
+    return encode(tokenizer, texts, adds, **options)
 
 
-def _special_in(row: RowTexts, rule: Rule, pattern: re.Pattern[str]) -> list[int]:
-    """Return the special tokens inside what the row itself says, without BOS and end token around a whole text."""
-    found: set[int] = set()
+def _books(row: RowTexts, is_own_bos: bool, rule: Rule, pattern: re.Pattern[str]) -> list[int]:
+    """Return what is to be said of a row, its special tokens too, but BOS and end token around a whole text."""
+    books = [*map(int, row.notes)]
+    if is_own_bos and row.adds_special:
+        books.append(int(Note.OWN_BOS))
     for text in row.words:
         if pattern.search(text) is None:
             continue
         if text is row.samples[0][0]:
-            bare = text.lstrip()
-            text = bare.removeprefix(rule.bos or "").removesuffix(rule.sample.end_token)
-        found |= {rule.special[match[0]] for match in pattern.finditer(text)}
-    return sorted(found)
+            text = text.lstrip().removeprefix(rule.bos or "").removesuffix(rule.sample.end_token)
+        found = {FIRST_TOKEN + rule.special[match[0]] for match in pattern.finditer(text)}
+        books += sorted(found.difference(books))
+    return books
