@@ -39,7 +39,8 @@ from utils.ds_utils import build_ds_config
 from utils.engine.engine import create_engine
 from utils.engine.nvme_swap import remove_swap_folders
 from utils.export.save import adapter_folder, export_form, save_verified_model
-from utils.logging.console import phase
+from utils.interrupts import raise_at_interrupt
+from utils.logging.console import begin, phase, print_any_text
 from utils.model.build import create_model, model_form
 from utils.model.layout_check import choose_layout
 from utils.model.learning_rate import advise_rate
@@ -60,9 +61,13 @@ from utils.train.stop_request import StopRequest
 
 def main(args: Namespace) -> None:
     """Train one model, from arguments to a saved folder; `args` stay as typed, `config` holds the decisions."""
+    begin("checking the arguments")
     check_run(args)
+    begin("joining the ranks")
     config, groups = start_run(args)
+    begin("loading the tokenizer")
     tokenizer = create_tokenizer(args.model_name_or_path, config.eot_token)
+    begin("preparing the data")
     data = load_training_data(config, tokenizer)
     config = replace(config, batches=fit_micro_batches(config, data.train))
     ds_config = build_ds_config(config)
@@ -70,20 +75,26 @@ def main(args: Namespace) -> None:
         dry_run(config, ds_config, tokenizer, data, groups)
         return
 
+    begin("loading the model")
     model = create_model(args.model_name_or_path, model_form(args), tokenizer, ds_config)
     stop_where_answers_end(model, tokenizer, data.train)
     advise_rate(model, args.learning_rate, args.lora_learning_rate, args.lora_dim)
+    begin("preparing DeepSpeed")
     engine = create_engine(config, model, ds_config, groups)
+    begin("checking the layout of batches")
     layout = choose_layout(
         engine.module, config.layout, len(tokenizer), config.device, config.sequence_part, args.max_seq_len
     )
     config = config.with_layout(layout)
     add_embedding_noise(engine.module, args.neftune_noise_alpha)
 
+    begin("reading the checkpoint")
     checkpointer = Checkpointer(config, engine, tokenizer, data)
     run = checkpointer.resume()
     with recorded_run(engine, config, data, *run):
+        begin("training")
         train(engine, data, config, run, checkpointer)
+        begin("saving the model")
         save(engine, tokenizer, data, config)
 
 
@@ -97,6 +108,7 @@ def train(engine: DeepSpeedEngine, data: TrainingData, config: RunConfig, run: R
     stop = StopRequest(args.ddp_timeout)
 
     def evaluate() -> None:
+        begin("evaluating")
         progress.begin_evaluation()
         result = measure_perplexity(engine, data.evaluation, collate, config, stop.agreed)
         if result is None:
@@ -104,6 +116,7 @@ def train(engine: DeepSpeedEngine, data: TrainingData, config: RunConfig, run: R
         progress.end_evaluation(*result)
         checkpointer.evaluated(state, result[1], len(data.evaluation))
         progress.restart_clock()
+        begin("training")
 
     print_rank_0("***** Running training *****")
     if state.evaluation_due:
@@ -157,6 +170,7 @@ def save(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, data: Trai
 
 def run(argv: list[str] | None = None) -> None:
     """Start `main`; a failure ends with one message and the exit status of its kind."""
+    print_any_text()
     try:
         adopt_launcher()
         with quiet_libraries():
@@ -168,4 +182,5 @@ def run(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    raise_at_interrupt()
     run()

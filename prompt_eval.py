@@ -26,7 +26,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.data.prompt_dataset import PromptDataset
-from utils.errors import UserError
+from utils.distributed.failures import (
+    EXIT_BY_SIGINT,
+    EXIT_CRASH,
+    EXIT_USER_ERROR,
+    as_user_error,
+    describe_failure,
+    keep_traceback,
+)
+from utils.interrupts import raise_at_interrupt
+from utils.logging.console import begin, print_any_text
 from utils.module.remote_code import trust_remote_code
 from utils.prompt_eval.answers import Results, generate, generate_constrastive_search
 from utils.prompt_eval.arguments import parse_args, with_defaults
@@ -55,8 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         talk(config, device)
         return
 
+    begin("checking the checkpoints")
     tokenizers = check_checkpoints(config)
     baseline = tokenizers["baseline"]
+    begin("preparing the evaluation data")
     data = {
         name: evaluation_data(config, tokenizer, config.models[name], baseline)
         for name, tokenizer in tokenizers.items()
@@ -65,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if line := describe_samples(data, ends):
         print("\n".join(filter(None, [line, describe_training(config.models["finetuned"], args)])))
     results = {name: ask_checkpoint(config, name, data[name], device) for name in config.models}
+    begin("measuring and showing the answers")
     show_answers(config, results)
     figures, scorer_error = measure(config, results)
     show_figures(figures, results)
@@ -77,8 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def ask_checkpoint(config: EvalConfig, name: str, data: PromptDataset | None, device: str) -> Results:
     """Load one model and return its answers and, given evaluation data, its perplexity; then free its memory."""
     path = config.models[name]
+    begin(f"loading {path}")
     model, tokenizer = load(path, device, config.args.dtype, config.extra_token)
     print(f"{HEADINGS[name]}: {path} on {device} in {model.dtype}", flush=True)
+    begin(f"asking {path}")
     answers, perplexity = ask(config, model, tokenizer, name), None
     if data is not None and len(data):
         perplexity = measure_perplexity(model, tokenizer, data)  # last: it changes the model's forward
@@ -93,11 +107,13 @@ def ask_checkpoint(config: EvalConfig, name: str, data: PromptDataset | None, de
 
 def talk(config: EvalConfig, device: str) -> None:
     """Hold a conversation with the models that were given, all in memory at once."""
+    begin("loading the models")
     check_fit(list(config.models.values()), device, config.args.dtype)
     speakers = [
         Speaker(HEADINGS[name], *load(path, device, config.args.dtype, config.extra_token))
         for name, path in config.models.items()
     ]
+    begin("talking")
     chat(speakers, config)
 
 
@@ -126,13 +142,20 @@ def prompt_eval(
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """Run `main`; a user's mistake ends the program with one message on stderr and status 2."""
+    """Run `main`; an error ends it with one message on stderr: status 2 for a user's mistake, 130 for Ctrl-C."""
+    print_any_text()
     try:
         main(argv)
-    except UserError as error:
-        print(f"prompt_eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nprompt_eval.py: stopped", file=sys.stderr)
+        sys.exit(EXIT_BY_SIGINT)
+    except Exception as error:
+        known = as_user_error(error)
+        where = "" if known else f" ({keep_traceback(error)})"
+        print(f"prompt_eval.py: {describe_failure(error)}{where}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR if known else EXIT_CRASH)
 
 
 if __name__ == "__main__":
+    raise_at_interrupt()
     run()

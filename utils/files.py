@@ -4,8 +4,10 @@ Everything is written beside its place, under a name that begins with `.incomple
 whole. A reader never sees half of it; what a killed writer left can be told by its name.
 """
 
+import difflib
 import json
 import os
+import re
 import shutil
 import uuid
 import zlib
@@ -14,7 +16,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from utils.errors import UserError
+
 INCOMPLETE = ".incomplete-"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)  # model, or owner/model
+
+
+def check_place(name: str) -> bool:
+    """Check that what can only be a folder's path, and no name on the hub, is a folder; returns True.
+
+    Raises:
+        UserError: there is no such folder, or it is a file.
+    """
+    if os.path.isfile(name):
+        raise UserError(f"{name} is a file: give the folder it is in.")
+    if os.path.isdir(name) or (not name.startswith(("/", ".", "~")) and HUB_NAME.fullmatch(name)):
+        return True
+    raise UserError(f"{name}: there is no such folder{similar_folder(name)}")
+
+
+def similar_folder(path: str) -> str:
+    """Return words on a folder of a similar name beside `path`; nothing where there is none."""
+    parent, last = os.path.split(os.path.abspath(path))
+    beside = [entry.name for entry in os.scandir(parent) if entry.is_dir()] if os.path.isdir(parent) else []
+    near = difflib.get_close_matches(last, beside, n=1)
+    return f" (do you mean {os.path.join(parent, near[0])}?)" if near else ""
 
 
 @contextmanager

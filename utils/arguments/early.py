@@ -6,6 +6,7 @@ from utils.arguments.parser import parse_args
 from utils.arguments.values import check_values
 from utils.distributed.launchers import adopt_launcher, launched_rank
 from utils.errors import UserError, join_problems
+from utils.interrupts import end_at_interrupt
 
 EXIT_USER_ERROR = 2
 
@@ -15,6 +16,7 @@ def answer_early() -> None:
 
     One rank speaks; the others go on, find the same mistake later, and are ended by their launcher.
     """
+    end_at_interrupt()
     try:
         adopt_launcher()
         problems = check_values(parse_args(announce=False))

@@ -14,6 +14,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from utils.arguments.places import check_model_folder, check_temporary_folder, check_writable
 from utils.arguments.values import can_split, check_values
 from utils.checkpoint.checkpoint_folder import find_checkpoint
 from utils.checkpoint.resume import check_same_run
@@ -32,12 +33,13 @@ from utils.ds_file.read import read_deepspeed_file
 from utils.ds_utils import check_ds_file
 from utils.engine.nvme_swap import check_async_io, check_swap_folder
 from utils.errors import UserError, join_problems
+from utils.files import check_place
 from utils.logging.console import say
-from utils.logging.trackers import check_reports
+from utils.logging.trackers import check_reports, wanted_reports
 from utils.model.build import create_meta_model, model_form
-from utils.model.checkpoint import check_files, check_weights
+from utils.model.checkpoint import check_weights
 from utils.model.config_values import check_length, check_rope
-from utils.model.model_utils import configure_dropout, has_weights, load_model_config
+from utils.model.model_utils import configure_dropout
 from utils.model.special_tokens import token_rows
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import check_lora_module_name
@@ -73,13 +75,17 @@ def check_run(args: Namespace) -> None:
     _check_machine(args, gpus, ranks, attempt)
     problems += check_scale(args, ranks, gpus is not None)
     if args.output_dir is not None:
-        attempt(_check_writable, args.output_dir, "--output_dir")
+        attempt(check_writable, args.output_dir, "--output_dir")
+    if "tensorboard" in wanted_reports(args.report_to, args.enable_tensorboard):
+        attempt(check_writable, os.path.join(args.tensorboard_path, "ds_tensorboard_logs"), "--tensorboard_path")
+    has_room = attempt(check_temporary_folder)
     if not problems:
         attempt(_check_resume, args)
-    config = attempt(_check_model_folder, args.model_name_or_path, not args.dry_run)
+    is_place = attempt(check_place, args.model_name_or_path)
+    config = attempt(check_model_folder, args.model_name_or_path, not args.dry_run) if is_place else None
     if config is not None:
         _check_model(args, config, attempt)
-    tokenizer = attempt(_check_tokenizer, args)
+    tokenizer = attempt(_check_tokenizer, args) if is_place and has_room else None
     if args.save_lora_adapter and config is not None and tokenizer is not None:
         attempt(_check_adapter_base, config, token_rows(tokenizer))
     if args.add_eot_token and args.lora_dim > 0 and config is not None and tokenizer is not None:
@@ -87,7 +93,7 @@ def check_run(args: Namespace) -> None:
     columns = attempt(_check_columns, args)
     chat = None if tokenizer is None else attempt(_chat_format, args, tokenizer)
     own = OwnOptions(columns or {}, chat or ChatFormat(), args.train_turns, tokenizer)
-    if attempt(_check_writable, args.data_output_path, "--data_output_path") and can_split(args.seed, args.data_split):
+    if attempt(check_writable, args.data_output_path, "--data_output_path") and can_split(args.seed, args.data_split):
         for name in args.data_path:
             attempt(_check_data, name, shares_of(name, args.data_split), args, own)
         for name in args.sft_only_data_path:
@@ -133,18 +139,6 @@ def _check_deepspeed_file(args: Namespace, ranks: int) -> dict[str, Any]:
     return settings
 
 
-def _check_writable(folder: str, argument: str) -> bool:
-    """Try to write where `folder` is or would be made."""
-    existing = os.path.abspath(folder)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            return True
-    except OSError as err:
-        raise UserError(f"{argument} {folder} can't be written ({err}): give a folder you may write to.") from err
-
-
 def _check_groups(size: int, ranks: int) -> None:
     if size > 1 and ranks % size:
         raise UserError(f"--sequence_parallel_size {size} must divide the number of ranks, which is {ranks}.")
@@ -162,17 +156,6 @@ def _check_resume(args: Namespace) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:
         check_same_run(checkpoint, args, launched_ranks() // args.sequence_parallel_size)
-
-
-def _check_model_folder(name: str, needs_weights: bool) -> PretrainedConfig:
-    if os.path.isdir(name):
-        check_files(name)
-        files = os.listdir(name)
-        if "config.json" not in files:
-            raise UserError(f"no config.json in the model folder {name}: give a complete model folder or a hub name.")
-        if needs_weights and not has_weights(name):
-            raise UserError(f"no weights (*.safetensors or *.bin) in the model folder {name}: it is not complete.")
-    return load_model_config(name)
 
 
 def _check_lora_names(config: PretrainedConfig, module_name: str) -> None:

@@ -26,6 +26,7 @@ def check_values(args: argparse.Namespace) -> list[str]:
     for name, least in at_least.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             problems.append(f"--{name} must be at least {least}, not {getattr(args, name)}.")
+    problems += _check_empty_names(args)
     if args.seed >= MAX_SEED:
         problems.append(f"--seed must be below 2**32, not {args.seed}.")
     for name in ("learning_rate", "lora_learning_rate", "weight_decay"):
@@ -68,6 +69,18 @@ def check_values(args: argparse.Namespace) -> list[str]:
         problems.append("--train_turns says what --completion_only_loss labels: give that flag too.")
     problems += _check_streaming_values(args)
     return problems + _check_checkpoint_values(args) + _check_long_context_values(args) + check_scale_values(args)
+
+
+def _check_empty_names(args: argparse.Namespace) -> list[str]:
+    """List the files and folders whose name is empty, as a shell leaves them where a variable is not set."""
+    names = (
+        "model_name_or_path", "output_dir", "data_output_path", "tensorboard_path", "nvme_path", "deepspeed_config",
+        "resume_from_checkpoint", "chat_template",
+    )  # fmt: skip
+    empty = [name for name in names if isinstance(value := getattr(args, name), str) and not value.strip()]
+    lists = ("data_path", "sft_only_data_path", "eval_data_path")
+    empty += [name for name in lists if any(not value.strip() for value in getattr(args, name))]
+    return [f"--{name} is empty: give a name (is a script's variable not set?), or leave it out." for name in empty]
 
 
 def can_split(seed: int, data_split: str | None) -> bool:

@@ -167,7 +167,7 @@ def save_checkpoint(
             _publish(work, os.path.join(root, name), {**record, "kind": kind, "state": state.to_dict()})
             _drop_old(root, config.args.save_total_limit)
         wait_for_all()
-    except Exception as err:
+    except BaseException as err:
         if is_rank_0():  # another rank must not take the folder away under those that still write
             shutil.rmtree(work, ignore_errors=True)
         if not _is_writing_failure(err):
@@ -176,13 +176,13 @@ def save_checkpoint(
     return os.path.join(root, name)
 
 
-def _is_writing_failure(err: Exception) -> bool:
+def _is_writing_failure(err: BaseException) -> bool:
     """Whether writing failed: torch.save reports a full disk as an error of its own, not as an OSError."""
     known = isinstance(err, (OSError, UserError))
     return known or any(word in str(err) for word in ("PytorchStreamWriter", "inline_container", "Parent directory"))
 
 
-def _failed_words(root: str, step: int, err: Exception) -> str:
+def _failed_words(root: str, step: int, err: BaseException) -> str:
     complete, _ = list_checkpoints(root)
     try:
         free = f"{shutil.disk_usage(root).free / 1e9:.2f} GB are free there"

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 import time
 import traceback
 from typing import NoReturn
@@ -10,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
-from utils.logging.console import say
+from utils.logging.console import current_stage, say
+from utils.logging.library_log import LOG
 
 EXIT_CRASH = 1
 EXIT_USER_ERROR = 2
@@ -40,6 +42,9 @@ def as_user_error(err: BaseException) -> UserError | None:
         return err
     if isinstance(err, torch.OutOfMemoryError):
         return UserError(f"the device ran out of memory ({err}): {MEMORY_ADVICE}")
+    if isinstance(err, MemoryError) or "can't allocate memory" in str(err):
+        where = f"while {current_stage()} ({err or 'MemoryError'})"
+        return UserError(f"this machine ran out of memory {where}: {MEMORY_ADVICE}")
     if "loss scale already at minimum" in str(err):
         return UserError(SCALE_ADVICE)
     return None
@@ -48,8 +53,8 @@ def as_user_error(err: BaseException) -> UserError | None:
 def end_run(err: BaseException, rank: int) -> NoReturn:
     """Print what ended the run and exit.
 
-    The status is 2 for the user's own mistakes, without a traceback; 75 and 130 for a run that was stopped; 1 for the
-    rest. A rank that only lost its connection repeats the first rank's error instead of its own.
+    The status is 2 for the user's own mistakes; 75 and 130 for a run that was stopped; 1 for the rest, whose traceback
+    goes to a file. A rank that only lost its connection repeats the first rank's error instead of its own.
     """
     if isinstance(err, SystemExit):
         raise err
@@ -57,7 +62,7 @@ def end_run(err: BaseException, rank: int) -> NoReturn:
         _say_on_rank_0(str(err), rank)
         sys.exit(EXIT_INTERRUPTED)
     if isinstance(err, KeyboardInterrupt):
-        _say_on_rank_0("stopped before the training began: there is nothing to save", rank)
+        _say_on_rank_0(f"stopped while {current_stage()}; checkpoints written so far are as they were", rank)
         sys.exit(EXIT_BY_SIGINT)
     known = as_user_error(err)
     prefix = f"[rank {rank}] " if rank > 0 else ""
@@ -67,16 +72,41 @@ def end_run(err: BaseException, rank: int) -> NoReturn:
         )
         sys.stderr.flush()
         os._exit(EXIT_CRASH)  # not sys.exit: threads of a broken process group may never end
-    words = str(known) if known is not None else f"{type(err).__name__}: {err}"
+    words = describe_failure(err)
     _publish(f"rank {rank} failed first: {words}")
     if known is not None:
         if rank > 0:
             time.sleep(10)  # most mistakes are everyone's: rank 0 speaks first, and one message is enough
         print(f"{prefix}error: {known}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
-    traceback.print_exception(err)
-    print(f"{prefix}error: {words}", file=sys.stderr, flush=True)
+    print(f"{prefix}error: {words} ({keep_traceback(err)})", file=sys.stderr, flush=True)
     sys.exit(EXIT_CRASH)
+
+
+def describe_failure(err: BaseException) -> str:
+    """Return what the user can correct, or on one line what the program was doing and which error ended it."""
+    known = as_user_error(err)
+    if known is not None:
+        return str(known)
+    text = " ".join(str(err).split())
+    return f"while {current_stage()}: {type(err).__name__}: {text if len(text) <= 500 else f'{text[:500]} ...'}"
+
+
+def keep_traceback(err: BaseException) -> str:
+    """Write the traceback to the run's library log, or to a temporary file; returns words on where it is."""
+    lines = "".join(traceback.format_exception(err))
+    try:
+        if LOG.last_path is not None and os.path.isdir(os.path.dirname(LOG.last_path)):
+            with open(LOG.last_path, "a", encoding="utf-8") as file:
+                file.write(lines)
+            return f"traceback: {LOG.last_path}"
+        descriptor, path = tempfile.mkstemp(prefix="sft_error_", suffix=".log")
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(lines)
+        return f"traceback: {path}"
+    except OSError:
+        sys.stderr.write(lines)
+        return "traceback above: no file could be written for it"
 
 
 def _say_on_rank_0(words: str, rank: int) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 from collections.abc import MutableMapping
 
@@ -22,12 +23,15 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
 
     They are RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without them each process
     of srun or mpirun would be a run of one rank. Where deepspeed or torchrun has set them nothing changes, and a
-    MASTER_ADDR or MASTER_PORT that is set is kept.
+    MASTER_ADDR or MASTER_PORT that is set is kept. Kubeflow sets all but the local ones: `start_process_group` adds
+    them.
 
     Raises:
-        UserError: mpirun over several nodes without MASTER_ADDR, or a Slurm that can't list its hosts.
+        UserError: only some of the variables are set, mpirun over several nodes has no MASTER_ADDR, or Slurm can't list
+            its hosts.
     """
     if "RANK" in environment:
+        _check_variables(environment)
         return
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         launcher = "srun"
@@ -36,15 +40,48 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
         launcher = "mpirun"
         _adopt_mpi(environment, *found[0])
     else:
+        if environment.get("WORLD_SIZE", "1") != "1":
+            raise UserError(
+                f"WORLD_SIZE is {environment['WORLD_SIZE']} and RANK is not set: each process would be a run of its "
+                "own. Start with deepspeed, torchrun, srun or mpirun, or unset WORLD_SIZE for a run of one process."
+            )
         return
     if environment["RANK"] == "0":
         meeting = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         say(f"Launcher: {launcher}, {environment['WORLD_SIZE']} ranks that meet at {meeting}")
 
 
+def _check_variables(environment: MutableMapping[str, str]) -> None:
+    """Check what a launcher set; a single rank meets nobody."""
+    needed = ("WORLD_SIZE", *(("MASTER_ADDR", "MASTER_PORT") if environment.get("WORLD_SIZE") != "1" else ()))
+    missing = [name for name in needed if not environment.get(name)]
+    if missing:
+        raise UserError(
+            f"RANK is {environment['RANK']} and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: "
+            "start with deepspeed, torchrun, srun or mpirun, which set them all, or unset RANK for a run of one "
+            "process."
+        )
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if not environment.get(name, "0").isdecimal():
+            raise UserError(f"{name} is {environment[name]!r}, not a number: a launcher sets it, or you do.")
+    if int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
+        raise UserError(
+            f"RANK is {environment['RANK']} and WORLD_SIZE {environment['WORLD_SIZE']}: ranks count from 0, so the "
+            f"last is {int(environment['WORLD_SIZE']) - 1}."
+        )
+
+
+def free_port() -> int:
+    """Return a port of this machine that no process listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def launched_rank() -> int:
     """Return this process's rank over all nodes by the launcher, also before the process group is started."""
-    return int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def launched_ranks() -> int:

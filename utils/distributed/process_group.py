@@ -1,7 +1,6 @@
 """The process group: start it, and choose this rank's device."""
 
 import os
-import socket
 from contextlib import suppress
 from datetime import timedelta
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from utils.distributed.launchers import free_port
 from utils.errors import UserError
 from utils.logging.console import chatter_to_log, say
 from utils.machine.compile_locks import clear_stale_build_locks, extension_folder
@@ -46,19 +46,27 @@ def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
     Args:
         local_rank: number of this rank's device on its node.
         timeout_seconds: how long a collective waits for the other ranks.
+
+    Raises:
+        UserError: the ranks can't meet.
     """
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         os.environ.update(
             RANK="0",
             WORLD_SIZE="1",
             LOCAL_RANK="0",
             LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
         )
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    if "LOCAL_RANK" not in os.environ:  # without it DeepSpeed would ask MPI
+        os.environ["LOCAL_RANK"] = str(local_rank)
+        if os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] != "1":
+            say(
+                f"Launcher: WORLD_SIZE {os.environ['WORLD_SIZE']} without LOCAL_RANK, as Kubeflow starts it: one "
+                f"process a node, on its device {local_rank}"
+            )
     several_nodes = os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
     for lock in clear_stale_build_locks(extension_folder(), several_nodes):
         say(f"Removed {lock}: a run that was killed while compiling left it behind")
@@ -68,12 +76,30 @@ def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
     limit_kernel_caches()
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)
-    deepspeed.init_distributed(
-        accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout_seconds), verbose=False
-    )
+    try:
+        deepspeed.init_distributed(
+            accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout_seconds), verbose=False
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as err:
+        raise UserError(_no_meeting(str(err))) from err
     _unlink_shared_buffer()
     name = accelerator.device_name()
     return torch.device(name if name == "cpu" else accelerator.device_name(local_rank))
+
+
+def _no_meeting(reason: str) -> str:
+    """Return what to do where the ranks can't meet, for torch's `reason`."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in reason or "address already in use" in reason.lower():
+        return (
+            f"port {port} of {address}, where the ranks are to meet, is taken by another program, maybe by another "
+            "run: give a free one with --master_port of deepspeed or torchrun, else with the variable MASTER_PORT."
+        )
+    short = " ".join(reason.split())[:300]
+    return (
+        f"the ranks can't meet at {address}:{port} ({short}): check that all {os.environ['WORLD_SIZE']} of them were "
+        "started, with this --master_addr and --master_port (variables MASTER_ADDR, MASTER_PORT), and can reach it."
+    )
 
 
 def _unlink_shared_buffer() -> None:

@@ -13,6 +13,7 @@ from utils.export.hf_model import save_model_folder, settled, unwrap
 from utils.export.model_card import describe_model
 from utils.export.peft_adapter import ADAPTER_FOLDER, save_lora_adapter
 from utils.export.verify import live_logits, verify_saved_model
+from utils.logging.console import phase
 from utils.run_config import RunConfig
 
 SAMPLE_TOKENS = 64  # of the text whose logits are compared
@@ -62,4 +63,5 @@ def save_verified_model(
     save_model_folder(settled(engine), tokenizer, folder, form.describe, form.max_shard_size)
     if form.with_adapter:
         save_lora_adapter(unwrap(engine), form.base, adapter_folder(folder))
-    return verify_saved_model(folder, ids, expected) if is_rank_0() else 0.0
+    with phase("verifying the saved model"):
+        return verify_saved_model(folder, ids, expected) if is_rank_0() else 0.0

@@ -22,6 +22,7 @@ NARROW = 115  # columns; a terminal with fewer gets the short format
 PHASE_FORMAT = "{desc} {elapsed}{postfix}"
 
 _run_bar: tqdm | None = None  # the live line of training, between open_run_bar and close_run_bar
+_stage = "starting"  # what the program is doing, for the message of an error
 _stdout: TextIO | None = None  # the real stdout within chatter_to_log, which replaces sys.stdout
 
 
@@ -38,6 +39,24 @@ def has_live_line() -> bool:
 def is_narrow() -> bool:
     """Return whether the terminal is too narrow for the long format of the live line."""
     return os.get_terminal_size(sys.stderr.fileno()).columns < NARROW
+
+
+def print_any_text() -> None:
+    """Have what stdout and stderr can't encode printed as "?": under latin-1 a Chinese text would end the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def begin(stage: str) -> None:
+    """Note what the program does from here on, in words that follow "while"."""
+    global _stage
+    _stage = stage
+
+
+def current_stage() -> str:
+    """Return what the program was doing last."""
+    return _stage
 
 
 def say(line: str) -> None:
@@ -113,11 +132,22 @@ def close_run_bar() -> None:
 def phase(name: str) -> Iterator[Callable[[str], None]]:
     """Show on the live line what the program is doing within this context, and for how long already.
 
-    Yields a function that shows its progress, such as "3/12".
+    It is the program's stage too, until the context ends well. Yields a function that shows its progress, such as
+    "3/12".
     """
+    outer = _stage
+    begin(name)
     if not has_live_line():
         yield lambda text: None
-        return
+    else:
+        with _live_phase(name) as show:
+            yield show
+    begin(outer)
+
+
+@contextmanager
+def _live_phase(name: str) -> Iterator[Callable[[str], None]]:
+    """Draw a phase on the live line."""
     bar, before = _run_bar, ""
     if bar is None:
         bar = tqdm(bar_format=PHASE_FORMAT, dynamic_ncols=True, file=sys.stderr, desc=f"{name} ...", leave=False)

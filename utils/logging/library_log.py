@@ -27,14 +27,15 @@ class LibraryLog(logging.Handler):
         super().__init__()
         self.kept: deque[logging.LogRecord] = deque(maxlen=KEPT)
         self.path: str | None = None
+        self.last_path: str | None = None  # of the run, also once its log is closed
         self.is_decided = False
+        self.has_folder = False
 
     def open(self, output_dir: str | None) -> None:
         """Write kept and later records to that folder's log; without a folder, show warnings and drop the rest."""
         self.path = os.path.join(output_dir, LOG_FILE) if output_dir else None
+        self.last_path = self.path
         self.setFormatter(logging.Formatter(FORMAT.format(rank=launcher_rank())))
-        if self.path:
-            os.makedirs(output_dir, exist_ok=True)
         self.is_decided = True
         while self.kept:
             self._write(self.kept.popleft())
@@ -42,7 +43,7 @@ class LibraryLog(logging.Handler):
     def close_file(self) -> None:
         """End a run's log; later records are kept for the next run's."""
         self.kept.clear()
-        self.path, self.is_decided = None, False
+        self.path, self.is_decided, self.has_folder = None, False, False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show an error at once; write or keep every record."""
@@ -56,6 +57,9 @@ class LibraryLog(logging.Handler):
     def _write(self, record: logging.LogRecord) -> None:
         if self.path:
             try:
+                if not self.has_folder:  # made with the first record: a run that ends before leaves no empty folder
+                    os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                    self.has_folder = True
                 # Opened for each record: ranks share the file, and whole lines that are appended don't mix.
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(f"{self.format(record)}\n")
@@ -86,6 +90,7 @@ logging.getLogger("DeepSpeed").addFilter(_take)
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Send the messages of libraries to the log within this context; show their progress bars on rank 0's terminal."""
+    LOG.last_path = None
     root, loggers = logging.getLogger(), [logging.getLogger(name) for name in WITH_HANDLERS]
     before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
     for logger in loggers:

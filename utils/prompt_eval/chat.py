@@ -96,14 +96,14 @@ def reply(
 def chat(
     speakers: list[Speaker], config: EvalConfig, ask: Callable[[str], str] = input, output: TextIO = sys.stdout
 ) -> None:
-    """Read questions until the input ends and let every model answer each of them."""
+    """Read questions until the input ends and let every model answer each of them; Ctrl-C raises KeyboardInterrupt."""
     output.write(f"{HELP}\n")
     memories: list[list[tuple[str, str]]] = [[] for _ in speakers]
     torch.manual_seed(config.args.seed)
     while True:
         try:
             question = ask("Human: ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             output.write("\n")
             return
         if question == "/quit":

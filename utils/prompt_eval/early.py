@@ -3,11 +3,13 @@
 import sys
 
 from utils.errors import UserError
+from utils.interrupts import end_at_interrupt
 from utils.prompt_eval.arguments import parse_args
 
 
 def answer_early() -> None:
     """Parse and check the command line; end the program where help is asked for or a value is wrong."""
+    end_at_interrupt()
     try:
         parse_args()
     except UserError as error:

@@ -18,6 +18,7 @@ from utils.data.prepare import Preparation, prepare_prompt_data
 from utils.data.prompt_dataset import PromptDataset
 from utils.data.tokenization.tokenize_rows import SampleForm, end_of_conversation_token, end_token_id
 from utils.errors import UserError
+from utils.files import check_place
 from utils.machine.device import free_memory as free_host_memory
 from utils.machine.precision import DTYPES
 from utils.model.checkpoint import check_files, check_weights
@@ -45,8 +46,7 @@ def load_config_and_tokenizer(
     Raises:
         UserError: the folder does not exist or holds no model, or the hub can't be reached.
     """
-    if not os.path.isdir(path) and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
-        raise UserError(f"{path}: there is no such folder")
+    check_place(path)
     if os.path.isdir(path):
         check_files(path)
         if not os.path.isfile(os.path.join(path, "config.json")):

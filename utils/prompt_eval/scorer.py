@@ -20,7 +20,7 @@ def score_answers(command: str, pairs: Sequence[tuple[str, str]]) -> list[float]
     """
     lines = "".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in pairs)
     try:
-        done = subprocess.run(shlex.split(command), input=lines, capture_output=True, text=True, check=False)
+        done = subprocess.run(shlex.split(command), input=lines, capture_output=True, encoding="utf-8", check=False)
     except OSError as err:
         raise UserError(f"--scorer_command {command!r} cannot be started: {err.strerror}") from err
     if done.returncode:

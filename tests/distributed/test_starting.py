@@ -1,0 +1,86 @@
+"""Starts that go wrong, or that only look as if they did: one message before anything is loaded."""
+
+import os
+import socket
+
+import pytest
+from fork_runs import finished_run, losses
+
+from utils.distributed.launchers import adopt_launcher
+from utils.errors import UserError
+
+LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+
+
+def as_kubeflow_starts(argv: list[str]) -> None:
+    """main.py with the variables of a PyTorchJob: none that tells the place within a node."""
+    import main
+
+    for name in LOCAL:
+        os.environ.pop(name)
+    main.run(argv)
+
+
+def on_a_taken_port(argv: list[str]) -> None:
+    """main.py that is to meet where another program listens."""
+    import main
+
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        os.environ.update(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        main.run(argv)
+
+
+def with_rank_alone(argv: list[str]) -> None:
+    """main.py where only RANK is set."""
+    import main
+
+    os.environ["RANK"] = "0"
+    main.run(argv)
+
+
+def test_kubeflow_trains_on_two_ranks(run_arguments, tmp_path):
+    command = [*run_arguments, "--max_steps", "2", "--per_device_train_batch_size", "4"]
+    printed = finished_run([*command, "--output_dir", tmp_path / "pods"], ranks=2, program=as_kubeflow_starts)
+    assert printed.count("WORLD_SIZE 2 without LOCAL_RANK, as Kubeflow starts it: one process a node") == 1
+    finished_run([*command, "--output_dir", tmp_path / "launched"], ranks=2)
+    assert losses(tmp_path / "pods") == pytest.approx(losses(tmp_path / "launched"), rel=1e-6)
+
+
+def test_a_taken_port_is_named(run_arguments, tmp_path):
+    printed = finished_run([*run_arguments, "--output_dir", tmp_path / "out"], status=2, program=on_a_taken_port)
+    assert "error: port " in printed and "is taken by another program" in printed and "--master_port" in printed
+    assert "Traceback" not in printed and printed.count("error:") == 1
+
+
+def test_rank_alone(run_arguments, tmp_path):
+    printed = finished_run([*run_arguments, "--output_dir", tmp_path / "out"], status=2, program=with_rank_alone)
+    assert "error: RANK is 0 and WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set" in printed
+    assert "Traceback" not in printed and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "MASTER_PORT is not set"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "the last is 1"),
+        ({"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is 'one', not a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT is 'x', not a number"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4 and RANK is not set"),
+    ],
+)
+def test_variables_that_are_no_launchers(environment, words):
+    with pytest.raises(UserError) as caught:
+        adopt_launcher(dict(environment))
+    assert words in str(caught.value)
+
+
+def test_one_rank_needs_no_meeting(run_arguments, run_inside, monkeypatch):
+    for name in (*LOCAL, "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    status, _, error = run_inside([*run_arguments, "--dry_run"])
+    assert status == 0, error

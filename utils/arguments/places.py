@@ -1,0 +1,61 @@
+"""Checks of the places that a run reads and writes: output folder, temporary files, model folder."""
+
+import os
+import tempfile
+
+from transformers import PretrainedConfig
+
+from utils.distributed.launchers import launched_rank
+from utils.errors import UserError
+from utils.files import similar_folder
+from utils.logging.console import say
+from utils.model.checkpoint import check_files
+from utils.model.model_utils import has_weights, load_model_config
+
+TEMPORARY_BYTES = 50 * 10**6
+
+
+def check_writable(folder: str, argument: str) -> bool:
+    """Try to write where `folder` is or would be made."""
+    existing = os.path.abspath(folder)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return True
+    except OSError as err:
+        raise UserError(f"{argument} {folder} can't be written ({err}): give a folder you may write to.") from err
+
+
+def check_temporary_folder() -> bool:
+    """Try to reserve as much in the folder of temporary files as the largest tokenizers take there; returns True."""
+    wanted = os.environ.get("TMPDIR", "/tmp")
+    try:
+        with tempfile.TemporaryFile() as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, TEMPORARY_BYTES)
+        folder = tempfile.gettempdir()
+    except OSError as err:
+        raise UserError(
+            f"the folder of temporary files, {wanted}, can't take {TEMPORARY_BYTES // 10**6} MB ({err}): make room, or "
+            "set the variable TMPDIR to another folder."
+        ) from err
+    if launched_rank() == 0 and os.path.realpath(folder) != os.path.realpath(wanted):
+        say(f"Temporary files: in {folder}, since TMPDIR {wanted} can't be written")
+    return True
+
+
+def check_model_folder(name: str, needs_weights: bool) -> PretrainedConfig:
+    """Return the model's configuration; UserError where its folder is not complete or its name is not known."""
+    if os.path.isdir(name):
+        check_files(name)
+        files = os.listdir(name)
+        if "config.json" not in files:
+            raise UserError(f"no config.json in the model folder {name}: give a complete model folder or a hub name.")
+        if needs_weights and not has_weights(name):
+            raise UserError(f"no weights (*.safetensors or *.bin) in the model folder {name}: it is not complete.")
+        return load_model_config(name)
+    try:
+        return load_model_config(name)
+    except UserError as err:
+        raise UserError(f"{name} is no folder{similar_folder(name)}, and as a name on the hub: {err}") from err
