@@ -17,11 +17,12 @@ def answer_early() -> None:
     One rank speaks; the others go on, find the same mistake later, and are ended by their launcher.
     """
     end_at_interrupt()
-    try:
-        adopt_launcher()
-        problems = check_values(parse_args(announce=False))
-    except UserError as err:
-        problems = [str(err)]
+    problems = []
+    for check in (adopt_launcher, lambda: problems.extend(check_values(parse_args(announce=False)))):
+        try:
+            check()
+        except UserError as err:
+            problems.append(str(err))
     if problems and launched_rank() == 0:
         print(f"error: {join_problems(problems)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
