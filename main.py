@@ -47,6 +47,7 @@ from utils.model.learning_rate import advise_rate
 from utils.model.special_tokens import stop_where_answers_end
 from utils.model.tokenizer import create_tokenizer
 from utils.module.neftune import add_embedding_noise
+from utils.module.router_loss import describe_routers
 from utils.run_config import RunConfig
 from utils.train.epoch import finish_step, open_epoch
 from utils.train.nonfinite_steps import NonfiniteSteps
@@ -86,6 +87,7 @@ def main(args: Namespace) -> None:
         engine.module, config.layout, len(tokenizer), config.device, config.sequence_part, args.max_seq_len
     )
     config = config.with_layout(layout)
+    describe_routers(engine.module)
     add_embedding_noise(engine.module, args.neftune_noise_alpha)
 
     begin("reading the checkpoint")

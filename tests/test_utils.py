@@ -28,7 +28,7 @@ from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.fused_loss import install_loss
 from utils.run_config import BatchCut
 from utils.train.perplexity import evaluate
-from utils.train.progress import StepLosses
+from utils.train.step_losses import StepLosses
 
 CPU = torch.device("cpu")
 
@@ -199,7 +199,7 @@ def test_step_losses_are_means_over_label_tokens():
     losses.finish_step(5)
     losses.add(torch.tensor(3.0), True)
     losses.finish_step(2)
-    assert losses.collect() == [2.0, 1.5] and losses.collect() == []
+    assert [step["loss"] for step in losses.collect()] == [2.0, 1.5] and losses.collect() == []
 
 
 def test_metrics_are_json_whatever_happens(tmp_path):

@@ -54,7 +54,9 @@ def terminal_run(run_setting, tmp_path_factory):
 def test_one_line_has_all_the_figures(terminal_run):
     drawn = re.findall(r"Epoch 2/2 step 1[58]/20 \|.*?\| \d\d:\d\d left, loss [^\r\n]*", terminal_run)
     assert drawn, terminal_run
-    figures = r"loss \d\.\d{4}, lr \d\.\d\de-\d\d, norm \d\S*, [\d,]+ tok/s, pad 0\.0%, peak \?, \d\.\d GB"
+    figures = (
+        r"loss \d\.\d{4}, acc \d+\.\d%, lr \d\.\d\de-\d\d, norm \d\S*, [\d,]+ tok/s, pad 0\.0%, peak \?, \d\.\d GB"
+    )
     assert any(re.search(figures, line) for line in drawn), drawn
     assert max(map(len, drawn)) <= 150
 

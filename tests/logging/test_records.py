@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from utils.logging.library_log import LibraryLog
 from utils.logging.loss_curve import draw_losses, running_mean
 from utils.logging.metrics_file import MetricsFile, read_metrics
-from utils.train.progress import StepLosses
+from utils.train.step_losses import StepLosses
 
 STEP = {"epoch", "step", "loss", "learning_rate", "grad_norm"}
 SPEED = {
@@ -220,7 +220,7 @@ def test_losses_are_brought_over_only_when_asked(monkeypatch):
         losses.add(torch.ones(()), True)
         losses.finish_step(2)
     monkeypatch.undo()
-    assert losses.collect() == [0.5] * 3
+    assert [step["loss"] for step in losses.collect()] == [0.5] * 3
 
 
 def test_library_log_keeps_what_came_before_it_was_opened(tmp_path, capsys):

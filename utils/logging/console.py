@@ -18,7 +18,7 @@ PRINTED = "print"  # name of the logger that gets what libraries print
 TICK_SECONDS = 0.5
 RUN_FORMAT = "{desc} step {n_fmt}/{total_fmt} |{bar:6}| {remaining} left{postfix}"
 NARROW_FORMAT = "{desc} {n_fmt}/{total_fmt} {remaining}{postfix}"
-NARROW = 115  # columns; a terminal with fewer gets the short format
+NARROW = 126  # columns; a terminal with fewer gets the short format
 PHASE_FORMAT = "{desc} {elapsed}{postfix}"
 
 _run_bar: tqdm | None = None  # the live line of training, between open_run_bar and close_run_bar

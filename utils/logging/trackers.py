@@ -19,7 +19,9 @@ EVENTS = {
     "loss": "Train/Samples/train_loss", "learning_rate": "Train/Samples/lr", "grad_norm": "Train/Samples/grad_norm",
     "tokens_per_second": "Train/Samples/tokens_per_second", "padding_share": "Train/Samples/padding_share",
     "peak_share": "Train/Samples/peak_share", "memory_gb": "Train/Samples/memory_gb",
+    "token_accuracy": "Train/Samples/token_accuracy", "router_loss": "Train/Samples/router_loss",
     "eval_loss": "Eval/Samples/loss", "perplexity": "Eval/Samples/perplexity",
+    "eval_accuracy": "Eval/Samples/token_accuracy",
 }  # fmt: skip
 
 

@@ -197,4 +197,5 @@ def measure_perplexity(model: PreTrainedModel, tokenizer: Any, data: PromptDatas
     choose_layout(model, "longest", len(tokenizer), device, longest=data.max_seq_len)
     collate = collate_for("longest", tokenizer.pad_token_id, data.max_seq_len)
     batches = eval_batches(data, collate, BatchCut(EVAL_BATCH, on_cpu=device.type == "cpu"))
-    return evaluate(model, batches, device)
+    perplexity, loss, _ = evaluate(model, batches, device)
+    return perplexity, loss

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -12,8 +13,16 @@ from utils.distributed.ranks import all_reduce_sum
 from utils.logging.console import phase
 from utils.machine.cpu_allocator import give_back_freed_memory
 from utils.machine.device import to_device
-from utils.module.fused_loss import summed_loss
+from utils.module.fused_loss import last_figures, summed_loss
 from utils.run_config import RunConfig
+
+
+class Evaluation(NamedTuple):
+    """What a model is worth on the evaluation data; nan without any."""
+
+    perplexity: float
+    loss: float  # mean negative log-likelihood of a label token
+    accuracy: float  # share of label tokens that no other token outdid in likelihood
 
 
 def measure_perplexity(
@@ -22,8 +31,8 @@ def measure_perplexity(
     collate: Collate,
     config: RunConfig,
     should_stop: Callable[[], bool],
-) -> tuple[float, float] | None:
-    """Return (perplexity, loss) of the model over the evaluation data, None when it was stopped; see `evaluate`."""
+) -> Evaluation | None:
+    """Return what the model is worth on the evaluation data, None when it was stopped; see `evaluate`."""
     cut = config.eval_batches
     count = micro_batches_per_epoch(len(evaluation), cut.micro_batch, 1, cut.ranks)
     return evaluate(engine, eval_batches(evaluation, collate, cut), config.device, should_stop, count)
@@ -35,10 +44,10 @@ def evaluate(
     device: torch.device,
     should_stop: Callable[[], bool] = lambda: False,
     count: int = 0,
-) -> tuple[float, float] | None:
-    """Return (perplexity, loss): exp(total negative log-likelihood / total label tokens), and that mean itself.
+) -> Evaluation | None:
+    """Return exp(total negative log-likelihood / total label tokens), that mean itself, and the token accuracy.
 
-    Every rank must call it with the same number of batches. An empty set gives (nan, nan).
+    Every rank must call it with the same number of batches. An empty set gives nan for each.
 
     Args:
         batches: (batch, counts) pairs of this rank; one that does not count weighs 0.
@@ -50,6 +59,7 @@ def evaluate(
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    hits = torch.zeros((), dtype=torch.int64, device=device)
     tokens = 0
     stopped = False
     with torch.no_grad(), phase("evaluating") as show:
@@ -61,12 +71,13 @@ def evaluate(
             loss = summed_loss(model, to_device(batch, device))
             if counts:
                 total += loss
+                hits += last_figures(model).hits
                 tokens += batch["targets"].numel()
     model.train(training)
     if stopped:
         return None
-    loss_sum, token_sum = all_reduce_sum([total.item(), tokens], device)
+    loss_sum, hit_sum, token_sum = all_reduce_sum([total.item(), hits.item(), tokens], device)
     if token_sum == 0:
-        return math.nan, math.nan
+        return Evaluation(math.nan, math.nan, math.nan)
     loss = loss_sum / token_sum
-    return (math.exp(loss) if loss < 700 else math.inf), loss
+    return Evaluation(math.exp(loss) if loss < 700 else math.inf, loss, hit_sum / token_sum)

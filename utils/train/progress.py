@@ -5,7 +5,6 @@ import time
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
@@ -26,10 +25,12 @@ from utils.logging.metrics_file import MetricsFile
 from utils.logging.trackers import send_record
 from utils.machine.device import device_label, peak_memory_gb
 from utils.module.attention import clear_documents
+from utils.module.fused_loss import last_figures
 from utils.perf import Throughput, Work, measure_throughput, throughput_line
 from utils.run_config import RunConfig
 from utils.train.plan import RunPlan
 from utils.train.state import RunState
+from utils.train.step_losses import StepLosses
 
 
 class Progress:
@@ -75,7 +76,7 @@ class Progress:
             mean = loss.item() / max(1, len(batch.tensors["targets"]))
             say(f"Epoch: {self.state.epoch - 1}, Step: {self.micro_batch}, Rank: {global_rank()}, loss = {mean}")
         self.micro_batch += 1
-        self.losses.add(loss, batch.weight > 0)
+        self.losses.add(loss, batch.weight > 0, last_figures(self.engine), len(batch.tensors["targets"]))
         self.slots += batch.tensors["input_ids"].numel() if batch.weight > 0 else 0
 
     def finish_step(self, step: StepSize) -> None:
@@ -104,17 +105,21 @@ class Progress:
             )  # fmt: skip
             padding = 1 - self.tokens / all_reduce_sum([self.slots], self.device)[0]
             memory = peak_memory_gb(self.device)
+            routers = {} if (load := self.losses.collect_load()) is None else {"expert_load": load}
             self.record(
                 epoch=self.state.epochs_begun, step=self.state.step, tokens_per_second=rates.tokens_per_second,
                 samples_per_second=rates.samples_per_second, tflops_per_device=rates.tflops,
                 peak_share=rates.peak_share, padding_share=padding, memory_gb=memory, seconds=seconds,
+                **routers,
             )  # fmt: skip
             if is_rank_0():
                 self._show(rates, padding, memory, seconds)
         self.restart_clock()
 
     def _show(self, rates: Throughput, padding: float, memory: float, seconds: float) -> None:
-        loss, rate, norm = (self.last[name] for name in ("loss", "learning_rate", "grad_norm"))
+        loss, rate, norm, accuracy = (
+            self.last[name] for name in ("loss", "learning_rate", "grad_norm", "token_accuracy")
+        )
         peak = "?" if rates.peak_share is None else f"{rates.peak_share:.0%}"
         speed = rates.tokens_per_second
         throughput = throughput_line(rates, world_size(), self.device_name)
@@ -128,39 +133,44 @@ class Progress:
             )
         elif has_live_line():
             show_figures(
-                f"loss {loss:.4f}, lr {rate:.2e}, norm {_short(norm)}, {speed:,.0f} tok/s, "
+                f"loss {loss:.4f}, acc {accuracy:.1%}, lr {rate:.2e}, norm {_short(norm)}, {speed:,.0f} tok/s, "
                 f"pad {padding:.1%}, peak {peak}, {memory:.1f} GB"
             )
         else:
             state, plan = self.state, self.plan
             left = (plan.steps - state.step) * seconds / self.steps
             say(
-                f"Step {state.step}/{plan.steps}, epoch {state.epochs_begun}/{plan.epochs}: loss {loss:.4f}, learning "
-                f"rate {rate:.2e}, gradient norm {_short(norm)}, padding {padding:.1%}, memory {memory:.2f} GB, "
-                f"{_clock(left)} left. {throughput}"
+                f"Step {state.step}/{plan.steps}, epoch {state.epochs_begun}/{plan.epochs}: loss {loss:.4f}, token "
+                f"accuracy {accuracy:.1%}, learning rate {rate:.2e}, gradient norm {_short(norm)}, padding "
+                f"{padding:.1%}, memory {memory:.2f} GB, {_clock(left)} left. {throughput}"
             )
 
     def begin_evaluation(self) -> None:
         """Print that perplexity is measured."""
         print_rank_0(f"***** Evaluating perplexity, Epoch {self.state.epochs_begun}/{self.plan.epochs} *****")
 
-    def end_evaluation(self, perplexity: float, loss: float) -> None:
+    def end_evaluation(self, perplexity: float, loss: float, accuracy: float) -> None:
         """Print and record what was measured; nan where there is no evaluation data."""
         measured = f"ppl: {perplexity}, loss: {loss}"
         print_rank_0("no evaluation data: no perplexity" if math.isnan(loss) else measured)
-        self.record(epoch=self.state.epochs_begun, step=self.state.step, eval_loss=loss, perplexity=perplexity)
+        if not math.isnan(loss):
+            print_rank_0(f"token accuracy: {accuracy:.2%}")
+        self.record(
+            epoch=self.state.epochs_begun, step=self.state.step, eval_loss=loss, perplexity=perplexity,
+            eval_accuracy=accuracy,
+        )  # fmt: skip
 
     def record_losses(self) -> None:
         """Read the figures of all steps so far from the device and write them. Every rank must call it."""
         recent = self.losses.collect()
         epoch, first = self.state.epochs_begun, self.state.step - len(recent) + 1
-        for number, (loss, rate, norm) in enumerate(zip(recent, self.rates, self.norms, strict=True), first):
+        for number, (figures, rate, norm) in enumerate(zip(recent, self.rates, self.norms, strict=True), first):
             norm = None if norm is None else float(norm)
-            self.last = {"loss": loss, "learning_rate": rate, "grad_norm": norm}
+            self.last = {**figures, "learning_rate": rate, "grad_norm": norm}
             self.record(epoch=epoch, step=number, **self.last)
         self.rates, self.norms = [], []
 
-    def record(self, **record: float | None) -> None:
+    def record(self, **record: float | list[float] | None) -> None:
         """Write one record to metrics.jsonl and send it to the services of `--report_to`."""
         self.metrics.write(**record)
         send_record(self.engine, record)
@@ -185,44 +195,3 @@ def _short(norm: float | None) -> str:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-class StepLosses:
-    """Collects the losses of optimizer steps on the device and reads them all at once when asked."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.sums: list[torch.Tensor] = []
-        self.tokens: list[int] = []
-        self.current = torch.zeros((), device=device)
-        self.last = self.current, 1  # the step just finished
-
-    def add(self, summed_loss: torch.Tensor, counts: bool) -> None:
-        """Add one micro batch of the current step."""
-        if counts:
-            self.current = self.current + summed_loss.detach()
-
-    def finish_step(self, step_label_tokens: int) -> None:
-        """Complete the step, which had so many label tokens over all ranks."""
-        self.sums.append(self.current)
-        self.tokens.append(step_label_tokens)
-        self.last = self.current, step_label_tokens
-        self.current = torch.zeros((), device=self.device)
-
-    def collect(self) -> list[float]:
-        """Return the mean loss per label token of every step since the last call. Every rank must call it."""
-        if not self.sums:
-            return []
-        sums = torch.stack(self.sums)
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        losses = [total / tokens for total, tokens in zip(sums.tolist(), self.tokens, strict=True)]
-        self.sums, self.tokens = [], []
-        return losses
-
-    def of_last_step(self) -> float:
-        """Return the mean loss per label token of the last step. Waits for the device; every rank must call it."""
-        total = self.last[0].detach().clone()
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        return total.item() / self.last[1]
