@@ -17,12 +17,12 @@ from utils.logging.loss_curve import draw_losses, running_mean
 from utils.logging.metrics_file import MetricsFile, read_metrics
 from utils.train.step_losses import StepLosses
 
-STEP = {"epoch", "step", "loss", "learning_rate", "grad_norm"}
+STEP = {"epoch", "step", "loss", "token_accuracy", "learning_rate", "grad_norm"}
 SPEED = {
     "epoch", "step", "tokens_per_second", "samples_per_second", "tflops_per_device", "peak_share", "padding_share",
     "memory_gb", "seconds",
 }  # fmt: skip
-EVALUATION = {"epoch", "step", "eval_loss", "perplexity"}
+EVALUATION = {"epoch", "step", "eval_loss", "perplexity", "eval_accuracy"}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,8 @@ def test_tensorboard_reads_the_events_back(padded_run):
     records = read_metrics(str(folder))
     for tag, name in [
         ("Train/Samples/train_loss", "loss"), ("Train/Samples/lr", "learning_rate"),
-        ("Train/Samples/grad_norm", "grad_norm"), ("Train/Samples/tokens_per_second", "tokens_per_second"),
+        ("Train/Samples/grad_norm", "grad_norm"), ("Train/Samples/token_accuracy", "token_accuracy"),
+        ("Eval/Samples/token_accuracy", "eval_accuracy"), ("Train/Samples/tokens_per_second", "tokens_per_second"),
         ("Eval/Samples/loss", "eval_loss"), ("Eval/Samples/perplexity", "perplexity"),
     ]:  # fmt: skip
         wanted = [(8 * record["step"], record[name]) for record in records if name in record]
