@@ -90,10 +90,10 @@ def peers(args: Namespace, data: Any, turns: list[Turn], folder: str) -> dict[st
 
 def make_trainer(way: str, args: Namespace, asked: "Asked") -> Any:
     import datasets
-    from benchmarks.throughput.random_model import make_model
     from torch.utils.data import DataLoader
     from trl import SFTConfig, SFTTrainer
 
+    from benchmarks.throughput.random_model import make_model
     from utils.model.tokenizer import load_hf_tokenizer
 
     steps = json.loads(Path(args.folder, "steps.json").read_text())
