@@ -14,11 +14,10 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
+from utils.data.formats.column_text import Span
 from utils.data.formats.conversations import Conversation, excerpt
 from utils.data.reading.messages import Message
 from utils.errors import UserError
-
-Span = tuple[int, int]
 
 AUTO = "auto"
 TEMPLATE = "template"
