@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.arguments.parser import parse_args
 from utils.arguments.preflight import check_run
 from utils.checkpoint.checkpointer import Checkpointer, Run, publish_best_model
+from utils.checkpoint.resume import date_of_run
 from utils.data.batching.batches import collate_for
 from utils.data.training_data import TrainingData, load_training_data
 from utils.distributed.failures import end_run
@@ -66,6 +67,7 @@ def main(args: Namespace) -> None:
     check_run(args)
     begin("joining the ranks")
     config, groups = start_run(args)
+    config = replace(config, template_date=date_of_run(args))
     begin("loading the tokenizer")
     tokenizer = create_tokenizer(args.model_name_or_path, config.eot_token)
     begin("preparing the data")

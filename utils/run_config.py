@@ -51,6 +51,7 @@ class RunConfig:
     batches: BatchCut
     layout: str  # of a batch: "free" (samples end to end in one row), "longest" or "max_length" (padded)
     packing: bool  # batches are counted in packed rows, not in samples
+    template_date: str | None = None  # what a chat template that asks for the date sees; None: today
 
     @classmethod
     def resolve(cls, args: Namespace, device: torch.device) -> "RunConfig":
@@ -134,7 +135,7 @@ class RunConfig:
             "dtype": self.dtype, "zero_stage": self.zero_stage, "offload": self.offload,
             "per_device_train_batch_size": self.batches.micro_batch,
             "gradient_accumulation_steps": self.batches.accumulation, "padding": self.layout, "packing": self.packing,
-            "save_only_model": self.save_only_model, "local_rank": self.local_rank,
+            "save_only_model": self.save_only_model, "local_rank": self.local_rank, "template_date": self.template_date,
         }  # fmt: skip
 
 

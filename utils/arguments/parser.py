@@ -52,8 +52,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "instruction, input, output); None: the columns have these names")
     add("--chat_template", default="auto", metavar="FORMAT",
         help="how your own data become text: auto, by the tokenizer's chat template, else human_assistant, but "
-        "unchanged where prompts end in Assistant:; human_assistant; none, prompts and answers unchanged; or a jinja "
-        "file; auto, since it is what the model was trained with")
+        "unchanged where a prompt is rendered already; human_assistant; none, prompts and answers unchanged; or a "
+        "jinja file; auto, since it is what the model was trained with")
     add("--template_date", default=None, metavar="YYYY-MM-DD",
         help="the date that a chat template writes where it asks for today's; None takes today, which is printed")
     add("--data_output_path", default=default_cache_folder(), metavar="DIR",
@@ -65,6 +65,9 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "None prepares and shuffles all data, the better order")
     add("--max_seq_len", type=int, default=512, metavar="TOKENS",
         help="longest sample in tokens; longer ones are truncated and counted; 512 holds most dialogues")
+    add("--overlong", choices=["truncate", "drop", "error"], default="truncate",
+        help="what becomes of samples longer than --max_seq_len: truncate, cut at the end; drop, left out and counted; "
+        "error, the run ends with the first one's place and length; truncate, as in the original")
     add("--preprocessing_num_workers", type=int, default=None, metavar="N",
         help="tokenizing processes; None starts as many as there are cores and rows for them")
     add("--padding", choices=["free", "longest", "max_length"], default="free",

@@ -3,15 +3,16 @@
 import hashlib
 import os
 from argparse import Namespace
+from datetime import date
 from typing import Any
 
 import deepspeed
 
-from utils.checkpoint.checkpoint_folder import Checkpoint
+from utils.checkpoint.checkpoint_folder import Checkpoint, find_checkpoint
 from utils.checkpoint.universal import load_full_states
 from utils.data.mixture import divided_as
 from utils.data.prompt_dataset import PromptDataset
-from utils.distributed.ranks import print_rank_0, world_size
+from utils.distributed.ranks import answer_of_rank_0, print_rank_0, world_size
 from utils.engine.engine import recount_updates
 from utils.errors import UserError
 from utils.notation import parse_source
@@ -25,7 +26,7 @@ SAME_RUN = (
     "completion_only_loss", "add_eot_token", "eot_token", "learning_rate", "lora_learning_rate", "weight_decay",
     "num_train_epochs", "max_steps", "lr_scheduler_type", "num_warmup_steps", "dropout", "disable_dropout",
     "neftune_noise_alpha", "lora_dim", "lora_module_name", "lora_alpha", "lora_dropout", "only_optimize_lora",
-    "columns", "chat_template", "streaming", "train_turns", "template_date",
+    "columns", "chat_template", "streaming", "train_turns", "overlong",
 )  # fmt: skip
 PATHS = ("model_name_or_path", "data_path", "sft_only_data_path")
 
@@ -53,9 +54,32 @@ def _place(path: str) -> str:
 def changed_arguments(checkpoint: Checkpoint, args: Namespace, ranks: int) -> list[str]:
     """List what differs from the run that wrote the checkpoint, one "name: then, now" each."""
     now, then = arguments_record(args, ranks), checkpoint.info["arguments"]
+    begun = _date_of(checkpoint)
+    if begun is not None and args.template_date is not None:
+        now, then = now | {"template_date": args.template_date}, then | {"template_date": begun}
     return [
         f"{name}: {then.get(name)} then, {now[name]} now" for name in now if name in then and then[name] != now[name]
     ]
+
+
+def _date_of(checkpoint: Checkpoint) -> str | None:
+    """Return the date that chat templates saw in the run that wrote the checkpoint."""
+    of_arguments = checkpoint.info["arguments"].get("template_date")
+    return checkpoint.info.get("decisions", {}).get("template_date") or of_arguments
+
+
+def date_of_run(args: Namespace) -> str:
+    """Return the date for a chat template that asks for it: as given, else when the run began, else today.
+
+    Every rank must call it: all get the date of rank 0.
+    """
+    today = date.today().isoformat()
+    begun = None
+    if args.template_date is None and (checkpoint := find_checkpoint(args.output_dir, args.resume_from_checkpoint)):
+        begun = _date_of(checkpoint)
+    if begun not in (None, today):
+        print_rank_0(f"Date, for a chat template that asks for it: {begun}, when the run that is resumed began")
+    return answer_of_rank_0(args.template_date or begun or today)
 
 
 def data_record(train_data: PromptDataset) -> dict[str, Any]:

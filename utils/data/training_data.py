@@ -32,10 +32,9 @@ def load_training_data(config: "RunConfig", tokenizer: PreTrainedTokenizerBase) 
     """
     args = config.args
     end_token = end_of_conversation_token(tokenizer, config.eot_token, args.model_name_or_path)
-    sample = SampleForm(tokenizer, end_token, args.max_seq_len, args.completion_only_loss)
-    own = own_options(
-        tokenizer, sample.end_id, parse_columns(args.columns), args.chat_template, args.train_turns, args.template_date
-    )
+    sample = SampleForm(tokenizer, end_token, args.max_seq_len, args.completion_only_loss, overlong=args.overlong)
+    date = config.template_date or args.template_date
+    own = own_options(tokenizer, sample.end_id, parse_columns(args.columns), args.chat_template, args.train_turns, date)
     preparation = Preparation(
         config.local_rank, args.data_output_path, SFT_PHASE, args.seed, num_proc=args.preprocessing_num_workers
     )
