@@ -4,6 +4,8 @@ import math
 import os
 import re
 from argparse import Namespace
+from contextlib import suppress
+from datetime import date
 from typing import NamedTuple
 
 from utils.errors import UserError
@@ -31,6 +33,13 @@ def parse_gpus(text: str | None) -> Gpus | None:
     if not match or float(match[2]) == 0:
         raise UserError(f"--dry_run {text}: write GPUs x gigabytes, as in 64x80, or nothing for this machine.")
     return Gpus(int(match[1]), float(match[2]))
+
+
+def is_date(text: str) -> bool:
+    """Whether a text is a date in the form YYYY-MM-DD."""
+    with suppress(ValueError):
+        return date.fromisoformat(text).isoformat() == text
+    return False
 
 
 class Source(NamedTuple):

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import prompt_eval
 from utils.errors import UserError
+from utils.prompt_eval.same_texts import describe_training
 
 JINJA = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
 
@@ -69,6 +70,28 @@ def test_both_perplexities_are_those_of_training(compare, rows, tmp_path, flags)
     assert "not as in the training" not in printed
 
 
+DATED = (
+    "{% for m in messages %}{{ m.role + strftime_now(' %d %b %Y: ') + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant' + strftime_now(' %d %b %Y: ') }}{% endif %}"
+)
+
+
+def test_the_date_and_the_turns_are_those_of_training(compare, tmp_path):
+    (tmp_path / "dated.jinja").write_text(DATED)
+    talks = ([{"role": ("user", "assistant")[turn % 2], "content": f"{turn} of {row}"} for turn in range(4)]
+             for row in range(40))  # fmt: skip
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    given = ["--data_path", path, "--chat_template", tmp_path / "dated.jinja", "--completion_only_loss"]
+    as_trained = ["--train_turns", "last", "--template_date", "2024-07-26"]
+    trained, shown, printed = compare([*given, *as_trained])
+    assert np.array(trained) == pytest.approx(np.array(shown), rel=1e-6) and len(shown) == 2
+    assert "not as in the training" not in printed and "which is 2024-07-26 in this run" in printed
+    names = ["--model_name_or_path_baseline", "x", "--model_name_or_path_finetune", tmp_path / "out"]
+    said = describe_training(str(tmp_path / "out"), prompt_eval.parse_args([str(word) for word in [*names, *given]]))
+    assert "train_turns last then, all now; template_date 2024-07-26 then, None now" in said
+
+
 def test_data_for_this_phase_alone_and_for_evaluation(compare, rows, tmp_path):
     columns = ["--columns", "prompt=question,chosen=answer"]
     trained, shown, _ = compare(["--data_path", "--sft_only_data_path", rows, *columns])
@@ -94,5 +117,7 @@ def test_wrong_flags_are_said_before_anything_is_loaded():
     models = ["--model_name_or_path_baseline", "a", "--model_name_or_path_finetune", "b"]
     with pytest.raises(UserError, match=r'--columns "x"'):
         prompt_eval.parse_args([*models, "--columns", "x"])
+    with pytest.raises(UserError, match=r"--template_date tomorrow.*\n.*--train_turns"):
+        prompt_eval.parse_args([*models, "--template_date", "tomorrow", "--train_turns", "last"])
     with pytest.raises(UserError, match="has a weight"):
         prompt_eval.parse_args([*models, "--eval_data_path", f"{ROOT}:2"])

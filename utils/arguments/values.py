@@ -3,12 +3,11 @@
 import argparse
 from argparse import Namespace
 from contextlib import suppress
-from datetime import date
 
 from utils.data.formats.roles import parse_columns
 from utils.data.mixture import KNOWN_SPLIT, shares_of
 from utils.errors import UserError
-from utils.notation import check_evaluation_source, parse_data_split, parse_gpus, parse_size, parse_source
+from utils.notation import check_evaluation_source, is_date, parse_data_split, parse_gpus, parse_size, parse_source
 
 MAX_SEED = 2**32  # numpy's
 
@@ -61,7 +60,7 @@ def check_values(args: argparse.Namespace) -> list[str]:
             check(value)
         except UserError as err:
             problems.append(str(err))
-    if args.template_date is not None and not _is_date(args.template_date):
+    if args.template_date is not None and not is_date(args.template_date):
         problems.append(f"--template_date {args.template_date}: write a date as YYYY-MM-DD.")
     if args.deepscale_config is not None:
         problems.append("--deepscale_config is an older name, which is not read: give --deepspeed_config.")
@@ -90,12 +89,6 @@ def can_split(seed: int, data_split: str | None) -> bool:
     except UserError:
         return False
     return 0 <= seed < MAX_SEED
-
-
-def _is_date(text: str) -> bool:
-    with suppress(ValueError):
-        return date.fromisoformat(text).isoformat() == text
-    return False
 
 
 def _check_streaming_values(args: argparse.Namespace) -> list[str]:

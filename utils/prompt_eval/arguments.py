@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from utils.data.formats.roles import parse_columns
 from utils.errors import UserError, join_problems
-from utils.notation import check_evaluation_source, default_cache_folder, parse_data_split
+from utils.notation import check_evaluation_source, default_cache_folder, is_date, parse_data_split
 from utils.prompt_eval.config import (
     BEAM_STRATEGIES,
     ONE_ANSWER,
@@ -133,6 +133,10 @@ def _add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chat_template", default="auto", metavar="FORMAT",
         help="how your own data become text, as in training: auto takes the baseline's chat template for both models, "
         "since training took that")
+    add("--template_date", default=None, metavar="YYYY-MM-DD",
+        help="the date that a chat template writes, as in training; None takes today")
+    add("--train_turns", choices=["all", "last"], default="all",
+        help="which answers --completion_only_loss measures, as in training; all, as there")
     add("--data_output_path", default=default_cache_folder(), metavar="DIR",
         help="cache folder of split indexes and tokenized data; training's default, so that its data are found there")
     add("--max_seq_len", type=int, default=512, metavar="TOKENS",
@@ -202,6 +206,10 @@ def _wrong_values(args: argparse.Namespace) -> list[str]:
         problems += _wrong_command(args.scorer_command)
     if args.report and os.path.exists(args.report) and not os.path.isdir(args.report):
         problems.append(f"--report {args.report}: that is a file, not a folder")
+    if args.template_date is not None and not is_date(args.template_date):
+        problems.append(f"--template_date {args.template_date}: write a date as YYYY-MM-DD")
+    if args.train_turns != "all" and not args.completion_only_loss:
+        problems.append("--train_turns says what --completion_only_loss measures: give that flag too")
     checks = [(parse_data_split, args.data_split)] if args.data_split is not None else []
     checks += [(parse_columns, args.columns)]
     checks += [(check_evaluation_source, name) for name in args.eval_data_path]

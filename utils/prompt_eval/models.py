@@ -179,7 +179,14 @@ def evaluation_data(
     end = end_of_conversation_token(tokenizer, config.extra_token, path)
     sample = SampleForm(tokenizer, end, args.max_seq_len, args.completion_only_loss)
     of_baseline = end_of_conversation_token(baseline, config.extra_token, path)
-    own = own_options(baseline, end_token_id(baseline, of_baseline), parse_columns(args.columns), args.chat_template)
+    own = own_options(
+        baseline,
+        end_token_id(baseline, of_baseline),
+        parse_columns(args.columns),
+        args.chat_template,
+        args.train_turns,
+        args.template_date,
+    )
     sources = DataSources(args.data_path, args.data_split, args.sft_only_data_path, args.eval_data_path)
     preparation = Preparation(local_rank=0, cache_folder=args.data_output_path, phase=1, seed=args.seed)
     train, evaluation = prepare_prompt_data(sources, sample, own, preparation)

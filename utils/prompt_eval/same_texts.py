@@ -11,7 +11,7 @@ RUN_FILE = "run.json"  # that training leaves beside the model
 # What decides the samples that are measured.
 SAME_SAMPLES = (
     "sft_only_data_path", "eval_data_path", "data_split", "columns", "chat_template", "max_seq_len",
-    "completion_only_loss", "add_eot_token", "eot_token", "seed",
+    "completion_only_loss", "train_turns", "template_date", "add_eot_token", "eot_token", "seed",
 )  # fmt: skip
 
 
