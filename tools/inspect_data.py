@@ -16,11 +16,11 @@ import numpy as np
 from utils.arguments.parser import parse_args
 from utils.arguments.values import check_values
 from utils.data.cache import cache_lock
-from utils.data.formats.custom import OwnOptions, own_options
+from utils.data.formats.custom import own_options
 from utils.data.formats.roles import parse_columns
-from utils.data.mixture import DataSources, weighted
+from utils.data.mixture import EVALUATION, TRAINING, DataSources, weighted
+from utils.data.open_sets import OpenSet, Preparation, open_sets
 from utils.data.outcomes import BOOKS, REASON_WORDS
-from utils.data.prepare import get_raw_dataset
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.splits import get_shuffle_idx, split_boundaries
 from utils.data.tokenization.byte_bpe import quick_tokenizer
@@ -34,7 +34,7 @@ from utils.data.tokenization.tokenize_rows import (
 from utils.distributed.failures import end_run
 from utils.errors import UserError, join_problems
 from utils.model.tokenizer import load_hf_tokenizer
-from utils.notation import asked_eot_token, parse_source
+from utils.notation import asked_eot_token
 
 ROWS_AT_ONCE = 1000
 SAMPLES = 3
@@ -70,30 +70,33 @@ def main(argv: list[str] | None = None) -> None:
     own = own_options(
         tokenizer, sample.end_id, parse_columns(args.columns), args.chat_template, args.train_turns, args.template_date
     )
-    if args.eval_data_path:
-        print("--eval_data_path: not read here; give its names as --data_path to inspect them.")
-    sources = DataSources(args.data_path, args.data_split, args.sft_only_data_path)
-    measured = [report_data_set(text, shares, sample, own, args) for text, shares, _ in sources.of_phase(1)]
+    sources = DataSources(args.data_path, args.data_split, args.sft_only_data_path, args.eval_data_path)
+    with cache_lock(args.data_output_path):
+        opened = open_sets(sources, Preparation(0, args.data_output_path, 1, args.seed), own)
+    names = [text for text, *_ in sources.of_phase(1)]
+    measured = [report_data_set(text, one, sample, args) for text, one in zip(names, opened, strict=True)]
     if len(measured) > 1:
         print(f"\n=== the {len(measured)} data sets together")
         joined = [Rows(*map(np.concatenate, zip(*parts, strict=True))) for parts in zip(*measured, strict=True)]
         report_duplicates(*joined, named=False)
 
 
-def report_data_set(
-    text: str, data_split: str, sample: SampleForm, own: OwnOptions, args: Namespace
-) -> tuple[Rows, Rows]:
-    """Print one data set's part of the report; return the measurements of its (train, eval) rows."""
-    name, weight = parse_source(text)
+def report_data_set(text: str, opened: OpenSet, sample: SampleForm, args: Namespace) -> tuple[Rows, Rows]:
+    """Print one data set's part of the report; return the measurements of its (train, eval) rows.
+
+    Rows that the run does not use, of data given for evaluation or for training alone, are left out.
+    """
+    raw, used = opened.raw, {TRAINING: ["train"], EVALUATION: ["eval"]}.get(opened.use, ["train", "eval"])
     with cache_lock(args.data_output_path):
-        raw = get_raw_dataset(name, args.data_output_path, args.seed, 0, own)
         data = {"train": raw.get_train_data(), "eval": raw.get_eval_data()}
+    data = {split: rows if split in used else rows.select([]) for split, rows in data.items()}
     print(f"\n=== {text}\n{raw.describe() or f'Data {raw.dataset_name}: known by its name'}")
     try:
         train, evaluation = (measure(rows, raw, sample) for rows in data.values())
-        parts = parts_of_phases(train, evaluation, data_split, weight, args.seed)
+        parts = parts_of_phases(train, evaluation, opened.shares, opened.weight, args.seed)
         for split, rows in (("train", train), ("eval", evaluation)):
-            report_rows(split, rows, args.max_seq_len)
+            if split in used:
+                report_rows(split, rows, args.max_seq_len)
         report_duplicates(train, evaluation)
         report_phases(parts, {"train": train, "eval": evaluation}, args.max_seq_len)
         shown = parts["train"][0] if len(parts["train"][0]) else np.arange(len(train.texts))

@@ -63,6 +63,20 @@ def test_counts(report, own, tmp_path):
     assert len([line for line in lines if line.startswith("sample, train row")]) == inspect.SAMPLES
 
 
+def test_data_for_evaluation_alone(report, own, tmp_path):
+    """All rows of --eval_data_path, with one that the training rows hold too; none of the others is for evaluation."""
+    rows = [pair(number, "c") for number in range(30)] + [TRAIN[2]]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = report(own, eval_data_path=tmp_path / "other" / "held_out.jsonl")
+    assert [line.split(",")[0] for line in lines if " rows, " in line and line[:4] in ("trai", "eval")] == [
+        "train: 23 rows", "eval: 31 rows",
+    ]  # fmt: skip
+    together = lines[lines.index("=== the 2 data sets together") :]
+    assert "leaks: eval rows that are in train too: 1; others with a prompt of train: 0" in together
+    assert any("evaluation: the data of --eval_data_path" in line for line in lines)
+
+
 @pytest.mark.parametrize(("split", "weight"), [("2,4,4", 1), ("10,0,0", 0.5)])
 def test_phases_are_what_training_gets(report, own, tmp_path, split, weight):
     """Rows and usable rows of every phase, against the data sets themselves; lengths against the sum of tokens."""
