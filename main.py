@@ -45,6 +45,7 @@ from utils.logging.console import begin, phase, print_any_text
 from utils.model.build import create_model, model_form
 from utils.model.layout_check import choose_layout
 from utils.model.learning_rate import advise_rate
+from utils.model.model_utils import count_parameters
 from utils.model.special_tokens import stop_where_answers_end
 from utils.model.tokenizer import create_tokenizer
 from utils.module.neftune import add_embedding_noise
@@ -81,7 +82,7 @@ def main(args: Namespace) -> None:
     begin("loading the model")
     model = create_model(args.model_name_or_path, model_form(args), tokenizer, ds_config)
     stop_where_answers_end(model, tokenizer, data.train)
-    advise_rate(model, args.learning_rate, args.lora_learning_rate, args.lora_dim)
+    advise_rate(count_parameters(model)[1], args.learning_rate, args.lora_learning_rate, args.lora_dim)
     begin("preparing DeepSpeed")
     engine = create_engine(config, model, ds_config, groups)
     begin("checking the layout of batches")

@@ -121,6 +121,22 @@ def test_labels_are_green_in_a_terminal(tiny_opt, monkeypatch):
     assert "⟦" in dry_run.first_sample(sample, tokenizer)
 
 
+def test_a_rate_far_from_the_usual_one_is_said_as_in_a_run(run_inside, run_arguments, without_weights, tmp_path):
+    from tools.memory_table import opt_config
+
+    model = tmp_path / "opt"
+    shutil.copytree(without_weights, model)
+    opt_config("1.3b").save_pretrained(model)
+    arguments = replaced(run_arguments, model_name_or_path=model)
+    for rate, said in (("1e-3", 1), ("1e-5", 0)):
+        status, out, err = run_inside([*arguments, "--learning_rate", rate, "--dry_run", "8x80"])
+        assert status == 0, err
+        assert (
+            out.count("Learning rate: 0.001 is high for full training of 1.3 billion weights: 1e-05 is usual") == said
+        )
+        assert out.count("Learning rate:") == said
+
+
 def test_66b_on_64_gpus(run_inside, run_arguments, without_weights, tmp_path):
     """The published shape with LoRA of rank 128, against sums done by hand."""
     from tools.memory_table import opt_config
@@ -128,7 +144,17 @@ def test_66b_on_64_gpus(run_inside, run_arguments, without_weights, tmp_path):
     model = tmp_path / "opt66b"
     shutil.copytree(without_weights, model)
     opt_config("66b").save_pretrained(model)
-    lora = ["--lora_dim", "128", "--gradient_checkpointing", "--zero_stage", "3", "--per_device_train_batch_size", "4"]
+    lora = [
+        "--lora_dim",
+        "128",
+        "--lora_learning_rate",
+        "0.05",
+        "--gradient_checkpointing",
+        "--zero_stage",
+        "3",
+        "--per_device_train_batch_size",
+        "4",
+    ]
     arguments = replaced(run_arguments, model_name_or_path=model, dtype="bf16")
     status, out, err = run_inside([*arguments, *lora, "--dry_run", "64x80"])
     assert status == 0, err
@@ -137,6 +163,7 @@ def test_66b_on_64_gpus(run_inside, run_arguments, without_weights, tmp_path):
     tables_and_vectors = (50272 + 2050) * 9216 + 64 * (9 * 9216 + 4 * 9216) + 2 * 9216
     assert int(trained.replace(",", "")) == wrapped + tables_and_vectors
     assert int(parameters.replace(",", "")) == wrapped + tables_and_vectors + 64 * 12 * 9216**2
+    assert "Learning rate: --lora_learning_rate 0.05 is high" in out
     weights = 2 * int(parameters.replace(",", "")) / 64 / 1e9
     assert f"weights {weights:.1f} GB" in out
     assert "; fits: 73.6 GB each of 64 GPUs of 80 GB" in out

@@ -27,6 +27,7 @@ from utils.engine.engine import create_engine
 from utils.machine.device import free_memory
 from utils.model.build import create_model, model_form
 from utils.model.layout_check import choose_layout
+from utils.model.learning_rate import advise_rate
 from utils.model.model_utils import has_weights
 from utils.model.special_tokens import token_rows
 from utils.run_config import BatchCut, RunConfig
@@ -63,6 +64,7 @@ def dry_run(
         args.model_name_or_path, model_form(args), ds_config, largest_micro_batch(config, data.train),
         token_rows(tokenizer), config.ranks, config.layout != "max_length",
     )  # fmt: skip
+    advise_rate(estimate.counts.trainable, args.learning_rate, args.lora_learning_rate, args.lora_dim)
     budget = memory_budget(config.gpus, config.device)
     print_rank_0(describe(estimate, budget))
     name = args.model_name_or_path

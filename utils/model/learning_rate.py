@@ -1,9 +1,6 @@
 """Says where a learning rate is far from what a model of this size is usually trained with."""
 
-import torch
-
 from utils.distributed.ranks import print_rank_0
-from utils.model.model_utils import count_parameters
 
 # For full training: from so many trained weights on, the rate that is too high, and the usual one.
 USUAL_RATES = ((1e9, 1e-4, 1e-5), (1e8, 1e-3, 5e-5))
@@ -11,14 +8,18 @@ TOO_LOW = 100  # times less than the usual rate
 LORA_RATES = (1e-2, 5e-4)
 
 
-def advise_rate(model: torch.nn.Module, rate: float, lora_rate: float, lora_dim: int) -> None:
-    """Print one line if the rate of all weights, or with LoRA that of its weights, is far from the usual one."""
+def advise_rate(trained: int, rate: float, lora_rate: float, lora_dim: int) -> None:
+    """Print one line if the rate of all weights, or with LoRA that of its weights, is far from the usual one.
+
+    Args:
+        trained: number of weights that train.
+    """
     if lora_dim > 0:
         high, usual = LORA_RATES
         if lora_rate >= high:
             print_rank_0(f"Learning rate: --lora_learning_rate {lora_rate:g} is high: {usual:g} is usual for LoRA")
         return
-    if line := rate_advice(count_parameters(model)[1], rate):
+    if line := rate_advice(trained, rate):
         print_rank_0(line)
 
 
