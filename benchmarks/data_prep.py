@@ -4,11 +4,16 @@
 
 Each measurement runs in a process of its own, since peak memory is measured per process. The texts are the source's
 rows, repeated up to the wanted number, each with its number in front, so that no two are the same.
+
+With `--against CHECKOUT`, the cache builders of this and of another checkout of the repository take turns on the same
+rows, so that both see the same load of the machine; the ratio is that of their medians.
 """
 
 import argparse
 import json
 import resource
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +33,8 @@ def parse_arguments() -> Namespace:
     parser.add_argument(
         "--one_by_one_up_to", type=int, default=10_000, help="for more, one by one takes too much time and memory"
     )
+    parser.add_argument("--against", metavar="CHECKOUT", help="measure the cache builder against this checkout's")
+    parser.add_argument("--turns", type=int, default=5, help="measurements of each checkout with --against")
     parser.add_argument("--worker", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -115,10 +122,38 @@ def work(args: Namespace) -> None:
     )
 
 
+def measured(root: Path, args: Namespace, way: str, folder: str) -> dict[str, float]:
+    """Return one measurement, by the script of the checkout `root`."""
+    command = [sys.executable, str(root / "benchmarks" / "data_prep.py"), "--tokenizer", args.tokenizer]
+    command += ["--source", args.source, "--worker", way, folder]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def compare(args: Namespace) -> None:
+    """Print samples per second of both checkouts, in turn, and the ratio."""
+    print("| samples | this checkout, samples/s | the other, samples/s | ratio of medians |")
+    print("| --- | --- | --- | --- |")
+    for size in map(int, args.sizes.split(",")):
+        rates: dict[Path, list[float]] = {ROOT: [], Path(args.against).resolve(): []}
+        with tempfile.TemporaryDirectory() as folder:
+            write_records(args.source, size, Path(folder))
+            for turn in range(args.turns):
+                for root in list(rates)[:: 1 if turn % 2 == 0 else -1]:
+                    shutil.rmtree(Path(folder) / "cache", ignore_errors=True)
+                    result = measured(root, args, "cached", folder)
+                    rates[root].append(result["count"] / result["seconds"])
+        shown = [f"{statistics.median(found):.0f} ({min(found):.0f} to {max(found):.0f})" for found in rates.values()]
+        ratio = statistics.median(rates[ROOT]) / statistics.median(list(rates.values())[1])
+        print(f"| {size} | {' | '.join(shown)} | {ratio:.2f} |", flush=True)
+
+
 def main() -> None:
     args = parse_arguments()
     if args.worker:
         work(args)
+        return
+    if args.against:
+        compare(args)
         return
     print("| samples | way | samples/s | peak memory MB (largest process) | of which before the start |")
     print("| --- | --- | --- | --- | --- |")
@@ -128,10 +163,7 @@ def main() -> None:
             for way in ("one_by_one", "cached", "streamed"):
                 if way == "one_by_one" and size > args.one_by_one_up_to:
                     continue
-                command = [sys.executable, __file__, "--tokenizer", args.tokenizer, "--source", args.source]
-                command += ["--worker", way, folder]
-                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                result = json.loads(output.splitlines()[-1])
+                result = measured(ROOT, args, way, folder)
                 print(
                     f"| {size} | {way} | {result['count'] / result['seconds']:.0f} | {result['peak_mb']:.0f} | "
                     f"{result['before_mb']:.0f} |",
