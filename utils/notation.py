@@ -42,6 +42,27 @@ def is_date(text: str) -> bool:
     return False
 
 
+class Steps(NamedTuple):
+    """Optimizer steps from `first` to `last`, both included; the first of a run is 1."""
+
+    first: int
+    last: int
+
+
+def parse_steps(text: str | None) -> Steps | None:
+    """Parse `--profile_steps 11:13`; None for None.
+
+    Raises:
+        UserError: the text is not of that form.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--profile_steps {text}: write the first and the last step, counted from 1, as in 11:13.")
+    return Steps(int(match[1]), int(match[2]))
+
+
 class Source(NamedTuple):
     """One data set of `--data_path`, and how often each of its training rows is used."""
 

@@ -227,6 +227,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "plans for 64 GPUs of 80 GB instead of this machine; None trains")
     add("--logging_steps", type=int, default=10, metavar="N",
         help="log every N optimizer steps; 10, since each log synchronizes with the device")
+    add("--profile_steps", default=None, metavar="A:B",
+        help="write a trace of optimizer steps A to B on rank 0, and a table of where their time goes, to "
+        "OUTPUT_DIR/profile; 11:13 leaves out the first steps, which are slower; None, since watching takes time")
     add("--report_to", nargs="*", default=["none"], choices=CHOICES,
         help="send the metrics to these services too, through DeepSpeed's monitor; none, since "
         "OUTPUT_DIR/metrics.jsonl holds them")

@@ -7,7 +7,15 @@ from contextlib import suppress
 from utils.data.formats.roles import parse_columns
 from utils.data.mixture import KNOWN_SPLIT, shares_of
 from utils.errors import UserError
-from utils.notation import check_evaluation_source, is_date, parse_data_split, parse_gpus, parse_size, parse_source
+from utils.notation import (
+    check_evaluation_source,
+    is_date,
+    parse_data_split,
+    parse_gpus,
+    parse_size,
+    parse_source,
+    parse_steps,
+)
 
 MAX_SEED = 2**32  # numpy's
 
@@ -52,7 +60,7 @@ def check_values(args: argparse.Namespace) -> list[str]:
     if args.add_eot_token and not args.eot_token:
         problems.append("--eot_token is empty: name the token, or leave --add_eot_token out.")
     checks = [(parse_data_split, args.data_split)] if args.data_split is not None else []
-    checks += [(parse_columns, args.columns), (parse_gpus, args.dry_run)]
+    checks += [(parse_columns, args.columns), (parse_gpus, args.dry_run), (parse_steps, args.profile_steps)]
     checks += [(parse_source, name) for name in (*args.data_path, *args.sft_only_data_path)]
     checks += [(check_evaluation_source, name) for name in args.eval_data_path]
     for check, value in checks:
@@ -64,6 +72,8 @@ def check_values(args: argparse.Namespace) -> list[str]:
         problems.append(f"--template_date {args.template_date}: write a date as YYYY-MM-DD.")
     if args.deepscale_config is not None:
         problems.append("--deepscale_config is an older name, which is not read: give --deepspeed_config.")
+    if args.profile_steps is not None and args.output_dir is None:
+        problems.append("--profile_steps needs --output_dir: trace and table are written to its folder profile.")
     if args.train_turns != "all" and not args.completion_only_loss:
         problems.append("--train_turns says what --completion_only_loss labels: give that flag too.")
     problems += _check_streaming_values(args)

@@ -26,11 +26,13 @@ from utils.logging.trackers import send_record
 from utils.machine.device import device_label, peak_memory_gb
 from utils.module.attention import clear_documents
 from utils.module.fused_loss import last_figures
+from utils.notation import parse_steps
 from utils.perf import Throughput, Work, measure_throughput, throughput_line
 from utils.run_config import RunConfig
 from utils.train.plan import RunPlan
 from utils.train.state import RunState
 from utils.train.step_losses import StepLosses
+from utils.train.step_profile import StepProfile
 
 
 class Progress:
@@ -49,6 +51,7 @@ class Progress:
         self.metrics = MetricsFile(config.args.output_dir, is_rank_0(), state.metrics_bytes)
         self.device_name = device_label()
         self.losses = StepLosses(config.device)
+        self.profile = StepProfile(parse_steps(self.args.profile_steps), self.args.output_dir, state.step)
         self.announced_epoch = 0
         self.micro_batch = 0  # of the epoch, on each rank: the number of the next one
         # Of the steps since the losses were last collected: learning rate, and the gradient norm as DeepSpeed has it.
@@ -89,6 +92,7 @@ class Progress:
         self.tokens += step.tokens
         self.samples += step.samples
         advance_run_bar(self.state.epochs_begun, self.plan.epochs)
+        self.profile.follow(self.state.step)
         if self.state.step % self.args.logging_steps == 0:
             self.report()
 
@@ -178,6 +182,7 @@ class Progress:
     def close(self) -> None:
         """End the live line and the row layout of the last batch, and draw the loss curve."""
         close_run_bar()
+        self.profile.finish(self.state.step)
         clear_documents()
         if self.args.output_dir is not None and is_rank_0():
             print_rank_0(f"Loss curve: {draw_losses(self.args.output_dir)}")
