@@ -26,6 +26,7 @@ from utils.logging.library_log import quiet_libraries  # first: DeepSpeed prints
 from deepspeed import DeepSpeedEngine
 from transformers import PreTrainedTokenizerBase
 
+from utils.arguments.output_folder import claim_output_folder, release_output_folder
 from utils.arguments.parser import parse_args
 from utils.arguments.preflight import check_run
 from utils.checkpoint.checkpointer import Checkpointer, Run, publish_best_model
@@ -68,6 +69,8 @@ def main(args: Namespace) -> None:
     check_run(args)
     begin("joining the ranks")
     config, groups = start_run(args)
+    begin("taking the output folder")
+    claim_output_folder(args)
     config = replace(config, template_date=date_of_run(args))
     begin("loading the tokenizer")
     tokenizer = create_tokenizer(args.model_name_or_path, config.eot_token)
@@ -154,7 +157,7 @@ def train(engine: DeepSpeedEngine, data: TrainingData, config: RunConfig, run: R
 
 
 def save(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, data: TrainingData, config: RunConfig) -> None:
-    """Save the model, load it again with plain transformers, and compare. Every rank takes part."""
+    """Save the model, read it back with plain transformers, and compare. Every rank takes part."""
     args = config.args
     if args.output_dir is None:
         print_rank_0("no --output_dir: the model is not saved")
@@ -164,13 +167,14 @@ def save(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, data: Trai
         return
     with phase("writing the model"):
         form = export_form(config, tokenizer)
-        difference = save_verified_model(engine, tokenizer, data.train[0]["input_ids"], args.output_dir, form)
+        verified = save_verified_model(engine, tokenizer, data.train[0]["input_ids"], args.output_dir, form)
     if args.save_lora_adapter:
         print_rank_0(
             f"LoRA adapter saved to {adapter_folder(args.output_dir)}, for peft.PeftModel.from_pretrained on "
             f"{args.model_name_or_path}"
         )
-    print_rank_0(f"Saved to {args.output_dir} and verified: reloaded logits differ by {difference:.1e} of the largest")
+    for line in verified.words(args.output_dir):
+        print_rank_0(line)
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -184,6 +188,7 @@ def run(argv: list[str] | None = None) -> None:
         end_run(err, launched_rank())
     finally:
         remove_swap_folders()
+        release_output_folder()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ whole. A reader never sees half of it; what a killed writer left can be told by 
 """
 
 import difflib
+import errno
+import fcntl
 import json
 import os
 import re
@@ -12,7 +14,7 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -96,33 +98,49 @@ def replace_folder(work: str, path: str) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def move_files(work: str, folder: str, last: str, is_replaced: Callable[[str], bool]) -> None:
-    """Move the complete files of `work` into `folder`, which may hold others; `work` is removed.
-
-    Args:
-        last: the file without which no reader takes the folder: removed first, moved in last.
-        is_replaced: whether an older file of this name in `folder` is removed.
-    """
-    sync_tree(work)
-    for name in os.listdir(folder):
-        if name == last or is_replaced(name):
-            os.remove(os.path.join(folder, name))
-    for name in sorted(os.listdir(work), key=lambda name: name == last):
-        target = os.path.join(folder, name)
-        if os.path.isdir(target):  # further chat templates: a folder can't replace one that is not empty
-            shutil.rmtree(target)
-        elif os.path.exists(target):  # renaming one link of a file over another would leave both
-            os.remove(target)
-        os.replace(os.path.join(work, name), target)
-    os.rmdir(work)
-
-
 def remove_incomplete(parent: str) -> None:
     """Remove the folders that killed writers left in `parent` (made if missing). Nothing else may be writing there."""
     os.makedirs(parent, exist_ok=True)
     for name in os.listdir(parent):
         if name.startswith(INCOMPLETE):
             shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
+
+
+def try_lock(path: str, holder: str) -> tuple[int | None, str]:
+    """Take the lock file `path`, which says `holder` while it is held; never waits.
+
+    A lock on a range of bytes (POSIX): the system frees it when this process ends in any way, workers forked from it
+    do not inherit it, and network file systems keep it over hosts. Nothing else in this process may open the file.
+
+    Returns:
+        (an open descriptor that `free_lock` takes, ""), or (None, what the holder says).
+
+    Raises:
+        OSError: the file can't be made, or its file system has no locks.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            words = os.read(descriptor, 4096).decode(errors="replace").strip()
+            os.close(descriptor)
+            if err.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            return None, words
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, holder.encode())
+                return descriptor, ""
+        os.close(descriptor)  # its holder removed the file between our opening and locking it
+
+
+def free_lock(path: str, descriptor: int) -> None:
+    """Free a lock that `try_lock` took, and remove its file."""
+    with suppress(OSError):
+        os.remove(path)
+    os.close(descriptor)
 
 
 def checksum(file: str | Path) -> int:

@@ -73,7 +73,7 @@ def test_an_error_of_the_verification_leaves_a_whole_model(error, run_setting, r
     def throw(*arguments, **named):
         raise thrown
 
-    monkeypatch.setattr("utils.export.save.verify_saved_model", throw)
+    monkeypatch.setattr("utils.export.verify.verify_saved_model", throw)
     found, printed, complaint = run_inside([*run_setting, "--max_steps", "1", "--output_dir", tmp_path / "out"])
     said = printed + complaint
     assert found == status and message in said and "while verifying the saved model" in said, said

@@ -14,6 +14,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from utils.arguments.output_folder import check_output_folder
 from utils.arguments.places import check_model_folder, check_temporary_folder, check_writable
 from utils.arguments.values import can_split, check_values
 from utils.checkpoint.checkpoint_folder import find_checkpoint
@@ -76,6 +77,7 @@ def check_run(args: Namespace) -> None:
     problems += check_scale(args, ranks, gpus is not None)
     if args.output_dir is not None:
         attempt(check_writable, args.output_dir, "--output_dir")
+        attempt(check_output_folder, args)
     if "tensorboard" in wanted_reports(args.report_to, args.enable_tensorboard):
         attempt(check_writable, os.path.join(args.tensorboard_path, "ds_tensorboard_logs"), "--tensorboard_path")
     has_room = attempt(check_temporary_folder)

@@ -25,6 +25,7 @@ from utils.distributed.ranks import global_rank, is_rank_0, wait_for_all, world_
 from utils.distributed.zero3 import whole_numel
 from utils.errors import UserError
 from utils.export.hf_model import save_model_folder, settled
+from utils.export.owned_files import keep_foreign
 from utils.export.save import export_form
 from utils.files import INCOMPLETE, remove_incomplete, replace_folder, sync, sync_tree, write_json
 from utils.machine.device import random_states, set_random_seed
@@ -165,7 +166,7 @@ def save_checkpoint(
         if is_rank_0():
             kind = "model" if config.save_only_model else "full"
             _publish(work, os.path.join(root, name), {**record, "kind": kind, "state": state.to_dict()})
-            _drop_old(root, config.args.save_total_limit)
+            drop_old(root, config.args.save_total_limit)
         wait_for_all()
     except BaseException as err:
         if is_rank_0():  # another rank must not take the folder away under those that still write
@@ -223,10 +224,11 @@ def _publish(work: str, folder: str, info: dict[str, Any]) -> None:
     replace_folder(work, folder)
 
 
-def _drop_old(root: str, limit: int | None) -> None:
+def drop_old(root: str, limit: int | None) -> None:
     """Remove the oldest complete checkpoints beyond `limit`; renamed first, so that none is ever half there."""
     complete, _ = list_checkpoints(root)
     for checkpoint in complete[:-limit] if limit else []:
+        keep_foreign(checkpoint.folder, {MARKER, *checkpoint.info["files"]})
         doomed = os.path.join(root, INCOMPLETE + os.path.basename(checkpoint.folder))
         os.rename(checkpoint.folder, doomed)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -23,6 +23,7 @@ from utils.distributed.failures import Interrupted
 from utils.distributed.ranks import answer_of_rank_0, global_rank, is_rank_0, print_rank_0
 from utils.errors import UserError
 from utils.export.hf_model import publish_model
+from utils.export.owned_files import keep_foreign, owned_files
 from utils.export.save import export_form, save_verified_model
 from utils.files import INCOMPLETE, replace_folder, write_json
 from utils.logging.console import phase
@@ -146,6 +147,7 @@ class Checkpointer:
         form = export_form(self.config, self.tokenizer)
         save_verified_model(self.engine, self.tokenizer, self.data.train[0]["input_ids"], work, form)
         if is_rank_0():
+            _spare_foreign_files(folder)
             write_json(os.path.join(work, RECORD), {"step": state.step, "eval_loss": state.best_loss})
             replace_folder(work, folder)
         print_rank_0(f"Best model so far: step {state.step}, evaluation loss {state.best_loss:.6g}")
@@ -157,9 +159,21 @@ def best_model_folder(output_dir: str) -> str:
 
 
 def forget_best_model(output_dir: str | None) -> None:
-    """Remove an earlier run's best model; a run that starts anew calls this."""
-    if output_dir and is_rank_0():
-        shutil.rmtree(best_model_folder(output_dir), ignore_errors=True)
+    """Remove an earlier run's best model, and print it; a run that starts anew calls this."""
+    if not output_dir or not is_rank_0():
+        return
+    folder = best_model_folder(output_dir)
+    if os.path.isfile(os.path.join(folder, RECORD)):
+        _spare_foreign_files(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        print_rank_0(f"The best model of an earlier run, in {folder}, is removed: this run starts anew")
+
+
+def _spare_foreign_files(folder: str) -> None:
+    """Keep what no run wrote into a best model's folder that is about to go; one without a list is all a run's."""
+    owned = owned_files(folder)
+    if owned:
+        keep_foreign(folder, {RECORD, *owned})
 
 
 def publish_best_model(output_dir: str) -> bool:

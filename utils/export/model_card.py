@@ -11,13 +11,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.formats.chat_template import AS_IS, AUTO, HUMAN_ASSISTANT, SPEAKERS, ChatFormat, render
+from utils.export.owned_files import CARD
 from utils.logging.console import say
 from utils.logging.loss_curve import PICTURE, draw_losses
 from utils.logging.metrics_file import METRICS_FILE, curve, read_metrics
 from utils.notation import parse_source
 from utils.run_config import RunConfig
 
-CARD = "README.md"
 TEMPLATE_FILE = "chat_template.jinja"  # where transformers looks for it
 EXAMPLE = [
     {"role": "user", "content": "How many legs has a spider?"},
@@ -34,9 +34,15 @@ SETTINGS = (
 LORA_SETTINGS = tuple(name for name in SETTINGS if name.startswith("lora_") or name == "only_optimize_lora")
 
 
-def describe_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], None]:
-    """Return a function that writes card, curves and chat template into the folder of a model that is being saved."""
-    output_dir = config.args.output_dir
+def describe_model(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, records: str | None = None
+) -> Callable[[str], None]:
+    """Return a function that writes card, curves and chat template into the folder of a model that is being saved.
+
+    Args:
+        records: the folder of the run's metrics; None for `--output_dir`.
+    """
+    output_dir = config.args.output_dir if records is None else records
 
     def write(folder: str) -> None:
         template = chat_template(config.args.chat_template, tokenizer, config.eot_token)

@@ -12,10 +12,11 @@ from torch import nn
 
 from utils.distributed.ranks import is_rank_0
 from utils.distributed.zero3 import gather
-from utils.export.hf_model import write_folder, write_tensors
+from utils.export.hf_model import write_folder
+from utils.export.owned_files import place_over
+from utils.export.weights import write_tensors
 from utils.module.lora import LinearLayer_LoRA
 
-ADAPTER_FOLDER = "adapter"  # below the folder of the merged model
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What PEFT puts before a layer's name: its two wrappers around the base model.
@@ -88,10 +89,16 @@ def save_lora_adapter(model: nn.Module, base: str, folder: str) -> None:
     """
 
     def write(work: str, is_writer: bool) -> None:
-        tensors = _adapter_tensors(model)
-        if is_writer:
-            write_tensors(tensors, os.path.join(work, ADAPTER_WEIGHTS))
-            with open(os.path.join(work, ADAPTER_CONFIG), "w", encoding="utf-8") as file:
-                json.dump(adapter_config(model, base), file, indent=2)
+        write_adapter(model, base, work, is_writer)
 
-    write_folder(folder, "the LoRA adapter", ADAPTER_CONFIG, write)
+    write_folder(folder, "the LoRA adapter", ADAPTER_CONFIG, write, place_over)
+
+
+def write_adapter(model: nn.Module, base: str, folder: str, is_writer: bool) -> None:
+    """Write the adapter's two files into `folder`, made if missing. Every rank must call it."""
+    tensors = _adapter_tensors(model)
+    if is_writer:
+        os.makedirs(folder, exist_ok=True)
+        write_tensors(tensors, os.path.join(folder, ADAPTER_WEIGHTS))
+        with open(os.path.join(folder, ADAPTER_CONFIG), "w", encoding="utf-8") as file:
+            json.dump(adapter_config(model, base), file, indent=2)

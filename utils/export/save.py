@@ -9,14 +9,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from utils.distributed.ranks import is_rank_0
+from utils.export import verify
 from utils.export.hf_model import save_model_folder, settled, unwrap
 from utils.export.model_card import describe_model
-from utils.export.peft_adapter import ADAPTER_FOLDER, save_lora_adapter
-from utils.export.verify import live_logits, verify_saved_model
+from utils.export.owned_files import ADAPTER_FOLDER
+from utils.export.peft_adapter import write_adapter
+from utils.export.verify import Verification, live_logits
+from utils.export.weights import saved_bytes
 from utils.logging.console import phase
 from utils.run_config import RunConfig
-
-SAMPLE_TOKENS = 64  # of the text whose logits are compared
 
 
 class ExportForm(NamedTuple):
@@ -46,22 +47,29 @@ def save_verified_model(
     sample: torch.Tensor,
     folder: str,
     form: ExportForm,
-) -> float:
-    """Save the model, load it again with plain transformers and compare the logits. Every rank must call it.
+) -> Verification:
+    """Save the model, with its adapter if asked for, read it back and compare. Every rank must call it.
 
     Args:
         sample: [length] token ids, of which the first 64 are compared.
 
     Returns:
-        the largest difference of the logits relative to the largest logit; 0 on ranks that write nothing.
+        what was compared; nothing on ranks that write nothing.
 
     Raises:
         UserError: the folder can't be written, or holds another model than the trained one.
     """
-    ids = sample[None, :SAMPLE_TOKENS]
-    expected = live_logits(engine.module, ids.to(engine.device))
-    save_model_folder(settled(engine), tokenizer, folder, form.describe, form.max_shard_size)
-    if form.with_adapter:
-        save_lora_adapter(unwrap(engine), form.base, adapter_folder(folder))
+    expected = None
+    if saved_bytes(unwrap(engine)) <= verify.FORWARD_LIMIT:
+        expected = live_logits(engine.module, sample[None, : verify.SAMPLE_TOKENS].to(engine.device))
+    model = settled(engine)
+
+    def add_adapter(work: str, is_writer: bool) -> None:
+        write_adapter(model, form.base, adapter_folder(work), is_writer)
+
+    add = add_adapter if form.with_adapter else None
+    written = save_model_folder(model, tokenizer, folder, form.describe, form.max_shard_size, add)
+    if not is_rank_0():
+        return Verification()
     with phase("verifying the saved model"):
-        return verify_saved_model(folder, ids, expected) if is_rank_0() else 0.0
+        return verify.verify_folder(folder, written, tokenizer, sample, expected)

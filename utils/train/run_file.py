@@ -21,6 +21,7 @@ from utils.data.training_data import TrainingData
 from utils.distributed.failures import Interrupted
 from utils.distributed.ranks import is_rank_0, world_size
 from utils.errors import UserError
+from utils.export.owned_files import RUN_FILE
 from utils.files import write_json
 from utils.logging.metrics_file import METRICS_FILE, curve, read_metrics
 from utils.machine.device import device_label, peak_memory_gb
@@ -29,7 +30,6 @@ from utils.run_config import RunConfig
 from utils.train.plan import RunPlan
 from utils.train.state import RunState
 
-RUN_FILE = "run.json"
 ROOT = Path(__file__).resolve().parents[2]
 
 
