@@ -30,6 +30,7 @@ from utils.arguments.output_folder import claim_output_folder, release_output_fo
 from utils.arguments.parser import parse_args
 from utils.arguments.preflight import check_run
 from utils.checkpoint.checkpointer import Checkpointer, Run, publish_best_model
+from utils.checkpoint.rehearsal import rehearse_saving
 from utils.checkpoint.resume import date_of_run
 from utils.data.batching.batches import collate_for
 from utils.data.training_data import TrainingData, load_training_data
@@ -88,6 +89,8 @@ def main(args: Namespace) -> None:
     advise_rate(count_parameters(model)[1], args.learning_rate, args.lora_learning_rate, args.lora_dim)
     begin("preparing DeepSpeed")
     engine = create_engine(config, model, ds_config, groups)
+    begin("trying to save")
+    rehearse_saving(config, engine, tokenizer)
     begin("checking the layout of batches")
     layout = choose_layout(
         engine.module, config.layout, len(tokenizer), config.device, config.sequence_part, args.max_seq_len
