@@ -162,7 +162,7 @@ def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         help="resume from the checkpoint in PATH; without PATH or with latest, from the newest of --output_dir, or "
         "from the start where there is none; None starts anew")
     add("--resume_anyway", action="store_true",
-        help="resume although arguments or data have changed; off, since the result is then another run")
+        help="resume although arguments, data or base model have changed; off, since the result is then another run")
     add("--load_best_model_at_end", action="store_true",
         help="save the model of the lowest evaluation loss as the final one; off: the last one, as in the original")
 

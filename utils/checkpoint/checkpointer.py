@@ -17,7 +17,7 @@ from utils.checkpoint.checkpoint_folder import (
     restore_random_states,
     save_checkpoint,
 )
-from utils.checkpoint.resume import describe_position, follow_schedule, restore, run_record
+from utils.checkpoint.resume import data_record, describe_position, follow_schedule, restore, run_record
 from utils.data.training_data import TrainingData
 from utils.distributed.failures import Interrupted
 from utils.distributed.ranks import answer_of_rank_0, global_rank, is_rank_0, print_rank_0
@@ -69,14 +69,15 @@ class Checkpointer:
         """
         args, engine = self.config.args, self.engine
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, print_rank_0)
+        data = data_record(self.data.train, args)  # of a stream at its first window, wherever the run stands
         if checkpoint is None:
             forget_best_model(args.output_dir)
             state = RunState()
         else:
-            state = restore(engine, checkpoint, self.data.train, args.resume_anyway)
+            state = restore(engine, checkpoint, data, args)
         # Only now is the number of steps known: packing depends on what the model can do.
         plan = make_plan(self.config, self.data.train, state)
-        self._record = run_record(engine, self.data.train, self.config)
+        self._record = run_record(engine, data, self.config)
         engine.lr_scheduler = transformers.get_scheduler(
             args.lr_scheduler_type, engine.basic_optimizer, args.num_warmup_steps, plan.steps
         )

@@ -9,12 +9,16 @@ from typing import Any
 import deepspeed
 
 from utils.checkpoint.checkpoint_folder import Checkpoint, find_checkpoint
+from utils.checkpoint.fingerprint import base_fingerprint, files_fingerprint
 from utils.checkpoint.universal import load_full_states
+from utils.data.cache import content_sum
 from utils.data.mixture import divided_as
 from utils.data.prompt_dataset import PromptDataset
+from utils.distributed.launchers import launched_rank
 from utils.distributed.ranks import answer_of_rank_0, print_rank_0, world_size
 from utils.engine.engine import recount_updates
 from utils.errors import UserError
+from utils.logging.console import say
 from utils.notation import parse_source
 from utils.run_config import RunConfig
 from utils.train.plan import RunPlan
@@ -82,10 +86,26 @@ def date_of_run(args: Namespace) -> str:
     return answer_of_rank_0(args.template_date or begun or today)
 
 
-def data_record(train_data: PromptDataset) -> dict[str, Any]:
-    """Return what identifies the training data: its size and a hash of every sample's length."""
+def data_record(train_data: PromptDataset, args: Namespace) -> dict[str, Any]:
+    """Return what identifies the training data: its size, and hashes of every sample's length and of its content.
+
+    Of a stream only the first window is known: its files are sampled too.
+    """
     lengths = train_data.lengths()
-    return {"samples": len(lengths), "lengths": hashlib.sha256(lengths.tobytes()).hexdigest()[:16]}
+    record = {
+        "samples": len(lengths),
+        "lengths": hashlib.sha256(lengths.tobytes()).hexdigest()[:16],
+        "content": f"{content_sum(train_data.table.with_format(None)):08x}",
+    }
+    if args.streaming:
+        names = [parse_source(name).name for name in (*args.data_path, *args.sft_only_data_path)]
+        record["files"] = files_fingerprint(name for name in names if os.path.exists(name))
+    return record
+
+
+def base_record(args: Namespace) -> str | None:
+    """Return what identifies the frozen weights, which checkpoints leave out; None where all weights train."""
+    return base_fingerprint(args.model_name_or_path) if args.lora_dim > 0 else None
 
 
 def layout_record(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
@@ -101,13 +121,14 @@ def layout_record(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
     }
 
 
-def run_record(engine: deepspeed.DeepSpeedEngine, train_data: PromptDataset, config: RunConfig) -> dict[str, Any]:
-    """Return what every checkpoint of this run records beside its position."""
+def run_record(engine: deepspeed.DeepSpeedEngine, data: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Return what every checkpoint of this run records beside its position; `data` of `data_record`."""
     return {
         "arguments": arguments_record(config.args, config.batches.ranks),
         "command": config.plain_arguments,
         "decisions": config.decisions,
-        "data": data_record(train_data),
+        "data": data,
+        "base": base_record(config.args),
         "layout": layout_record(engine),
         "optimizer_parameters": optimizer_parameter_names(engine),
     }
@@ -122,28 +143,47 @@ def optimizer_parameter_names(engine: deepspeed.DeepSpeedEngine) -> list[str]:
 
 
 def check_same_run(checkpoint: Checkpoint, args: Namespace, ranks: int) -> None:
-    """Raise a UserError when arguments that matter have changed, unless `--resume_anyway` allows it."""
+    """Raise a UserError when arguments that matter or the base model have changed; `--resume_anyway` prints it."""
     changed = changed_arguments(checkpoint, args, ranks)
-    if changed and not args.resume_anyway:
-        raise UserError(
-            f"{checkpoint.folder} was written by a run with other arguments ({'; '.join(changed)}): give the same, or "
-            "--resume_anyway to go on with the new ones."
+    if changed:
+        _refuse_or_say(
+            args,
+            f"{checkpoint.folder} was written by a run with other arguments ({'; '.join(changed)})",
+            "give the same, or --resume_anyway to go on with the new ones.",
+        )
+    then, now = checkpoint.info.get("base"), base_record(args)
+    if now is not None and then is None and "base" not in checkpoint.info:
+        _say_first(f"{checkpoint.folder} has no fingerprint of its base model: whether that is the same can't be told")
+    elif then is not None and now is not None and then != now:
+        _refuse_or_say(
+            args,
+            f"the weights of {args.model_name_or_path} are not those that {checkpoint.folder} was trained on: it holds "
+            "LoRA's weights, and the frozen ones would come from another model",
+            "give the base model of that run, or --resume_anyway to go on with the new one.",
         )
 
 
+def _refuse_or_say(args: Namespace, what: str, advice: str) -> None:
+    """Raise a UserError, or with `--resume_anyway` print what is different."""
+    if not args.resume_anyway:
+        raise UserError(f"{what}: {advice}")
+    _say_first(f"Resuming anyway: {what}")
+
+
+def _say_first(line: str) -> None:
+    """Print a line on the first rank, also before the process group is started."""
+    if launched_rank() == 0:
+        say(line)
+
+
 def restore(
-    engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, train_data: PromptDataset, resume_anyway: bool
+    engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, data: dict[str, Any], args: Namespace
 ) -> RunState:
     """Bring weights, optimizer, counters and scaler to the checkpoint's state; returns its position.
 
     `follow_schedule` sets the learning rate: its schedule belongs to this run's arguments. Every rank must call it.
     """
-    then, now = checkpoint.info["data"], data_record(train_data)
-    if then != now and not resume_anyway:
-        raise UserError(
-            f"the training data is not that of {checkpoint.folder} ({then['samples']} samples then, {now['samples']} "
-            "now, or other lengths): give the same data, or --resume_anyway to go on with the new."
-        )
+    check_same_data(checkpoint, data, args)
     settings = [(group["lr"], group["weight_decay"]) for group in engine.basic_optimizer.param_groups]
     state, layout, present = checkpoint.state, checkpoint.info["layout"], layout_record(engine)
     if _reads_as_it_is(layout, present):
@@ -158,6 +198,26 @@ def restore(
         group.pop("initial_lr", None)  # the schedule is to start from this run's rate
     recount_updates(engine.basic_optimizer, state.scheduler_steps)
     return state
+
+
+def check_same_data(checkpoint: Checkpoint, now: dict[str, Any], args: Namespace) -> None:
+    """Raise a UserError when the training data have changed; `--resume_anyway` prints it instead."""
+    then = checkpoint.info["data"]
+    if "content" not in then:
+        _say_first(f"{checkpoint.folder} has no checksum of its data: only number and lengths of samples are compared")
+    words = {
+        "samples": f"{then['samples']} samples then, {now['samples']} now",
+        "lengths": "samples of other lengths",
+        "content": "other tokens in samples of the same number and lengths",
+        "files": "other files of the stream",
+    }
+    changed = [key for key in words if key in then and then[key] != now.get(key)]
+    if changed:
+        _refuse_or_say(
+            args,
+            f"the training data is not that of {checkpoint.folder} ({words[changed[0]]})",
+            "give the same data, or --resume_anyway to go on with the new.",
+        )
 
 
 def _reads_as_it_is(then: dict[str, Any], now: dict[str, Any]) -> bool:
