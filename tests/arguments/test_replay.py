@@ -132,6 +132,8 @@ def test_a_run_like_another_computes_the_same(tmp_path, run_arguments):
     assert f"--like {first}: " in printed and "learning_rate 0.002" in printed and "not taken: output_dir" in printed
     record = json.loads((second / "run.json").read_text())
     assert record["arguments"]["like"] == str(first) and record["arguments"]["seed"] == 7
+    assert record["sources"]["model"]["weights"] and record["sources"]["data"][0]["files"]
+    assert "has changed since" not in printed
     # The second run can be the model of a third, with another rate.
     args = parse_args(["--like", str(second), "--learning_rate", "1e-4"])
     assert (args.learning_rate, args.seed, args.output_dir, args.like) == (1e-4, 7, None, str(second))

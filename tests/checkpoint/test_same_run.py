@@ -9,7 +9,7 @@ from conftest import make_json_data, make_tiny_opt
 from fork_runs import copy_at_step
 from safetensors.torch import load_file, save_file
 
-from utils.checkpoint.fingerprint import base_fingerprint, files_fingerprint
+from utils.model.fingerprint import base_fingerprint, files_fingerprint
 
 
 @pytest.fixture(scope="module")

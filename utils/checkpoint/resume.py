@@ -9,7 +9,6 @@ from typing import Any
 import deepspeed
 
 from utils.checkpoint.checkpoint_folder import Checkpoint, find_checkpoint
-from utils.checkpoint.fingerprint import base_fingerprint, files_fingerprint
 from utils.checkpoint.universal import load_full_states
 from utils.data.cache import content_sum
 from utils.data.mixture import divided_as
@@ -19,6 +18,7 @@ from utils.distributed.ranks import answer_of_rank_0, print_rank_0, world_size
 from utils.engine.engine import recount_updates
 from utils.errors import UserError
 from utils.logging.console import say
+from utils.model.fingerprint import base_fingerprint, files_fingerprint
 from utils.notation import parse_source
 from utils.run_config import RunConfig
 from utils.train.plan import RunPlan

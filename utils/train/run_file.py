@@ -28,6 +28,7 @@ from utils.machine.device import device_label, peak_memory_gb
 from utils.model.model_utils import count_parameters
 from utils.run_config import RunConfig
 from utils.train.plan import RunPlan
+from utils.train.sources import read_sources, say_what_differs, sources_of
 from utils.train.state import RunState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,10 +48,14 @@ def recorded_run(
         return
     began = time.perf_counter()
     start = describe_start(engine, state)
+    sources = sources_of(config.args)
+    if config.args.like is not None:
+        say_what_differs(config.args.like, read_sources(config.args.like), sources)
     run = {
         "status": "running",
         "arguments": config.plain_arguments,
         "decisions": config.decisions,
+        "sources": sources,
         "data": {
             "cache": cache_folder(data.train), "train": data_sizes(data.train), "eval": data_sizes(data.evaluation),
         },
