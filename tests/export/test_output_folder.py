@@ -224,6 +224,24 @@ def test_a_second_run_on_the_folder_ends_and_a_killed_one_frees_it(setting, tmp_
     assert load_file(out / "model.safetensors")
 
 
+def fails_after_the_claim(argv: list[str]) -> None:
+    import main
+
+    def fail(*_):
+        raise UserError("thrown after the folder was taken")
+
+    main.load_training_data = fail
+    main.run(argv)
+
+
+def test_a_run_that_wrote_nothing_leaves_nothing(setting, tmp_path):
+    for folder in (tmp_path / "new", tmp_path / "there"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        printed = finished_run([*setting, "--output_dir", folder], status=2, program=fails_after_the_claim)
+        assert "thrown after" in printed
+    assert contents(tmp_path) == {} and not (tmp_path / "new").exists() and (tmp_path / "there").exists()
+
+
 # ------------------------------------------------------------------------------- checkpoints and the best model
 
 

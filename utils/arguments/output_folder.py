@@ -5,6 +5,7 @@ import os
 import socket
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime, timezone
 
 from utils.checkpoint.checkpoint_folder import FOLDER, MARKER, NAME, checkpoints_folder
@@ -22,6 +23,7 @@ from utils.export.owned_files import (
     owned_files,
     record_files,
     saved_names,
+    withdraw_list,
 )
 from utils.files import INCOMPLETE, free_lock, remove_incomplete, try_lock
 from utils.logging.console import say
@@ -32,7 +34,7 @@ LOCK = ".running"  # says who has the folder, while a run has it
 RUN_FILES = {LIST, LOCK, RUN_FILE, METRICS_FILE, LOG_FILE, "training.log", FOLDER, ADAPTER_FOLDER}
 SHOWN = 5
 
-_held: list[tuple[str, int]] = []  # locks of this process: path and descriptor
+_held: list[tuple[str, int, bool]] = []  # locks of this process: path, descriptor, whether the folder is new
 
 
 def check_output_folder(args: Namespace) -> None:
@@ -141,6 +143,7 @@ def _claim(args: Namespace) -> str | None:
     folder = args.output_dir
     path = os.path.join(os.path.realpath(folder), LOCK)
     now = datetime.now(timezone.utc).isoformat(sep=" ", timespec="seconds")
+    is_new = not os.path.isdir(folder)
     try:
         os.makedirs(folder, exist_ok=True)
         descriptor, holder = try_lock(path, f"process {os.getpid()} on {socket.gethostname()}, started {now}\n")
@@ -152,7 +155,7 @@ def _claim(args: Namespace) -> str | None:
                 f"--output_dir {folder} is in use by another run ({holder or 'which has just begun'}): wait for its "
                 "end or stop it, or give another --output_dir."
             )
-        _held.append((path, descriptor))
+        _held.append((path, descriptor, is_new))
     try:
         check_output_folder(args)
         remove_incomplete(folder)
@@ -174,6 +177,13 @@ def other_files(folder: str) -> list[str]:
 
 
 def release_output_folder() -> None:
-    """Free the folder that this process has claimed."""
+    """Free the folder that this process has claimed; a run that ended before it wrote anything leaves no trace."""
     while _held:
-        free_lock(*_held.pop())
+        path, descriptor, is_new = _held.pop()
+        folder = os.path.dirname(path)
+        with suppress(OSError):
+            withdraw_list(folder)
+        free_lock(path, descriptor)
+        if is_new:
+            with suppress(OSError):
+                os.rmdir(folder)  # only if it is empty

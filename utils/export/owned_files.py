@@ -87,6 +87,13 @@ def record_files(folder: str, names: Iterable[str], work: str | None = None) -> 
     write_json(os.path.join(folder, LIST), {"format": FORMAT, "files": sorted(names), "cards": cards})
 
 
+def withdraw_list(folder: str) -> None:
+    """Remove the list of a folder in which no run has written anything."""
+    listed = _read_list(folder)
+    if listed is not None and not {*listed["files"]} - {PICTURE} and not os.path.exists(os.path.join(folder, RUN_FILE)):
+        os.remove(os.path.join(folder, LIST))
+
+
 def place_files(work: str, folder: str, last: str) -> None:
     """Move the complete files of `work` into `folder`, in place of what runs wrote there before; `work` is removed.
 
