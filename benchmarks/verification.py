@@ -1,6 +1,6 @@
 """Time and peak memory of verifying a saved model: the whole model reloaded and run, or checksums, names and tokenizer.
 
-    python -m benchmarks.verification --layers 24 --hidden 1024
+    python benchmarks/verification.py --layers 24 --hidden 1024
 
 Makes a random Llama, saves it, and starts each way in a process of its own, whose peak memory is its own.
 """
@@ -15,7 +15,9 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
 WAYS = ("imports", "checksums", "names", "forward")
 
 
@@ -94,20 +96,25 @@ def _memory(field: str) -> int:
         return next(int(line.split()[1]) for line in status if line.startswith(f"{field}:")) * 1024
 
 
-def main() -> None:
-    """Save once, verify in each way, print one JSON line each."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this script."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=24, help="decoder layers of the random model")
     parser.add_argument("--hidden", type=int, default=1024, help="its hidden size; the MLP has four times as much")
     parser.add_argument("--one", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Save once, verify in each way, print one JSON line each."""
+    args = build_parser().parse_args()
     if args.one:
         verify(*args.one)
         return
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps({"saved": save(folder, args.layers, args.hidden)}), flush=True)
         for way in WAYS:
-            command = [sys.executable, "-m", "benchmarks.verification", "--one", way, folder]
+            command = [sys.executable, __file__, "--one", way, folder]
             subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ})
 
 
