@@ -160,10 +160,13 @@ def test_left_overs_of_another_tokenizer_do_not_survive(finished, setting, tmp_p
     for name in stale:
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text('{"eos_token": "the"}')
-    (out / ".saved_files.json").write_text(json.dumps({**listed, "files": [*listed["files"], *stale]}))
+    (tmp_path / "outside.txt").write_text("mine")
+    outside = ["../outside.txt", str(tmp_path / "outside.txt")]
+    (out / ".saved_files.json").write_text(json.dumps({**listed, "files": [*listed["files"], *stale, *outside]}))
     finished_run([*setting, "--output_dir", out])
     assert not [name for name in stale if (out / name).exists()] and not (out / "adapter").exists()
     assert AutoTokenizer.from_pretrained(out).eos_token == "</s>"
+    assert (tmp_path / "outside.txt").read_text() == "mine"
 
 
 # ------------------------------------------------------------------------------------------------ the base model

@@ -162,7 +162,10 @@ def _read_list(folder: str) -> dict | None:
     try:
         with open(os.path.join(folder, LIST), encoding="utf-8") as file:
             found = json.load(file)
-        return found if isinstance(found["files"], list) and isinstance(found["cards"], list) else None
+        if not (isinstance(found["files"], list) and isinstance(found["cards"], list)):
+            return None
+        inside = [name for name in found["files"] if not os.path.isabs(name) and ".." not in name.split("/")]
+        return {**found, "files": inside}  # a list from elsewhere must not reach outside the folder
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
