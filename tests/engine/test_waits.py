@@ -39,7 +39,8 @@ def test_reads_do_not_grow_with_the_number_of_tensors(dtype, run_arguments):
     printed = finished_run([*arguments, "--max_steps", "3", "--per_device_train_batch_size", "8"], program=count_reads)
     found = [tuple(map(int, pair)) for pair in re.findall(r"READS (\d+) (\d+)", printed)]
     assert len(found) == 3
-    assert all(reads <= 4 < tensors / 4 for reads, tensors in found), found
+    # One of them is of the host: OPT's layer drop draws a number with transformers 5.17.
+    assert all(reads <= 5 < tensors / 4 for reads, tensors in found), found
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -126,6 +126,27 @@ def test_layer_computes_what_it_says(layer):
     assert layer.weight.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_addition_rounds_no_more_than_its_formula(dtype):
+    """Against float64; and it is one matrix product into the base's output, of which autograd makes no copy."""
+    torch.manual_seed(0)
+    layer = LinearLayer_LoRA(nn.Parameter(torch.randn(48, 32)), 8, 4, 0, nn.Parameter(torch.randn(48)))
+    nn.init.normal_(layer.lora_left_weight)
+    layer.to(dtype)
+    inputs = torch.randn(3, 50, 32).to(dtype)
+    weight, bias, right, left = (
+        tensor.detach() for tensor in (layer.weight, layer.bias, layer.lora_right_weight, layer.lora_left_weight)
+    )
+    formula = nn.functional.linear(inputs, weight, bias) + (inputs @ right @ left) * 0.5
+    exact = inputs.double() @ (weight.double().t() + right.double() @ left.double() * 0.5) + bias.double()
+    output = layer(inputs)
+    assert (output.double() - exact).norm() <= 1.01 * (formula.double() - exact).norm()
+    assert output.grad_fn.next_functions[0][0].name() == "AddmmBackward0"
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = layer.float()(inputs.float())
+    torch.testing.assert_close(mixed.double(), exact, rtol=0.05, atol=0.3)
+
+
 def test_fused_and_unfused_agree_and_unfuse_restores(layer):
     nn.init.normal_(layer.lora_left_weight)
     layer.eval()

@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils.data.batching.collate import collate_free, collate_padded
 from utils.model.layout_check import choose_layout
+from utils.model.model_utils import enable_checkpointing
 from utils.module.attention import clear_documents, document_attention, row_attention, set_documents
 from utils.module.fused_loss import install_loss, summed_loss
 
@@ -83,7 +84,7 @@ def test_losses_and_gradients_equal_one_by_one(family, padding, capsys):
 def test_gradient_checkpointing_sees_the_same_documents(family):
     _, gradients = one_by_one(family)
     model = make(family)
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model, offload=False)
     assert choose_layout(model, "free", VOCABULARY, CPU) == "free"
     model.train()  # checkpointing works in training mode only
     for module in model.modules():

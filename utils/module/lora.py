@@ -93,21 +93,27 @@ class LinearLayer_LoRA(nn.Module):
             self.weight.data.copy_(self.weight.float() - self.delta_weight())
             self.fuse_lora = False
 
-    def _base(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the wrapped layer's output, without LoRA."""
+    def _base(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return the wrapped layer's output [rows, out] for an input [rows, in], without LoRA."""
         if not self.fan_in_fan_out:
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(flat, self.weight, self.bias)
         # The operations of Conv1D itself, so that a layer whose LoRA adds nothing gives the same bits.
-        flat = input.reshape(-1, input.shape[-1])
-        output = flat @ self.weight if self.bias is None else torch.addmm(self.bias, flat, self.weight)
-        return output.view(*input.shape[:-1], -1)
+        return flat @ self.weight if self.bias is None else torch.addmm(self.bias, flat, self.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return [..., out] for an input [..., in]."""
-        output = self._base(input)
-        if self.fuse_lora:
-            return output
-        return output + (self.lora_dropout(input) @ self.lora_right_weight @ self.lora_left_weight) * self.lora_scaling
+        """Return [..., out] for an input [..., in].
+
+        The addition is one matrix product into the base's output: no pass over [..., out] for the scaling and the
+        sum, nor for their gradients, and one rounding where there were three.
+        """
+        flat = input.reshape(-1, input.shape[-1])  # the product must not go into a view, which autograd would copy
+        output = self._base(flat)
+        if not self.fuse_lora:
+            low_rank = self.lora_dropout(flat) @ self.lora_right_weight
+            # Under autocast the weight has another dtype than the products, and `addmm` alone converts it.
+            add = torch.Tensor.addmm_ if output.dtype == self.lora_left_weight.dtype else torch.addmm
+            output = add(output, low_rank, self.lora_left_weight, alpha=self.lora_scaling)
+        return output.view(*input.shape[:-1], -1)
 
 
 def _wrappable_layers(model: nn.Module) -> dict[str, nn.Module]:
