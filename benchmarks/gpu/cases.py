@@ -4,6 +4,8 @@ import itertools
 import json
 import re
 import shutil
+import statistics
+import time
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,14 +19,29 @@ REFERENCE = "reference: float32 on the CPU"
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 5e-3}
 RESUMED_TOLERANCE = 5e-3  # a resumed run may not be equal bit for bit: flash attention adds in no fixed order
 ESTIMATE_TOLERANCE = 0.15
+SMOKE_SECONDS = 60
+LORA_ALONE = ["--lora_dim", 16, "--lora_module_name", "auto", "--only_optimize_lora"]
 LORA = ["--lora_dim", 16, "--lora_module_name", "auto", "--only_optimize_lora", "--gradient_checkpointing"]
 
 
 class Context:
     """What checks share: models, data, each other's results, and running main.py."""
 
-    def __init__(self, device: str, folder: Path, limit: float, data_path: Path | None, results: dict) -> None:
-        self.device, self.folder, self.limit, self.data_path, self.results = device, folder, limit, data_path, results
+    def __init__(
+        self, device: str, folder: Path, limit: float, data_path: Path | None, results: dict,
+        deadline: float = float("inf"), log: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.device, self.folder, self.data_path, self.results = device, folder, data_path, results
+        self.longest, self.deadline, self.log = limit, deadline, log
+
+    @property
+    def limit(self) -> float:
+        """Return the seconds a process may take: no more than are left until the deadline (`time.monotonic`)."""
+        return max(1.0, min(self.longest, self.deadline - time.monotonic()))
+
+    def process(self, command: list[Any], device: str | None = None, limit: float | None = None) -> Finished:
+        """Run a Python command on the device; a failed one leaves its whole output in the log."""
+        return run_process(command, device or self.device, min(limit or self.limit, self.limit), self.log)
 
     @cached_property
     def small(self) -> Path:
@@ -45,19 +62,18 @@ class Context:
     def shape(self, name: str) -> Path:
         return make_shape(self.folder / name, name)
 
-    def run(self, *flags: Any, untrained: bool = False, device: str | None = None) -> Finished:
-        """Run main.py with these arguments by `watched_run.py`."""
+    def run(self, *flags: Any, watch: Sequence[str] = (), device: str | None = None) -> Finished:
+        """Run main.py with these arguments by `watched_run.py`, with the flags `watch` of its own."""
         places = ["--data_split", "10,0,0", "--data_output_path", self.folder / "cache"]
-        command = ["benchmarks/gpu/watched_run.py", *(["--untrained"] if untrained else []), "--", *places, *flags]
-        return run_process(command, device or self.device, self.limit)
+        return self.process(["benchmarks/gpu/watched_run.py", *watch, "--", *places, *flags], device)
 
-    def train_small(self, *flags: Any, device: str | None = None) -> Finished:
+    def train_small(self, *flags: Any, watch: Sequence[str] = (), device: str | None = None) -> Finished:
         """Run twenty steps of eight short samples, as `tests/reference_run.py` does, unless flags change that."""
         settings = [
             "--model_name_or_path", self.small, "--data_path", self.records, "--max_seq_len", 64, "--print_loss",
             "--per_device_train_batch_size", 8, "--num_train_epochs", 2, "--learning_rate", 1e-3,
         ]  # fmt: skip
-        return self.run(*settings, *flags, device=device)
+        return self.run(*settings, *flags, watch=watch, device=device)
 
     def reference(self) -> dict[str, list[float]]:
         """Return the losses of the reference, which is run now unless a check has run it."""
@@ -68,7 +84,7 @@ class Context:
 
 def reference(context: Context) -> Outcome:
     """Run the reference: plain torch and transformers, one document at a time, none of the code under test."""
-    done = run_process(["tests/reference_run.py", context.small, context.records], "cpu", context.limit)
+    done = context.process(["tests/reference_run.py", context.small, context.records], "cpu")
     if done.failure():
         return done.failure()
     figures = json.loads(done.output[done.output.index("{") : done.output.rindex("}") + 1])
@@ -87,9 +103,18 @@ def largest_difference(losses: list[float], expected: list[float]) -> float:
     return max(differences) if all(value == value for value in differences) else float("inf")
 
 
-def curve(context: Context, dtype: str, flags: Sequence[Any] = (), optimizer: str = "FusedAdam") -> Outcome:
+def smoke(context: Context) -> Outcome:
+    """Run `smoke.py`: imports, the compiler, a step in bf16, and a collective of one rank, within a minute."""
+    done = context.process(["benchmarks/gpu/smoke.py", context.device], limit=SMOKE_SECONDS)
+    seen = dict(re.findall(r"^SMOKE (\w+): (.*)$", done.output, re.MULTILINE))
+    return done.failure() or Outcome(RIGHT, "", seen)
+
+
+def curve(
+    context: Context, dtype: str, flags: Sequence[Any] = (), optimizer: str = "FusedAdam", watch: Sequence[str] = ()
+) -> Outcome:
     """Check that training and evaluation losses are within the precision's tolerance of the float32 reference."""
-    done = context.train_small("--dtype", dtype, "--disable_dropout", *flags)
+    done = context.train_small("--dtype", dtype, "--disable_dropout", *flags, watch=watch)
     if done.failure():
         return done.failure()
     expected = context.reference()
@@ -136,7 +161,7 @@ def overflow(context: Context) -> Outcome:
 def kernels(context: Context, what: str, dtype: str) -> Outcome:
     """Check the cases of `kernel_checks.py`; the table has their largest differences, the results file every case."""
     command = ["benchmarks/gpu/kernel_checks.py", what, "--dtype", dtype, "--device", context.device]
-    done = run_process(command, context.device, context.limit)
+    done = context.process(command)
     cases, failure = done.cases(), done.failure()
     figures: dict[str, Any] = {"cases": cases, "right": sum(case["right"] for case in cases), "of": len(cases)}
     for name in ("logits", "loss", "gradients"):
@@ -191,26 +216,57 @@ def resume(context: Context, flags: Sequence[Any] = ()) -> Outcome:
     return Outcome(RIGHT if difference < RESUMED_TOLERANCE else WRONG, f"{len(expected)} losses {same}")
 
 
-def speed(context: Context, shape: str, micro: int, flags: Sequence[Any] = (), steps: int = 15) -> Outcome:
-    """Measure the speed of the last third of `steps`, by main.py's throughput line; no weights are read or saved."""
-    report = max(steps // 3, 1)
+def interrupted(context: Context) -> Outcome:
+    """Check that a run that is told to end (SIGTERM) saves a checkpoint and goes on from it."""
+    keep = ["--dtype", "bf16", "--output_dir", context.folder / "interrupted", "--save_strategy", "epoch"]
+    done = context.train_small(*keep, watch=["--terminate_at", "5"])
+    saved = sorted(folder.name for folder in (context.folder / "interrupted" / "checkpoints").glob("step-*"))
+    again = context.train_small(*keep, "--resume_from_checkpoint", "latest")
+    figures = {"checkpoint": ", ".join(saved) or "none", "steps before": len(done.losses())}
+    if not saved:
+        return Outcome(WRONG, f"exit status {done.status} and no checkpoint", figures)
+    return again.failure() or Outcome(RIGHT, f"{len(again.losses())} steps after it", figures)
+
+
+def answers(context: Context) -> Outcome:
+    """Check that prompt_eval.py answers with a model beside itself, and that both give the same answers."""
+    done = context.process(
+        ["prompt_eval.py", "--model_name_or_path_baseline", context.small, "--model_name_or_path_finetune",
+         context.small, "--max_new_tokens", 8]
+    )  # fmt: skip
+    return done.failure() or Outcome(RIGHT, f"{len(done.output.splitlines())} lines")
+
+
+def speed(
+    context: Context, shape: str, micro: int, flags: Sequence[Any] = (), steps: int = 40, profiled: bool = False
+) -> Outcome:
+    """Measure the speed of the last three quarters of `steps`, by main.py's throughput lines.
+
+    No weights are read or saved. With `profiled` three steps are recorded by torch's profiler: which kernels take the
+    device's time, and how much of it the device is idle.
+    """
+    on_cpu = context.device == "cpu"
+    # In the first quarter, which is not timed.
+    watch = ["--untrained", *(["--profile_at", "5"] if profiled else [])]
+    length = [] if "--max_seq_len" in flags else ["--max_seq_len", 64 if on_cpu else 512]
     done = context.run(
-        "--model_name_or_path", context.shape(shape), "--data_path", context.dialogues, "--max_seq_len",
-        64 if context.device == "cpu" else 512, "--per_device_train_batch_size", micro, "--max_steps", steps,
-        "--logging_steps", report, "--dtype", "bf16", "--learning_rate", 1e-5, *flags, untrained=True,
+        "--model_name_or_path", context.shape(shape), "--data_path", context.dialogues, *length,
+        "--per_device_train_batch_size", micro, "--max_steps", steps, "--logging_steps", max(steps // 4, 1),
+        "--dtype", "bf16", "--learning_rate", 1e-5, *flags, watch=watch,
     )  # fmt: skip
     if done.failure():
         return done.failure()
-    rate = done.found(r".*Throughput: (\d+) real tokens/s")
+    rates = re.findall(r"^.*Throughput: (\d+) real tokens/s", done.output, re.MULTILINE)
+    if not rates:
+        return Outcome(WRONG, "no throughput line was printed")
     samples = done.found(r".*Throughput: .*, (\S+) samples/s")
     share = done.found(r".*Throughput: .* per device \((\d+\.\d+%) of ")
-    if rate is None:
-        return Outcome(WRONG, "no throughput line was printed")
+    seen = done.watched() or {}
     figures = {
-        "tokens/s": int(rate), "TFLOP/s": done.found(r".*Throughput: .*, (\S+) TFLOP/s"), "of peak": share or "unknown",
-        "tokens a sample": round(int(rate) / max(float(samples), 1e-9)),
-        "padding": done.found(r"Step .*? padding (\S+),"),
-        **memory_figures(done.watched()),
+        "tokens/s": round(statistics.harmonic_mean([float(rate) for rate in rates[1:] or rates])),
+        "TFLOP/s": done.found(r".*Throughput: .*, (\S+) TFLOP/s"), "of peak": share or "unknown",
+        "tokens a sample": round(int(rates[-1]) / max(float(samples), 1e-9)),
+        "padding": done.found(r"Step .*? padding (\S+),"), **memory_figures(seen), **seen.get("profile", {}),
     }  # fmt: skip
     return Outcome(RIGHT, "", figures)
 

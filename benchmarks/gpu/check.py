@@ -2,10 +2,11 @@
 
     python benchmarks/gpu/check.py --out gpu_check.json
 
-Correctness on CUDA comes first (losses against float32 on the CPU, attention and loss kernels, ZeRO, offload, LoRA,
-checkpoints), then speed and memory by model size. Every check runs in separate processes with a time limit, by
-main.py's command line where possible, so neither a crash nor a lack of memory stops the others; running out of memory
-is a result. Models have random weights. Results are written after every check, so `--minutes 9 --skip_done` can be
+A GPU may be at hand for minutes, so the checks come by value: a smoke test, equality with float32 on the CPU, speed of
+OPT-1.3b with one profile, larger models, then the rest (ZeRO, offload, checkpoints, memory, signals). Every check runs
+in separate processes with a time limit, by main.py's command line where possible, so neither a crash nor a lack of
+memory stops the others; running out of memory is a result. The whole output of every process that failed is in a log
+beside --out. Models have random weights. Results are written after every check, so `--minutes 9 --skip_done` can be
 repeated until all checks are done. `--device cpu` runs the same checks with tiny shapes, as far as a CPU can.
 """
 
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny shapes")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="results, written after every check")
     parser.add_argument("--only", default="", metavar="PATTERN", help="checks whose name has a match of this")
-    parser.add_argument("--minutes", type=float, default=None, help="start no further check after so many minutes")
+    parser.add_argument("--minutes", type=float, default=None, help="stop after so many minutes")
     parser.add_argument("--limit", type=float, default=400, help="seconds a check's process may take")
     parser.add_argument("--skip_done", action="store_true", help="leave out checks whose result --out already holds")
     parser.add_argument(
@@ -63,10 +64,20 @@ def build_parser() -> argparse.ArgumentParser:
 def describe_machine(device: str) -> dict[str, Any]:
     """Return what hardware and versions this is, found by another process so that this one holds no GPU memory."""
     command = [sys.executable, "-c", MACHINE]
-    printed = subprocess.run(command, capture_output=True, text=True, env=environment(device), check=True).stdout
-    machine = json.loads(re.search(r"^MACHINE (.*)$", printed, re.MULTILINE)[1])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    return {**machine, "commit": commit.stdout.strip() or "unknown", "date": time.strftime("%Y-%m-%d")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(device))
+    found = re.search(r"^MACHINE (.*)$", done.stdout, re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"torch, DeepSpeed and transformers can't be imported here:\n{done.stdout}{done.stderr}")
+    return {**json.loads(found[1]), "commit": current_commit(), "date": time.strftime("%Y-%m-%d")}
+
+
+def current_commit() -> str:
+    """Return the commit that is checked; "unknown" in a copy without git."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
 
 
 def write_results(file: Path, results: dict[str, Any]) -> None:
@@ -86,12 +97,14 @@ def table_row(name: str, result: dict[str, Any]) -> str:
 def run_checks(args: Namespace, results: dict[str, Any], folder: Path) -> None:
     """Run the checks that are asked for, until the time is over; print and write the result of each."""
     checks = results["checks"]
-    context = Context(args.device, folder, args.limit, args.data_path, checks)
-    begun = time.monotonic()
+    seconds = float("inf") if args.minutes is None else 60 * args.minutes
+    deadline = time.monotonic() + seconds
+    log = args.out.with_suffix(".log").absolute()
+    context = Context(args.device, folder, args.limit, args.data_path, checks, deadline, log)
     for name, check in all_checks(args.device).items():
         if not re.search(args.only, name) or (args.skip_done and name in checks):
             continue
-        if args.minutes is not None and time.monotonic() - begun > 60 * args.minutes:
+        if time.monotonic() > deadline:
             print(f"\n{args.minutes:g} minutes are over: the rest is left for a call with --skip_done")
             return
         start = time.perf_counter()

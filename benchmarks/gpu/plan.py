@@ -5,24 +5,44 @@ from functools import partial
 
 from benchmarks.gpu.cases import (
     LORA,
+    LORA_ALONE,
     REFERENCE,
     Context,
+    answers,
     curve,
+    interrupted,
     kernels,
     lora,
     memory,
     overflow,
     reference,
     resume,
+    smoke,
     speed,
 )
 from benchmarks.gpu.processes import Outcome
 
+SMOKE = "smoke: imports, compiler, a step in bf16, a collective"
 Check = Callable[[Context], Outcome]
 
 
 def all_checks(device: str) -> dict[str, Check]:
-    """Return every check by its name, in the order they run."""
+    """Return every check by its name, in the order they run: by what is known after so many minutes."""
+    first: dict[str, Check] = {
+        SMOKE: smoke,
+        REFERENCE: reference,
+        "bf16, ZeRO 0": partial(curve, dtype="bf16"),
+        "attention kernels, bf16": partial(kernels, what="attention", dtype="bf16"),
+        "fused loss, bf16": partial(kernels, what="loss", dtype="bf16"),
+        "fp16, ZeRO 0": partial(curve, dtype="fp16"),
+    }
+    if device == "cpu":
+        return {**first, **tiny_speeds(), **more_equality(), **features()}
+    return {**first, **speeds(), **large_speeds(), **more_equality(), **features(), **memories(), **small_speeds()}
+
+
+def more_equality() -> dict[str, Check]:
+    """Return the checks of equality that can wait: other precisions, ZeRO, offload, LoRA, checkpoints."""
     zero = {f"bf16, ZeRO {stage}": partial(curve, dtype="bf16", flags=["--zero_stage", stage]) for stage in (1, 2, 3)}
     offload = {
         f"bf16, ZeRO {stage}, offload": partial(
@@ -30,14 +50,9 @@ def all_checks(device: str) -> dict[str, Check]:
         )
         for stage in (1, 2, 3)
     }
-    checks: dict[str, Check] = {
-        REFERENCE: reference,
-        "bf16, ZeRO 0": partial(curve, dtype="bf16"),
-        "fp16, ZeRO 0": partial(curve, dtype="fp16"),
-        "attention kernels, bf16": partial(kernels, what="attention", dtype="bf16"),
+    return {
         "attention kernels, fp16": partial(kernels, what="attention", dtype="fp16"),
         "attention, fp32": partial(kernels, what="attention", dtype="fp32"),
-        "fused loss, bf16": partial(kernels, what="loss", dtype="bf16"),
         "fused loss, fp16": partial(kernels, what="loss", dtype="fp16"),
         "fused loss, fp32": partial(kernels, what="loss", dtype="fp32"),
         "fp16, injected overflow": overflow,
@@ -51,18 +66,61 @@ def all_checks(device: str) -> dict[str, Check]:
         "checkpoint and resume, ZeRO 3": partial(resume, flags=["--zero_stage", 3]),
         **offload,
     }
-    return {**checks, **(tiny_speeds() if device == "cpu" else speeds())}
+
+
+def features() -> dict[str, Check]:
+    """Return the checks of what a run may do besides."""
+    return {
+        "streaming": partial(curve, dtype="bf16", flags=["--streaming", 200, "--max_steps", 20]),
+        "SIGTERM": interrupted,
+        "prompt_eval": answers,
+        "activation offloading": partial(
+            curve, dtype="bf16", flags=["--gradient_checkpointing", "--activation_offloading"]
+        ),
+        "tiled MLP": partial(curve, dtype="bf16", flags=["--tiled_mlp"]),
+        "AdamW without its kernel": partial(curve, dtype="bf16", optimizer="torch AdamW", watch=["--no_kernel"]),
+    }
 
 
 def speeds() -> dict[str, Check]:
-    """Return the checks of speed and memory: speed of 1.3b, memory against its estimate, then speed by size."""
-    found: dict[str, Check] = {
-        "speed 1.3b, full": partial(speed, shape="1.3b", micro=16),
-        "speed 1.3b, LoRA": partial(speed, shape="1.3b", micro=16, flags=LORA),
-        "speed 1.3b, full, longest": partial(speed, shape="1.3b", micro=16, flags=["--padding", "longest"]),
-        "speed 1.3b, full, max_length": partial(speed, shape="1.3b", micro=16, flags=["--padding", "max_length"]),
-        "speed 1.3b, full, checkpointing": partial(speed, shape="1.3b", micro=16, flags=["--gradient_checkpointing"]),
-    }
+    """Return the checks of the speed of 1.3b: about 8,000 tokens a step in packed rows, and 16 samples otherwise."""
+    kinds = {"full": [], "LoRA": LORA_ALONE, "LoRA, checkpointing": LORA}
+    found: dict[str, Check] = {}
+    for kind, flags in kinds.items():
+        for length, rows in ((512, 16), (2048, 4)):
+            packed = [*flags, "--packing", "--max_seq_len", length]
+            found[f"speed 1.3b, {kind}, packed {length}"] = partial(
+                speed, shape="1.3b", micro=rows, flags=packed, profiled=kind == "full" and length == 512
+            )
+        for padding in ("free", "longest", "max_length"):
+            found[f"speed 1.3b, {kind}, {padding}"] = partial(
+                speed, shape="1.3b", micro=16, flags=[*flags, "--padding", padding]
+            )
+    return found
+
+
+def large_speeds() -> dict[str, Check]:
+    """Return the checks of the speed of 2.7b to 13b."""
+    found: dict[str, Check] = {}
+    for shape, micro in (("2.7b", 16), ("6.7b", 8), ("13b", 8)):
+        found[f"speed {shape}, LoRA"] = partial(speed, shape=shape, micro=micro, flags=LORA)
+        # On one GPU too ZeRO 2 takes less memory than ZeRO 0, which holds the float32 gradients twice.
+        flags = ["--zero_stage", 2, "--gradient_checkpointing"]
+        found[f"speed {shape}, full, ZeRO 2, checkpointing"] = partial(speed, shape=shape, micro=micro, flags=flags)
+    return found
+
+
+def small_speeds() -> dict[str, Check]:
+    """Return the checks of the speed of small models."""
+    found: dict[str, Check] = {}
+    for shape in ("125m", "350m"):
+        found[f"speed {shape}, LoRA"] = partial(speed, shape=shape, micro=16, flags=LORA)
+        found[f"speed {shape}, full"] = partial(speed, shape=shape, micro=16)
+    return found
+
+
+def memories() -> dict[str, Check]:
+    """Return the checks of memory against its estimate."""
     settings = {
         "350m, ZeRO 0": ("350m", 8, []), "350m, ZeRO 1": ("350m", 8, ["--zero_stage", 1]),
         "350m, ZeRO 2": ("350m", 8, ["--zero_stage", 2]), "350m, ZeRO 3": ("350m", 8, ["--zero_stage", 3]),
@@ -71,25 +129,18 @@ def speeds() -> dict[str, Check]:
         "1.3b, ZeRO 3, offload": ("1.3b", 8, ["--zero_stage", 3, "--offload"]),
         "125m, 64 samples": ("125m", 64, []), "125m, 64 samples, max_length": ("125m", 64, ["--padding", "max_length"]),
     }  # fmt: skip
-    found |= {
+    return {
         f"memory {name}": partial(memory, shape=shape, micro=micro, flags=flags)
         for name, (shape, micro, flags) in settings.items()
     }
-    for shape, micro in (("125m", 16), ("350m", 16), ("2.7b", 16), ("6.7b", 8), ("13b", 8)):
-        found[f"speed {shape}, LoRA"] = partial(speed, shape=shape, micro=micro, flags=LORA)
-        # On one GPU too ZeRO 2 takes less memory than ZeRO 0, which holds the float32 gradients twice.
-        is_large = shape in ("2.7b", "6.7b", "13b")
-        name = f"speed {shape}, full{', ZeRO 2, checkpointing' if is_large else ''}"
-        flags = ["--zero_stage", 2, "--gradient_checkpointing"] if is_large else []
-        found[name] = partial(speed, shape=shape, micro=micro, flags=flags)
-    return found
 
 
 def tiny_speeds() -> dict[str, Check]:
     """Return checks of speed and memory on shapes a CPU can train."""
     found = {f"speed tiny, {padding}": ["--padding", padding] for padding in ("free", "longest", "max_length")}
-    found |= {"speed tiny, LoRA": LORA, "speed tiny, ZeRO 3": ["--zero_stage", 3]}
+    found |= {"speed tiny, packed": ["--packing"], "speed tiny, LoRA": LORA, "speed tiny, ZeRO 3": ["--zero_stage", 3]}
     checks: dict[str, Check] = {
-        name: partial(speed, shape="tiny", micro=4, flags=flags) for name, flags in found.items()
+        name: partial(speed, shape="tiny", micro=4, flags=flags, profiled="free" in name)
+        for name, flags in found.items()
     }
     return {**checks, "memory tiny": partial(memory, shape="tiny", micro=4)}

@@ -100,8 +100,20 @@ def environment(device: str) -> dict[str, str]:
     return ours
 
 
-def run_process(command: list[Any], device: str, limit: float) -> Finished:
-    """Run a command by this Python until it ends, or kill it and its children at the limit in seconds."""
+def note_failure(log: Path | None, command: list[Any], done: Finished) -> None:
+    """Append the whole output of a process that did not succeed to the log, under its command."""
+    if log is None or done.status == 0:
+        return
+    state = "stopped at its limit" if done.status is None else f"exit status {done.status}"
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"===== {' '.join(map(str, command))}\n===== {state} after {done.seconds:.0f} s\n{done.output}\n")
+
+
+def run_process(command: list[Any], device: str, limit: float, log: Path | None = None) -> Finished:
+    """Run a command by this Python until it ends, or kill it and its children at the limit in seconds.
+
+    log: gets the output of a command that did not succeed.
+    """
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(
@@ -117,4 +129,6 @@ def run_process(command: list[Any], device: str, limit: float) -> Finished:
                 os.killpg(process.pid, signal.SIGKILL)  # data loaders and compilers may outlive their run
             process.wait()
         output.seek(0)
-        return Finished(status, output.read(), time.perf_counter() - start)
+        done = Finished(status, output.read(), time.perf_counter() - start)
+    note_failure(log, command, done)
+    return done

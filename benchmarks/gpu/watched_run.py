@@ -1,18 +1,25 @@
 """A run of main.py in this process, after which its peak device memory and its memory estimate are printed.
 
-    python benchmarks/gpu/watched_run.py [--untrained] -- MAIN_ARGUMENTS
+    python benchmarks/gpu/watched_run.py [OWN_FLAGS] -- MAIN_ARGUMENTS
 
 `--untrained` makes random weights in bf16 on the device instead of reading them: writing and reading a model of 13b
-would take longer than the measurement. The last line is `WATCHED` and a JSON object.
+would take longer than the measurement. `--profile_at N` records three micro batches from the Nth on, `--terminate_at N`
+sends this process SIGTERM in the Nth, `--no_kernel` makes DeepSpeed's AdamW fail to build. The last line is `WATCHED`
+and a JSON object.
 """
 
+import argparse
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+PROFILED = 3  # micro batches
 
 import main as program  # noqa: E402
 
@@ -20,6 +27,7 @@ import main as program  # noqa: E402
 import torch  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
+import utils.engine.engine  # noqa: E402
 import utils.model.model_utils  # noqa: E402
 from utils.dry_run.dry_run import largest_micro_batch  # noqa: E402
 from utils.dry_run.memory import estimate_memory  # noqa: E402
@@ -32,11 +40,12 @@ def estimate_before_training(seen: dict[str, Any]) -> None:
 
     def noting(engine: Any, data: Any, config: Any, run: Any, checkpointer: Any) -> None:
         try:
-            estimate = estimate_memory(
-                config.args.model_name_or_path, model_form(config.args), engine.config,
-                largest_micro_batch(config, data.train), len(checkpointer.tokenizer),
-                fused=config.layout != "max_length",
-            ).total  # fmt: skip
+            with torch.random.fork_rng():  # the estimate builds a model, which must not change the run's dropout
+                estimate = estimate_memory(
+                    config.args.model_name_or_path, model_form(config.args), engine.config,
+                    largest_micro_batch(config, data.train), len(checkpointer.tokenizer),
+                    fused=config.layout != "max_length",
+                ).total  # fmt: skip
             seen.update(estimate=estimate.peak, moments=estimate.moments)
         except Exception as err:  # a fault of the estimate must not end the run that is measured
             seen.update(estimate_error=f"{type(err).__name__}: {err}")
@@ -44,6 +53,19 @@ def estimate_before_training(seen: dict[str, Any]) -> None:
         seen["finished"] = True
 
     program.train = noting
+
+
+def no_kernel(*args: Any, **options: Any) -> None:
+    raise RuntimeError("error: not built, as this check asks")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--untrained", action="store_true")
+    parser.add_argument("--no_kernel", action="store_true")
+    parser.add_argument("--profile_at", type=int)
+    parser.add_argument("--terminate_at", type=int)
+    return parser
 
 
 def make_weights_on_device() -> None:
@@ -58,12 +80,56 @@ def make_weights_on_device() -> None:
     utils.model.model_utils._training_dtype = lambda ds_config: torch.bfloat16
 
 
+def at_micro_batch(seen: dict[str, Any], profile_at: int | None, terminate_at: int | None) -> None:
+    """Make main.py's micro step record a profile into `seen`, or end the run, at these micro batches (from 1)."""
+    step, state = program.micro_step, {"number": 0, "profiler": None}
+
+    def watched(*args: Any) -> torch.Tensor:
+        state["number"] += 1
+        if state["number"] == profile_at:
+            state["profiler"] = torch.profiler.profile()
+            synchronize()
+            state["begun"] = time.perf_counter()
+            state["profiler"].__enter__()
+        if state["number"] == terminate_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        loss = step(*args)
+        if state["profiler"] is not None and state["number"] == profile_at + PROFILED - 1:
+            synchronize()
+            wall = time.perf_counter() - state["begun"]
+            state["profiler"].__exit__(None, None, None)
+            seen["profile"] = profile_figures(state["profiler"], wall)
+            state["profiler"] = None
+        return loss
+
+    program.micro_step = watched
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def profile_figures(profiler: Any, wall: float) -> dict[str, Any]:
+    """Return the share of `wall` seconds in which the device computes, and of the kernels that take most of it."""
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, key))
+    on_device = [event for event in events if key == "self_cpu_time_total" or "CUDA" in str(event.device_type)]
+    busy = sum(getattr(event, key) for event in on_device) / 1e6
+    top = [f"{event.key[:60]} {getattr(event, key) / 1e6 / wall:.1%} x{event.count}" for event in on_device[:12]]
+    return {"busy": f"{busy / wall:.0%}", "profile of": f"{PROFILED} micro batches, {wall * 1000:.0f} ms", "top": top}
+
+
 def main() -> None:
-    own, given = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
+    split = sys.argv.index("--")
+    own, given = build_parser().parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     seen: dict[str, Any] = {}
     estimate_before_training(seen)
-    if "--untrained" in own:
+    at_micro_batch(seen, own.profile_at, own.terminate_at)
+    if own.untrained:
         make_weights_on_device()
+    if own.no_kernel:
+        utils.engine.engine.FusedAdam = no_kernel
     try:
         program.run(given)
     finally:

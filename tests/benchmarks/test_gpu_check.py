@@ -168,8 +168,50 @@ def test_the_shapes_are_the_published_sizes():
         assert f"speed {name}, LoRA" in all_checks("cuda")
 
 
-def test_correctness_comes_before_speed_and_1_3b_before_other_sizes():
+def test_the_order_is_by_value():
+    """Smoke, equality, 1.3b, larger models, then the rest; each speed of 1.3b has its padded ones beside it."""
     names = list(all_checks("cuda"))
-    first_speed = next(place for place, name in enumerate(names) if name.startswith("speed"))
-    assert "1.3b" in names[first_speed] and not any("memory" in name for name in names[:first_speed])
-    assert {"bf16, ZeRO 3, offload", "checkpoint and resume, ZeRO 3"} <= set(names[:first_speed])
+    first, large, rest = (
+        next(place for place, name in enumerate(names) if name.startswith(words))
+        for words in ("speed 1.3b", "speed 2.7b", "attention kernels, fp16")
+    )
+    assert names[0].startswith("smoke") and {"bf16, ZeRO 0", "attention kernels, bf16"} <= set(names[:first])
+    assert first < 8 and all("1.3b" in name for name in names[first:large])
+    for kind in ("full", "LoRA", "LoRA, checkpointing"):
+        beside = {f"speed 1.3b, {kind}, {way}" for way in ("packed 512", "packed 2048", "longest", "max_length")}
+        assert beside <= set(names[first:large])
+    assert {"speed 13b, LoRA"} <= set(names[large:rest]) and {"SIGTERM", "memory 350m, ZeRO 0"} <= set(names[rest:])
+
+
+def test_no_process_has_more_time_than_is_left(tmp_path):
+    made = gpu_checks.Context("cpu", tmp_path, 400, None, {}, time.monotonic() + 20)
+    assert 15 < made.limit <= 20
+    assert gpu_checks.Context("cpu", tmp_path, 400, None, {}).limit == 400
+
+
+def test_the_whole_output_of_a_failed_process_is_kept(tmp_path):
+    script, log = tmp_path / "fails.py", tmp_path / "check.log"
+    script.write_text("import sys\nfor n in range(100): print('line', n)\nsys.exit('its error output')\n")
+    made = gpu_checks.Context("cpu", tmp_path, 60, None, {}, log=log)
+    assert made.process([script]).status == 1
+    kept = log.read_text()
+    assert f"===== {script}\n===== exit status 1" in kept and "line 0\n" in kept and "its error output" in kept
+    script.write_text("")
+    assert made.process([script]).status == 0 and log.read_text() == kept
+
+
+def test_the_machine_is_described_without_git_and_a_failed_import_is_shown(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_check.current_commit() == "unknown"
+    monkeypatch.setattr(gpu_check, "MACHINE", "raise ImportError('libcudart is missing')")
+    with pytest.raises(SystemExit, match="libcudart is missing"):
+        gpu_check.describe_machine("cpu")
+
+
+def test_the_smoke_test(tmp_path):
+    outcome = gpu_checks.smoke(gpu_checks.Context("cpu", tmp_path, 400, None, {}, log=tmp_path / "log"))
+    assert outcome.verdict in (RIGHT, WRONG)
+    if outcome.verdict == WRONG:  # this machine is too busy for a minute
+        assert "time limit" in outcome.words, (tmp_path / "log").read_text()
+        return
+    assert set(outcome.figures) == {"imports", "step", "collective"} and "bf16" in outcome.figures["step"]
