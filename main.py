@@ -36,6 +36,7 @@ from utils.data.batching.batches import collate_for
 from utils.data.training_data import TrainingData, load_training_data
 from utils.distributed.failures import end_run
 from utils.distributed.launchers import adopt_launcher, launched_rank
+from utils.distributed.process_group import leave_process_group
 from utils.distributed.ranks import print_rank_0
 from utils.dry_run.dry_run import dry_run
 from utils.ds_utils import build_ds_config
@@ -187,6 +188,7 @@ def run(argv: list[str] | None = None) -> None:
         adopt_launcher()
         with quiet_libraries():
             main(parse_args(argv))
+            leave_process_group()
     except BaseException as err:
         end_run(err, launched_rank())
     finally:

@@ -9,6 +9,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
 from utils.distributed.ranks import print_rank_0, world_size
 from utils.ds_file.read import merge_config, overridden_zero
+from utils.engine.device_settings import zero_settings_of_device
 from utils.engine.nvme_swap import open_swap_folder
 from utils.errors import UserError
 from utils.logging.console import chatter_to_log
@@ -164,6 +165,7 @@ def build_ds_config(config: RunConfig) -> dict[str, Any]:
         tb_path=args.tensorboard_path, tb_name="step1_model",
     )  # fmt: skip
     ds_config = merge_config(ds_config, monitor_blocks(args.report_to, args.enable_tensorboard))
+    ds_config = merge_config(ds_config, {"zero_optimization": zero_settings_of_device(config)})
     ds_config["zero_optimization"] |= scale_settings(config)
     ds_config["train_micro_batch_size_per_gpu"] = config.batches.micro_batch
     ds_config["gradient_accumulation_steps"] = config.batches.accumulation

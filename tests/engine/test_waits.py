@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from fork_runs import finished_run
+from fork_runs import finished_run, outcome
 
 
 def count_reads(argv: list[str]) -> None:
@@ -49,3 +49,31 @@ def test_a_step_that_is_not_finite_is_still_skipped_in_bf16(ranks, run_arguments
     command = [*arguments, "--learning_rate", "1e30", "--max_bad_steps", "2", "--output_dir", tmp_path]
     printed = finished_run([*command, "--per_device_train_batch_size", "8"], ranks, status=2)
     assert "2 steps in a row" in printed and "skipped: its" in printed and "Traceback" not in printed
+
+
+def count_reductions(argv: list[str]) -> None:
+    """main.py that prints how often gradients were reduced; with `--reduce` first, as DeepSpeed does by itself."""
+    from deepspeed import DeepSpeedEngine
+
+    import main
+    import utils.engine.engine as engine_file
+
+    if argv[0] == "--reduce":
+        engine_file.leave_out_reduction_of_one_rank = lambda engine: None
+    calls, reduce = [], DeepSpeedEngine.buffered_allreduce_fallback
+    DeepSpeedEngine.buffered_allreduce_fallback = lambda *args, **named: (calls.append(1), reduce(*args, **named))
+    main.run(argv[1:])
+    print("REDUCTIONS", len(calls), flush=True)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_one_rank_reduces_nothing_and_gets_the_same(dtype, run_arguments, tmp_path):
+    """Losses, gradient norms and weights, bit for bit."""
+    common = [argument.replace("fp32", dtype) for argument in run_arguments]
+    common += ["--max_steps", "3", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    printed = [
+        finished_run([flag, *common, "--output_dir", tmp_path / flag], program=count_reductions)
+        for flag in ("--reduce", "--leave")
+    ]
+    assert [re.search(r"REDUCTIONS (\d+)", one)[1] for one in printed] == ["3", "0"]
+    assert outcome(tmp_path / "--reduce") == outcome(tmp_path / "--leave")

@@ -102,6 +102,12 @@ def _no_meeting(reason: str) -> str:
     )
 
 
+def leave_process_group() -> None:
+    """Destroy the process group of a run that has succeeded, where it is NCCL's: it warns of one left at the end."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        dist.destroy_process_group()
+
+
 def _unlink_shared_buffer() -> None:
     """Remove the name of the 69 MB of shared memory that DeepSpeed's all-reduce on CPUs maps for this rank.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.runtime.utils import clip_grad_norm_
@@ -15,6 +16,7 @@ from torch import nn
 from utils.distributed.ranks import print_rank_0
 from utils.logging.console import chatter_to_log, phase
 from utils.machine.cpu_allocator import keep_freed_memory
+from utils.machine.gpu_setup import find_cuda_headers, first_error
 from utils.run_config import RunConfig
 
 BETAS = (0.9, 0.95)
@@ -37,13 +39,17 @@ def create_optimizer(
     """
     groups = get_optimizer_grouped_parameters(model, weight_decay, lora_learning_rate)
     kernel = DeepSpeedCPUAdam if offload else FusedAdam
+    headers = find_cuda_headers()
+    if headers is not None:
+        print_rank_0(headers)
     try:
         with phase("preparing the optimizer"):  # compiled the first time
             optimizer = kernel(groups, lr=learning_rate, betas=BETAS)
     except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError, AssertionError) as err:
-        reason = " ".join(str(err).split())[:200]
-        print_rank_0(f"Optimizer: torch AdamW, since {kernel.__name__} can't be built here ({reason})")
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)
+        fused = not offload and all(one.device.type == "cuda" for group in groups for one in group["params"])
+        name = "torch AdamW, fused" if fused else "torch AdamW"
+        print_rank_0(f"Optimizer: {name}, since {kernel.__name__} can't be built here ({first_error(str(err))})")
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=fused or None)
     print_rank_0(f"Optimizer: {kernel.__name__}")
     return optimizer
 
@@ -89,6 +95,7 @@ def initialize_engine(
         engine.optimizer.quantize_nontrainable_params()  # LoRA froze them after they were loaded
     skip_steps_that_are_not_finite(engine)
     leave_overflow_to_the_norm(engine)
+    leave_out_reduction_of_one_rank(engine)
     keep_freed_memory()  # from here on every step allocates what the one before freed
     return engine
 
@@ -187,3 +194,9 @@ def leave_overflow_to_the_norm(engine: deepspeed.DeepSpeedEngine) -> None:
     checker = getattr(engine.optimizer, "overflow_checker", None)
     if checker is not None and hasattr(engine.optimizer, "_skip_invalid_grad_norm"):
         checker.has_overflow = lambda params, has_moe_params=None: False
+
+
+def leave_out_reduction_of_one_rank(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Switch off the reduction of gradients without ZeRO on one rank: it copies all of them twice, for nothing."""
+    if dist.get_world_size() == 1 and not engine.zero_optimization():
+        engine.enable_backward_allreduce = False

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from deepspeed.accelerator import get_accelerator
 from filelock import FileLock
 from torch.utils.cpp_extension import get_default_build_root
 
@@ -21,11 +22,14 @@ REMOTE_PATIENCE = 180
 def extension_folder() -> Path:
     """Return the folder of torch's compiled extensions, `TORCH_EXTENSIONS_DIR`; set it where the user has not.
 
-    It is set to a folder for this Python environment alone. Environments that share a folder, as they share torch's
-    default, rebuild each other's kernels every time, and break them when both build at once.
+    It is set to a folder for this Python environment and this kind of device alone. Environments that share a folder,
+    as they share torch's default, rebuild each other's kernels every time, and break them when both build at once; a
+    kernel of the same name is another program for a GPU than for a CPU.
     """
     own = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
-    default = os.path.join(get_default_build_root(), f"{os.path.basename(sys.prefix)}-{own}")
+    device = get_accelerator().device_name()
+    kind = "" if device == "cpu" else f"-{device}"
+    default = os.path.join(get_default_build_root(), f"{os.path.basename(sys.prefix)}-{own}{kind}")
     return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", default))
 
 
