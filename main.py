@@ -42,6 +42,7 @@ from utils.dry_run.dry_run import dry_run
 from utils.ds_utils import build_ds_config
 from utils.engine.engine import create_engine
 from utils.engine.nvme_swap import remove_swap_folders
+from utils.export.next_steps import next_steps_text
 from utils.export.save import adapter_folder, export_form, save_verified_model
 from utils.interrupts import raise_at_interrupt
 from utils.logging.console import begin, phase, print_any_text
@@ -108,6 +109,8 @@ def main(args: Namespace) -> None:
         train(engine, data, config, run, checkpointer)
         begin("saving the model")
         save(engine, tokenizer, data, config)
+    if args.output_dir is not None:
+        print_rank_0(next_steps_text(args.model_name_or_path, args.output_dir))
 
 
 def train(engine: DeepSpeedEngine, data: TrainingData, config: RunConfig, run: Run, checkpointer: Checkpointer) -> None:

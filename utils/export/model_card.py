@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.formats.chat_template import AS_IS, AUTO, HUMAN_ASSISTANT, SPEAKERS, ChatFormat, render
+from utils.export.next_steps import elsewhere
 from utils.export.owned_files import CARD
 from utils.logging.console import say
 from utils.logging.loss_curve import PICTURE, draw_losses
@@ -83,6 +84,11 @@ def model_card(args: Namespace, decisions: dict[str, Any], records: list[dict[st
     parts += ["## Settings", settings_table(args, decisions)]
     if args.lora_dim > 0:
         parts.append("The LoRA weights are merged in.")
+    programs = "\n".join(f"{command}  # {purpose}" for purpose, command in elsewhere("FOLDER").items())
+    parts += [
+        "## Use",
+        f"With transformers, `AutoModelForCausalLM.from_pretrained`; in other programs:\n\n```bash\n{programs}\n```",
+    ]
     parts += ["## Command", f"```text\n{command_line()}\n```"]
     return "\n\n".join(parts) + "\n"
 
