@@ -80,8 +80,8 @@ class Rows(NamedTuple):
             if len(answers) == 1:  # a text, which would be an answer to nothing
                 column = self.roles["rejected" if rejected else self.role_of(ANSWER_ROLES)]
                 raise Malformed(
-                    f'"{column}" holds no conversation, and there is no prompt beside it: name the column of the prompt '
-                    f"with --columns prompt=..., or read whole texts with --columns text={column}"
+                    f'"{column}" holds no conversation, and there is no prompt beside it: name the column of the '
+                    f"prompt with --columns prompt=..., or read whole texts with --columns text={column}"
                 )
             return answers
         if _is_nothing(prompt):
