@@ -166,7 +166,7 @@ REFUSED = [
     ("qwen", talk(ASK, call() | {"tool_calls": [{"id": "c1"}]}), r"record 1.*tool_calls\[0\]. is no call"),
     ("qwen", talk(ASK, SAY, tools="door"), "no list of functions"),
     ("qwen", {"chosen": "Human: q Assistant: a"}, "record 1.*no prompt beside it.*--columns text=chosen"),
-    ("qwen", {"instruction": "q", "output": "a", "history": [["only one"]]}, "no earlier turn"),
+    ("qwen", {"prompt": "q", "response": "a", "history": [["x"]]}, "no earlier turn"),
     ("qwen", talk({"role": "system", "content": "x"}, ASK, SAY, system="y"), "hold different texts"),
 ]  # fmt: skip
 
