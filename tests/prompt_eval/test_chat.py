@@ -137,3 +137,36 @@ def test_a_conversation_needs_a_model_and_has_no_report():
         prompt_eval.parse_args(["--interactive"])
     with pytest.raises(UserError, match="a conversation has no report"):
         make_config("--report=x")
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_model_is_asked_in_its_own_chat_template(model, monkeypatch):
+    """Special tokens as the template writes them, none added; and another model beside it in its own form."""
+    own, plain = (AutoTokenizer.from_pretrained(ROOT / "demo" / "tiny_opt") for _ in range(2))
+    own.chat_template = CHATML
+    asked = []
+    monkeypatch.setattr(
+        "utils.prompt_eval.chat.answer_batch",
+        lambda model, tokenizer, inputs, **settings: (
+            asked.append(inputs["input_ids"][0].tolist()) or answer_batch(model, tokenizer, inputs, **settings)
+        ),
+    )
+    printed = talk([Speaker("finetune", model, own), Speaker("Baseline", model, plain)], ["Why?", "How?"])
+    assert "finetune is asked in its own chat template\n" in printed
+    assert "Baseline is asked in the Human/Assistant form\n" in printed
+    first = "<|user|>Why?</s><|assistant|>"
+    assert asked[0] == own(first, add_special_tokens=False)["input_ids"]
+    assert asked[1] == plain(" Human: Why? Assistant:")["input_ids"]
+    assert own.decode(asked[2]).startswith(first) and own.decode(asked[2]).endswith("</s><|user|>How?</s><|assistant|>")
+
+
+def test_a_template_that_refuses_is_said(model, tokenizer):
+    own = AutoTokenizer.from_pretrained(ROOT / "demo" / "tiny_opt")
+    own.chat_template = "{{ raise_exception('system first') }}"
+    printed = talk([Speaker("finetune", model, own)], ["Why?"])
+    assert "finetune: [the chat template can't be rendered: system first]" in printed

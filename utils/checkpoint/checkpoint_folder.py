@@ -27,13 +27,14 @@ from utils.errors import UserError
 from utils.export.hf_model import save_model_folder, settled
 from utils.export.owned_files import keep_foreign
 from utils.export.save import export_form
-from utils.files import INCOMPLETE, remove_incomplete, replace_folder, sync, sync_tree, write_json
+from utils.files import INCOMPLETE, remove_incomplete, replace_folder, sync, sync_tree, write_aside, write_json
 from utils.machine.device import random_states, set_random_seed
 from utils.run_config import RunConfig
 from utils.train.state import RunState
 
 FOLDER = "checkpoints"
 MARKER = "complete.json"
+LATEST = "latest"  # DeepSpeed's own name of the file that names the newest checkpoint: its zero_to_fp32.py reads it
 FORMAT = 1
 NAME = re.compile(r"step-(\d{6,})")
 
@@ -166,6 +167,9 @@ def save_checkpoint(
         if is_rank_0():
             kind = "model" if config.save_only_model else "full"
             _publish(work, os.path.join(root, name), {**record, "kind": kind, "state": state.to_dict()})
+            if not config.save_only_model:
+                with write_aside(os.path.join(root, LATEST)) as file:
+                    file.write(name.encode())
             drop_old(root, config.args.save_total_limit)
         wait_for_all()
     except BaseException as err:

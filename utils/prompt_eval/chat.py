@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
 
 import torch
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from utils.errors import UserError
@@ -48,15 +49,41 @@ def next_prompt(turns: list[tuple[str, str]], question: str) -> str:
     return f"{past} Human: {question} Assistant:"
 
 
+def question_ids(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], question: str) -> list[int]:
+    """Return the ids of turns and question by the tokenizer's chat template, which writes its special tokens itself.
+
+    Raises:
+        UserError: the template refuses them.
+    """
+    talk = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    messages = [{"role": role, "content": text} for role, text in [*talk, ("user", question)]]
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
+    except (TemplateError, TypeError, ValueError, KeyError) as err:
+        raise UserError(f"the chat template can't be rendered: {err}") from err
+    return list(rendered["input_ids"])
+
+
+def question_inputs(speaker: Speaker, turns: list[tuple[str, str]], question: str) -> Any:
+    """Return `input_ids` and `attention_mask` of turns and question, [1, length], in the form of its training."""
+    if not speaker.tokenizer.chat_template:
+        return encode(speaker.tokenizer, [next_prompt(turns, question)], speaker.model.device)
+    ids = torch.tensor([question_ids(speaker.tokenizer, turns, question)], device=speaker.model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def fitting_turns(speaker: Speaker, turns: list[tuple[str, str]], question: str, new_tokens: int) -> int:
     """Return how many of the oldest turns to forget so that question and answer fit the model's positions.
 
     Raises:
-        UserError: the question alone is too long.
+        UserError: the question alone is too long, or the chat template can't be rendered.
     """
     limit = max_positions(speaker.model.config)
     for forgotten in range(len(turns) + 1):
-        tokens = len(speaker.tokenizer(next_prompt(turns[forgotten:], question))["input_ids"])
+        if speaker.tokenizer.chat_template:
+            tokens = len(question_ids(speaker.tokenizer, turns[forgotten:], question))
+        else:
+            tokens = len(speaker.tokenizer(next_prompt(turns[forgotten:], question))["input_ids"])
         if limit is None or tokens + new_tokens <= limit:
             return forgotten
     raise UserError(
@@ -83,7 +110,7 @@ def reply(
         output.write(f"[the oldest {forgotten} turn(s) no longer fit and are forgotten] ")
         del turns[:forgotten]
     strategy = config.strategies[0]
-    inputs = encode(speaker.tokenizer, [next_prompt(turns, question)], speaker.model.device)
+    inputs = question_inputs(speaker, turns, question)
     settings: dict[str, Any] = config.decoding(strategy) | {"num_return_sequences": 1}
     if strategy in STREAMING:
         settings["streamer"] = AnswerPrinter(speaker.tokenizer, output, config.args.stop_at_human)
@@ -97,6 +124,9 @@ def chat(
     speakers: list[Speaker], config: EvalConfig, ask: Callable[[str], str] = input, output: TextIO = sys.stdout
 ) -> None:
     """Read questions until the input ends and let every model answer each of them; Ctrl-C raises KeyboardInterrupt."""
+    for speaker in speakers:
+        form = "its own chat template" if speaker.tokenizer.chat_template else "the Human/Assistant form"
+        output.write(f"{speaker.name} is asked in {form}\n")
     output.write(f"{HELP}\n")
     memories: list[list[tuple[str, str]]] = [[] for _ in speakers]
     torch.manual_seed(config.args.seed)

@@ -1,6 +1,7 @@
 """The plan of a run: how many steps it has, what batches are counted in, and what is due after a step."""
 
 import math
+from argparse import Namespace
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -74,6 +75,22 @@ def micro_batches_of_epoch(plan: RunPlan, cut: BatchCut, units: Units) -> int:
     return micro_batches_per_epoch(len(units.tokens), cut.micro_batch, cut.accumulation, cut.ranks)
 
 
+def warm_up_warning(args: Namespace, steps: int) -> str | None:
+    """Return what `--num_warmup_steps` does other than its user may think; None where it does what it says."""
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    if args.num_warmup_steps and schedule == "constant":
+        return (
+            f"--num_warmup_steps {args.num_warmup_steps} has no effect with --lr_scheduler_type constant, which is at "
+            "its rate from the first step: constant_with_warmup rises to it"
+        )
+    if args.num_warmup_steps > steps:
+        return (
+            f"--num_warmup_steps {args.num_warmup_steps} is more than the run's {steps} steps: the learning rate ends "
+            f"at {steps / args.num_warmup_steps:.1%} of its peak"
+        )
+    return None
+
+
 def make_plan(config: RunConfig, train_data: PromptDataset, state: RunState) -> RunPlan:
     """Plan the run from `state` on, and print the plan."""
     args, cut = config.args, config.batches
@@ -98,6 +115,8 @@ def make_plan(config: RunConfig, train_data: PromptDataset, state: RunState) -> 
         f"{cut.ranks} {'rank(s)' if group == 1 else f'group(s) of {group} ranks'}; "
         f"{portion}'s last step takes what is left"
     )
+    if warning := warm_up_warning(args, plan.steps):
+        print_rank_0(f"Warm-up: {warning}")
     return plan
 
 
