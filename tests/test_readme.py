@@ -124,6 +124,8 @@ def check(command: str) -> None:
         parse_args(words[2:])
     elif words[1:3] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words[3:] if word.startswith("tests/"))
+    elif words[1] == "-m" and words[2].startswith("tools."):
+        assert importlib.util.find_spec(words[2]) and not words[3:], command
     elif program == "python" and words[1].startswith("tools/"):
         assert (ROOT / words[1]).is_file()
     else:

@@ -77,7 +77,7 @@ def make_weights_on_device() -> None:
             return create(*args, untrained=True)
 
     program.create_model = untrained
-    utils.model.model_utils._training_dtype = lambda ds_config: torch.bfloat16
+    utils.model.model_utils._training_dtype = lambda ds_config, stored: torch.bfloat16
 
 
 def at_micro_batch(seen: dict[str, Any], profile_at: int | None, terminate_at: int | None) -> None:

@@ -198,10 +198,14 @@ def test_code_of_its_own_runs_where_it_is_trusted(llama, json_data, cache_folder
     (folder / "own_code.py").write_text(OWN_CODE)
     arguments = ["--model_name_or_path", folder, "--data_path", json_data, "--data_output_path", cache_folder]
     status, out, err = run_inside(
-        [*arguments, "--trust_remote_code", "--dtype", "fp32", "--max_steps", "1", "--max_seq_len", "32"]
-    )
+        [
+            *arguments, "--trust_remote_code", "--dtype", "fp32", "--max_steps", "1", "--max_seq_len", "32",
+            "--output_dir", tmp_path / "out",
+        ]
+    )  # fmt: skip
     assert status == 0, out + err
-    assert "Model: M, " in out
+    assert "Model: M, " in out and "verified" in out
+    assert (tmp_path / "out" / "own_code.py").read_text() == OWN_CODE, "the saved model brings its code"
 
 
 def test_what_is_no_weight_of_the_model_is_left_out_with_a_line(tmp_path, capsys):

@@ -34,6 +34,7 @@ from utils.ds_file.read import read_deepspeed_file
 from utils.ds_utils import check_ds_file
 from utils.engine.nvme_swap import check_async_io, check_swap_folder
 from utils.errors import UserError, join_problems
+from utils.export.peft_adapter import check_adapter
 from utils.files import check_place
 from utils.logging.console import say
 from utils.logging.trackers import check_reports, wanted_reports
@@ -89,7 +90,7 @@ def check_run(args: Namespace) -> None:
         _check_model(args, config, attempt)
     tokenizer = attempt(_check_tokenizer, args) if is_place and has_room else None
     if args.save_lora_adapter and config is not None and tokenizer is not None:
-        attempt(_check_adapter_base, config, token_rows(tokenizer))
+        attempt(_check_adapter_base, args, config, token_rows(tokenizer))
     if args.add_eot_token and args.lora_dim > 0 and config is not None and tokenizer is not None:
         attempt(_check_new_row, args, config, tokenizer)
     columns = attempt(_check_columns, args)
@@ -166,8 +167,10 @@ def _check_lora_names(config: PretrainedConfig, module_name: str) -> None:
     check_lora_module_name(model, module_name)
 
 
-def _check_adapter_base(config: PretrainedConfig, entries: int) -> None:
-    """Check that the base model has a row for every token: an adapter is used on it as published."""
+def _check_adapter_base(args: Namespace, config: PretrainedConfig, entries: int) -> None:
+    """Check that PEFT takes the layers, and that the base model, used as published, has a row for every token."""
+    form = model_form(args)._replace(gradient_checkpointing=False, activation_offloading=False, tiled_mlp=False)
+    check_adapter(create_meta_model(copy.deepcopy(config), form, "fp32"))
     rows = config.get_text_config().vocab_size
     if rows < entries:
         raise UserError(

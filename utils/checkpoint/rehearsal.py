@@ -25,6 +25,7 @@ from utils.export.weights import saved_bytes
 from utils.files import INCOMPLETE
 from utils.logging.console import say
 from utils.logging.metrics_file import METRICS_FILE
+from utils.module.remote_code import is_trusted
 from utils.run_config import RunConfig
 
 EXAMPLE_RECORDS = (
@@ -67,7 +68,7 @@ def _try_saving(
             with open(os.path.join(work, METRICS_FILE), "w", encoding="utf-8") as file:
                 file.writelines(f"{json.dumps(record)}\n" for record in EXAMPLE_RECORDS)
             write_all_but_weights(model, tokenizer, work, describe_model(config, tokenizer, work))
-            transformers.AutoConfig.from_pretrained(work, local_files_only=True)
+            transformers.AutoConfig.from_pretrained(work, local_files_only=True, trust_remote_code=is_trusted())
             compare_tokenizers(work, tokenizer, torch.empty(0, dtype=torch.long))
     except Exception as err:  # whatever transformers, tokenizers or matplotlib raise would end the run later
         reason = str(err) if isinstance(err, UserError) else f"{type(err).__name__}: {' '.join(str(err).split())}"

@@ -14,6 +14,7 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from torch import nn
 
 from utils.distributed.ranks import print_rank_0
+from utils.engine.master_weights import hold_float32, restore_masters
 from utils.logging.console import chatter_to_log, phase
 from utils.machine.cpu_allocator import keep_freed_memory
 from utils.machine.gpu_setup import find_cuda_headers, first_error
@@ -79,8 +80,11 @@ def initialize_engine(
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
+    held = hold_float32(model)
     with phase("preparing DeepSpeed"):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
+    restore_masters(engine, held)
+    del held
     engine.monitor.enabled = False  # its one event a step would come before ours of earlier steps: see trackers.py
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from utils.distributed.ranks import is_rank_0
-from utils.distributed.zero3 import gather
+from utils.distributed.zero3 import gather, whole_shape
+from utils.errors import UserError
 from utils.export.hf_model import write_folder
 from utils.export.owned_files import place_over
+from utils.export.published import published_groups
 from utils.export.weights import write_tensors
 from utils.module.lora import LinearLayer_LoRA
 
@@ -21,6 +23,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What PEFT puts before a layer's name: its two wrappers around the base model.
 PEFT_PREFIX = "base_model.model."
+# Names that PEFT gives a meaning of its own (peft/utils/transformers_weight_conversion.py, tuners/tuners_utils.py).
+EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+CONVERTED_TYPES = ("beam",)  # may have dense layers alone, and their names are taken for experts' all the same
+MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+MAMBA_NAMES = ("out_proj", "conv1d")
 
 
 def lora_layers(model: nn.Module) -> dict[str, LinearLayer_LoRA]:
@@ -32,11 +39,52 @@ def target_modules(model: nn.Module) -> list[str]:
     """Return PEFT's `target_modules`: the last parts of the layers' names where only they have them, else whole names.
 
     PEFT takes every module whose name ends with one of them, so short names will do only if nothing else has them.
+    Layers of `target_parameters` are left out.
     """
-    layers = lora_layers(model)
+    by_weight = set(target_parameters(model))
+    layers = [name for name in lora_layers(model) if f"{name}.weight" not in by_weight]
     short = {name.rpartition(".")[2] for name in layers}
     named = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
-    return sorted(short) if named == set(layers) else list(layers)
+    return sorted(short) if named == set(layers) else layers
+
+
+def target_parameters(model: nn.Module) -> list[str]:
+    """Return PEFT's `target_parameters`: weights of layers whose names, as modules, PEFT would read as something else.
+
+    In a mixture of experts whose weights lie in one tensor, PEFT (0.21) takes `gate_proj` and its like for these, also
+    where a dense layer or the shared expert has the name. A weight's whole name has one meaning.
+    """
+    fused = any(len(whole_shape(p)) == 3 and "expert" in name for name, p in model.named_parameters())
+    if not fused and getattr(model.config, "model_type", None) not in CONVERTED_TYPES:
+        return []
+    return [f"{name}.weight" for name in lora_layers(model) if name.rpartition(".")[2] in EXPERT_NAMES]
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Check that PEFT can wrap the layers of `model` that LoRA wraps.
+
+    Raises:
+        UserError: it refuses some of them.
+    """
+    refused = [name for name in lora_layers(model) if name.rpartition(".")[2] in MAMBA_NAMES]
+    if refused and getattr(model.config, "model_type", None) in MAMBA_TYPES:
+        others = sorted({name.rpartition(".")[2] for name in lora_layers(model)} - set(MAMBA_NAMES))
+        raise UserError(
+            f"--save_lora_adapter: PEFT wraps no {' or '.join(MAMBA_NAMES)} of a {model.config.model_type} model, and "
+            f"--lora_module_name takes in {len(refused)} of them: name others, such as {','.join(others) or 'in_proj'}."
+        )
+    by_weight = target_parameters(model)
+    renamed = [
+        group.sources[0].name
+        for group in (published_groups(model) if by_weight else [])
+        if group.is_renamed_only and group.published[0].name != group.sources[0].name
+    ]
+    moved = sorted(set(renamed) & set(by_weight))
+    if moved:
+        raise UserError(
+            f"--save_lora_adapter: PEFT would take {moved[0]} of a {model.config.model_type} model for another layer, "
+            "by its older name: give --lora_module_name names of attention layers alone, such as q_proj,v_proj."
+        )
 
 
 def adapter_config(model: nn.Module, base: str) -> dict:
@@ -46,14 +94,17 @@ def adapter_config(model: nn.Module, base: str) -> dict:
     rank, alpha = first.lora_dim, first.lora_scaling * first.lora_dim
     # Back from scaling = alpha / rank: a whole number is one again, as PEFT's own files have it.
     alpha = round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
+    by_weight = target_parameters(model)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": getattr(first.lora_dropout, "p", 0.0),
+        # A matter of training alone; PEFT has none for weights named one by one.
+        "lora_dropout": 0.0 if by_weight else getattr(first.lora_dropout, "p", 0.0),
         "target_modules": target_modules(model),
+        **({"target_parameters": by_weight} if by_weight else {}),
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "bias": "none",
         "init_lora_weights": True,

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from utils.errors import UserError
 from utils.export.owned_files import WEIGHT_NAMES
 from utils.export.weights import WrittenTensor, tensor_checksum
+from utils.module.remote_code import is_trusted
 
 # Above so many bytes of weights the saved model is not run: rank 0's CPU would hold and compute all of it.
 FORWARD_LIMIT = 16 * 10**9
@@ -121,7 +122,9 @@ def compare_tokenizers(folder: str, tokenizer: transformers.PreTrainedTokenizerB
         UserError: it does not load, or has another length, special token or reading of a text.
     """
     try:
-        again = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        again = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=is_trusted()
+        )
     except (*LOADING_ERRORS, ImportError) as err:
         raise UserError(f"the tokenizer saved in {folder} does not load again: {err}") from err
     texts = [*PROBES, tokenizer.decode(sample[:SAMPLE_TOKENS].tolist())]
@@ -156,7 +159,7 @@ def check_names(folder: str) -> None:
     """
     try:
         _, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, device_map="meta", output_loading_info=True, local_files_only=True
+            folder, device_map="meta", output_loading_info=True, local_files_only=True, trust_remote_code=is_trusted()
         )
     except LOADING_ERRORS as err:
         raise UserError(f"the model saved in {folder} does not load again: {err}") from err
@@ -183,7 +186,9 @@ def verify_saved_model(folder: str, input_ids: torch.Tensor, expected: torch.Ten
         UserError: it does not load, or differs by more than the dtype's rounding explains.
     """
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True, trust_remote_code=is_trusted()
+        )
     except LOADING_ERRORS as err:
         raise UserError(f"the model saved in {folder} does not load again: {err}") from err
     actual = live_logits(model, input_ids.cpu())

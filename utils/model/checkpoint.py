@@ -119,8 +119,8 @@ def remote_code_error(name: str) -> UserError:
     )
 
 
-def check_weights(name: str, config: PretrainedConfig, tell: bool = True) -> None:
-    """Check that the files of `name` hold every weight of the model and no other; nothing is loaded.
+def check_weights(name: str, config: PretrainedConfig, tell: bool = True) -> dict[str, torch.Tensor]:
+    """Check that the files of `name` hold every weight of the model and no other; return these, without memory.
 
     Files of a name on the hub that are not on this disk yet are fetched. `tell`: print what is left out.
 
@@ -133,6 +133,7 @@ def check_weights(name: str, config: PretrainedConfig, tell: bool = True) -> Non
     report = _loading_report(model, stored)
     if report is not None:
         check_report(name, model, report, stored, tell)
+    return stored
 
 
 def _loading_report(model: transformers.PreTrainedModel, stored: dict[str, torch.Tensor]) -> Report | None:

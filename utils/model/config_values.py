@@ -7,14 +7,18 @@ of its name, not a list of families.
 import re
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
 from utils.errors import UserError
 
 # A number of tokens from which attention, a scan or the rotary embedding treats a document in another way.
-WINDOW = re.compile(r"window|chunk|local|block_size|stride|top_?k|original_max_position")
+WINDOW = re.compile(
+    r"(?!.*(experts|layers|pattern)).*(window|chunk|local|block_size|stride|top_?k|original_max_position)"
+)
 # Every dropout: a probability between 0 and 1. Noise on a router's input is drawn in training too.
 DROPOUT = re.compile(r"drop", re.IGNORECASE)
 # Leaving out whole layers, and noise: only ever switched off, as 0.
@@ -48,11 +52,17 @@ def values(config: PretrainedConfig) -> Iterator[tuple[Any, str, Any]]:
             holders += [item for item in inside if isinstance(item, (dict, PretrainedConfig))]
 
 
-def set_value(holder: Any, name: str, value: Any) -> None:
-    """Change a value that `values` has yielded."""
+def set_value(holder: Any, name: str, value: float) -> None:
+    """Change a number that `values` has yielded; a whole number stays one where it can.
+
+    A configuration whose own check refuses the value keeps what it has: the modules are set as well.
+    """
+    before = holder[name] if isinstance(holder, dict) else getattr(holder, name)
+    value = type(before)(value) if value == int(value) else value
     if isinstance(holder, dict):
         holder[name] = value
-    else:
+        return
+    with suppress(StrictDataclassError):
         setattr(holder, name, value)
 
 
@@ -63,7 +73,7 @@ def set_dropouts(config: PretrainedConfig, dropout: float) -> None:
             continue
         if OTHER_RANDOMNESS.search(name):
             if dropout == 0:
-                set_value(holder, name, type(value)(0))
+                set_value(holder, name, 0.0)
         elif DROPOUT.search(name):
             set_value(holder, name, dropout)
 
@@ -78,7 +88,7 @@ def windows(config: PretrainedConfig) -> list[int]:
     found = {
         value
         for _, name, value in values(text_config(config))
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0 and WINDOW.search(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0 and WINDOW.match(name)
     }
     return sorted(found)
 

@@ -175,8 +175,12 @@ def _check_loss(
         nn.functional.cross_entropy(logits[:-1], document[1:], reduction="sum").item()
         for logits, document in zip(alone, documents, strict=True)
     )
-    actual = summed_loss(model, _batch(documents, padding, device)).item()
-    difference = abs(actual - expected) / expected
+    try:
+        difference = abs(summed_loss(model, _batch(documents, padding, device)).item() - expected) / expected
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # something lies between the hidden states and the head, and their sizes differ (RemBERT)
+        difference = math.inf
     if _any_rank(not difference < (1e-4 if next(model.parameters()).dtype == torch.float32 else 1e-2), device):
         install_loss(model, fused=False)
         print_rank_0(f"Loss: plain cross-entropy; fused it would differ by {difference:.1e} in this model")

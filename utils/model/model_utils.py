@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from utils.distributed.ranks import world_size
 from utils.distributed.zero3 import whole_numel, whole_shape
 from utils.errors import UserError
+from utils.machine.precision import DTYPES
 from utils.model.checkpoint import (
     adapter_error,
     adapter_on_hub,
@@ -77,16 +78,22 @@ def set_module_dropouts(model: nn.Module, dropout: float | None) -> None:
                 setattr(module, name, dropout)
 
 
-def _training_dtype(ds_config: dict[str, Any] | None) -> torch.dtype:
-    """Return the dtype to load in: float32, from which DeepSpeed makes its master weights.
+def _training_dtype(ds_config: dict[str, Any] | None, stored: dict[str, torch.Tensor]) -> torch.dtype:
+    """Return the dtype to load in: float32, unless all weights are stored in the training dtype already.
 
-    Under ZeRO 3 the weights are partitioned while they load and must already have the training dtype.
+    DeepSpeed's master weights then begin as what is stored (`utils.engine.master_weights`), and a checkpoint of 16
+    bits takes 2 bytes a weight in memory and not 4. Under ZeRO 3 the weights are partitioned while they load and must
+    have the training dtype.
+
+    Args:
+        stored: the weights in the checkpoint's files; empty where there are none.
     """
-    if ds_config is None or ds_config["zero_optimization"]["stage"] < 3:
+    if ds_config is None:
         return torch.float32
-    if ds_config.get("bf16", {}).get("enabled"):
-        return torch.bfloat16
-    return torch.float16 if ds_config.get("fp16", {}).get("enabled") else torch.float32
+    enabled = next((name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")), "fp32")
+    training = DTYPES[enabled]
+    kinds = {weight.dtype for weight in stored.values() if weight.is_floating_point()}
+    return training if ds_config["zero_optimization"]["stage"] == 3 or kinds == {training} else torch.float32
 
 
 def create_hf_model(
@@ -116,8 +123,8 @@ def create_hf_model(
     config = load_model_config(model_name_or_path)
     dropout = 0.0 if disable_dropout else dropout
     configure_dropout(config, dropout)
-    if not rlhf_training:
-        check_weights(model_name_or_path, config)
+    stored = {} if rlhf_training else check_weights(model_name_or_path, config)
+    dtype = _training_dtype(ds_config, stored)
     keep_alive = None
     if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3:
         if needs_swap_buffers(ds_config):
@@ -126,7 +133,6 @@ def create_hf_model(
         from transformers.integrations import HfDeepSpeedConfig  # imports what a run without ZeRO 3 does without
 
         keep_alive = HfDeepSpeedConfig(ds_config)
-    dtype = _training_dtype(ds_config)
     try:
         if rlhf_training:
             model = model_class.from_config(config, dtype=dtype, trust_remote_code=is_trusted())

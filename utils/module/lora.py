@@ -117,13 +117,34 @@ class LinearLayer_LoRA(nn.Module):
 
 
 def _wrappable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the Linear and Conv1D layers by name, without a tied head: merging into it would change the embedding."""
+    """Return the Linear and Conv1D layers by name, without a tied head: merging into it would change the embedding.
+
+    A subclass that computes something else, such as Llama 4's router, is left as it is.
+    """
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in tied
+        if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in tied and _is_linear(module)
     }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a Linear, or a subclass with a forward of its own, gives one tensor [..., out] for an input [..., in].
+
+    Tried with tensors that have no memory, so the weight may be anywhere.
+    """
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    out_features, in_features = whole_shape(module.weight)
+    own = dict(module.named_parameters(recurse=False))
+    stand_ins = {name: torch.empty(whole_shape(p), dtype=p.dtype, device="meta") for name, p in own.items()}
+    inputs = torch.empty(1, 2, in_features, dtype=module.weight.dtype, device="meta")
+    try:
+        output = torch.func.functional_call(module, stand_ins, (inputs,))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    return torch.is_tensor(output) and output.shape == (1, 2, out_features)
 
 
 def lora_candidates(model: nn.Module) -> list[str]:
