@@ -179,6 +179,12 @@ def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
         "model family; the default is OPT's blocks, the original's")
     add("--lora_alpha", type=float, default=1.0, metavar="A",
         help="scale LoRA's product by A / R, as in PEFT; 1 is the original's, PEFT users often take 2 R")
+    add("--lora_rslora", action="store_true",
+        help="scale LoRA's product by A / sqrt(R) instead (rsLoRA), so that a large R learns no slower; off, as in the "
+        "original")
+    add("--lora_plus_ratio", type=float, default=1.0, metavar="X",
+        help="rate of LoRA's left weights, which start at zero, over that of the right ones (LoRA+, whose paper takes "
+        "16); 1 trains both alike, as the original does")
     add("--lora_dropout", type=float, default=0.0, metavar="P",
         help="dropout before LoRA's weights, which --disable_dropout and --dropout leave alone; 0 is the original's")
     add("--only_optimize_lora", action="store_true",

@@ -49,6 +49,10 @@ def check_values(args: argparse.Namespace) -> list[str]:
         problems.append("--disable_dropout and --dropout contradict each other: give one of them.")
     if not 0 < args.lora_alpha < float("inf"):
         problems.append(f"--lora_alpha must be a finite number above 0, not {args.lora_alpha}.")
+    if not 0 < args.lora_plus_ratio < float("inf"):
+        problems.append(f"--lora_plus_ratio must be a finite number above 0, not {args.lora_plus_ratio}.")
+    if args.lora_dim == 0 and (args.lora_rslora or args.lora_plus_ratio != 1):
+        problems.append("--lora_rslora and --lora_plus_ratio need --lora_dim above 0: without LoRA they do nothing.")
     if not 0 <= args.lora_dropout < 1:
         problems.append(f"--lora_dropout must be at least 0 and below 1, not {args.lora_dropout}.")
     if args.save_lora_adapter:

@@ -23,7 +23,8 @@ from utils.run_config import RunConfig
 BETAS = (0.9, 0.95)
 # DeepSpeed-Chat's names of what is not decayed; a model's own structure says the rest (`_undecayed`).
 NO_DECAY_NAMES = ("bias", "layer_norm.weight", "layernorm.weight", "norm.weight", "ln_f.weight")
-LORA_NAMES = ("lora_right_weight", "lora_left_weight")
+LEFT_WEIGHT = "lora_left_weight"
+LORA_NAMES = ("lora_right_weight", LEFT_WEIGHT)
 
 
 @chatter_to_log()
@@ -33,12 +34,13 @@ def create_optimizer(
     weight_decay: float = 0.0,
     lora_learning_rate: float = 5e-4,
     offload: bool = False,
+    lora_plus_ratio: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Return DeepSpeedCPUAdam with `offload`, FusedAdam otherwise, torch's AdamW where their kernels don't build.
 
     All three are AdamW (decoupled weight decay) with betas (0.9, 0.95).
     """
-    groups = get_optimizer_grouped_parameters(model, weight_decay, lora_learning_rate)
+    groups = get_optimizer_grouped_parameters(model, weight_decay, lora_learning_rate, lora_plus_ratio=lora_plus_ratio)
     kernel = DeepSpeedCPUAdam if offload else FusedAdam
     headers = find_cuda_headers()
     if headers is not None:
@@ -61,7 +63,12 @@ def create_engine(
     """Build the optimizer and the DeepSpeed engine of a run; `groups` of `start_sequence_parallel`."""
     args = config.args
     optimizer = create_optimizer(
-        model, args.learning_rate, args.weight_decay, args.lora_learning_rate, config.offload is not None
+        model,
+        args.learning_rate,
+        args.weight_decay,
+        args.lora_learning_rate,
+        config.offload is not None,
+        args.lora_plus_ratio,
     )
     return initialize_engine(model, optimizer, ds_config, groups)
 
@@ -128,20 +135,24 @@ def get_optimizer_grouped_parameters(
     lora_lr: float = 5e-4,
     no_decay_name_list: Iterable[str] | None = None,
     lora_name_list: Iterable[str] = LORA_NAMES,
+    lora_plus_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Put trainable parameters into up to three groups: decayed, LoRA (own rate), not decayed.
+    """Put trainable parameters into up to four groups: decayed, LoRA (own rate), LoRA's left weights, not decayed.
+
+    The left weights, which start at zero, are a group of their own where `lora_plus_ratio` is not 1: their rate is that
+    many times `lora_lr` (LoRA+, Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
 
     Biases and the weights of all normalisation layers get no decay; with `no_decay_name_list` the parameters whose
     names contain one of its parts, and no others. Empty groups are left out.
     """
     no_decay, lora_names = tuple(no_decay_name_list or NO_DECAY_NAMES), tuple(lora_name_list)
     undecayed = _undecayed(model) if no_decay_name_list is None else set()
-    decayed, lora, plain = [], [], []
+    decayed, lora, left, plain = [], [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if any(part in name for part in lora_names):
-            lora.append(parameter)
+            (left if lora_plus_ratio != 1 and LEFT_WEIGHT in name else lora).append(parameter)
         elif id(parameter) in undecayed or any(part in name.lower() for part in no_decay):
             plain.append(parameter)
         else:
@@ -149,6 +160,7 @@ def get_optimizer_grouped_parameters(
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": lora, "weight_decay": weight_decay, "lr": lora_lr},
+        {"params": left, "weight_decay": weight_decay, "lr": lora_lr * lora_plus_ratio},
         {"params": plain, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -5,6 +5,7 @@ The format is PEFT's (https://huggingface.co/docs/peft/developer_guides/checkpoi
 """
 
 import json
+import math
 import os
 
 import torch
@@ -91,8 +92,9 @@ def adapter_config(model: nn.Module, base: str) -> dict:
     """Return the content of `adapter_config.json` for the wrapped layers of `model`, trained on the model `base`."""
     layers = lora_layers(model)
     first = next(iter(layers.values()))
-    rank, alpha = first.lora_dim, first.lora_scaling * first.lora_dim
-    # Back from scaling = alpha / rank: a whole number is one again, as PEFT's own files have it.
+    rank = first.lora_dim
+    alpha = first.lora_scaling * (math.sqrt(rank) if first.rank_stabilized else rank)
+    # Back from scaling = alpha / rank, or its root: a whole number is one again, as PEFT's own files have it.
     alpha = round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
     by_weight = target_parameters(model)
     return {
@@ -101,6 +103,7 @@ def adapter_config(model: nn.Module, base: str) -> dict:
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
+        "use_rslora": first.rank_stabilized,
         # A matter of training alone; PEFT has none for weights named one by one.
         "lora_dropout": 0.0 if by_weight else getattr(first.lora_dropout, "p", 0.0),
         "target_modules": target_modules(model),
@@ -111,7 +114,6 @@ def adapter_config(model: nn.Module, base: str) -> dict:
         "inference_mode": True,
         "modules_to_save": None,
         "use_dora": False,
-        "use_rslora": False,
     }
 
 

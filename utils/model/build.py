@@ -36,6 +36,7 @@ class ModelForm(NamedTuple):
     lora_dim: int = 0
     lora_module_name: str = "auto"
     lora_alpha: float = 1.0
+    lora_rslora: bool = False
     lora_dropout: float = 0.0
     only_optimize_lora: bool = False
     gradient_checkpointing: bool = False
@@ -101,7 +102,7 @@ def _shape(
         say(f"Tiled MLP: {tile_mlps(model)}")
     if form.lora_dim > 0:
         model = convert_linear_layer_to_lora(
-            model, form.lora_module_name, form.lora_dim, form.lora_alpha, form.lora_dropout
+            model, form.lora_module_name, form.lora_dim, form.lora_alpha, form.lora_dropout, form.lora_rslora
         )
         say(f"LoRA: {describe_lora(model)}")
         if form.only_optimize_lora:

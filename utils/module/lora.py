@@ -29,6 +29,8 @@ class LinearLayer_LoRA(nn.Module):
         lora_droppout: dropout on the addition's input (the users' spelling).
         bias: [out] parameter of the wrapped layer; stays as trainable as it was.
         fan_in_fan_out: the weight is a Conv1D's, stored [in, out] (PEFT's name for it).
+        rank_stabilized: the addition is scaled by `lora_scaling / sqrt(lora_dim)` (rsLoRA, Kalajdzievski 2023,
+            https://arxiv.org/abs/2312.03732), so that a larger rank learns no slower.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class LinearLayer_LoRA(nn.Module):
         lora_droppout: float = 0,
         bias: nn.Parameter | None = None,
         fan_in_fan_out: bool = False,
+        rank_stabilized: bool = False,
     ) -> None:
         super().__init__()
         if lora_dim <= 0:
@@ -56,7 +59,8 @@ class LinearLayer_LoRA(nn.Module):
         self.lora_left_weight = nn.Parameter(
             torch.zeros(lora_dim, out_features, dtype=weight.dtype, device=weight.device)
         )
-        self.lora_scaling = lora_scaling / lora_dim
+        self.rank_stabilized = rank_stabilized
+        self.lora_scaling = lora_scaling / (math.sqrt(lora_dim) if rank_stabilized else lora_dim)
         self.lora_dropout = nn.Dropout(lora_droppout) if lora_droppout > 0 else nn.Identity()
         self.fuse_lora = False
         self.weight.requires_grad = False
@@ -211,6 +215,7 @@ def convert_linear_layer_to_lora(
     lora_dim: int = 0,
     lora_scaling: float = 1,
     lora_droppout: float = 0,
+    rank_stabilized: bool = False,
 ) -> nn.Module:
     """Wrap every Linear and Conv1D that `part_module_name` names (see `check_lora_module_name`); return the model.
 
@@ -222,8 +227,9 @@ def convert_linear_layer_to_lora(
     for name in check_lora_module_name(model, part_module_name):
         linear = model.get_submodule(name)
         wrapped = LinearLayer_LoRA(
-            linear.weight, lora_dim, lora_scaling, lora_droppout, linear.bias, isinstance(linear, Conv1D)
-        )
+            linear.weight, lora_dim, lora_scaling, lora_droppout, linear.bias, isinstance(linear, Conv1D),
+            rank_stabilized,
+        )  # fmt: skip
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, wrapped.train(linear.training))
     return model
