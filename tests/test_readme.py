@@ -128,6 +128,10 @@ def check(command: str) -> None:
         assert importlib.util.find_spec(words[2]) and not words[3:], command
     elif program == "python" and words[1].startswith("tools/"):
         assert (ROOT / words[1]).is_file()
+    elif program == "python" and words[1].endswith("/zero_to_fp32.py"):  # DeepSpeed's own, written into checkpoints
+        from deepspeed.utils import zero_to_fp32
+
+        assert len(words) == 4 and Path(zero_to_fp32.__file__).is_file()
     else:
         # The environment and what fetches things: nothing of ours to check but their names.
         assert program in ("git", "cd", "source", "python3", "pip", "hf"), command
