@@ -172,3 +172,9 @@ def test_a_set_of_which_nothing_is_left_beside_another(tmp_path, tokenizer, caps
     out = capsys.readouterr().out
     assert f"Data {bad}: none of its 2 rows gave a sample (2 no answer)" in out
     assert out.count("gave a sample") == 1
+
+
+def test_token_ids_without_labels_of_answers_alone(tmp_path, tokenizer):
+    rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [5]}]
+    train, _ = prepare([write(tmp_path / "d", rows)], tmp_path / "cache", tokenizer, 64)
+    assert len(train) == 1 and train[0]["labels"].tolist() == [5, 6, 7]

@@ -197,3 +197,10 @@ def test_special_tokens_in_plain_words_are_counted(tmp_path, kind, rows, words, 
 )
 def test_what_a_rendered_prompt_is(prompt, found):
     assert rendering_of(prompt, "<own_bos>", ("<own_bos>", "<turn>")) is found
+
+
+def test_struck_words_of_html_are_no_bos():
+    """`<s>` is BOS of one family: followed by words in plain or by a marker it begins a rendering."""
+    assert rendering_of("<s>word</s> is struck.", "<s>") is None
+    for prompt in ("<s>Q: a", "<s>[INST] a [/INST] b</s><s>[INST] c [/INST]", "<s>a</s>", "<s>a</s><s>b"):
+        assert rendering_of(prompt, "<s>") is MARKED

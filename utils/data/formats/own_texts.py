@@ -20,7 +20,7 @@ from utils.data.formats.conversations import (
     is_trained,
 )
 from utils.data.formats.labels import answer_spans, last_answer
-from utils.data.formats.rendered import Rendering, rendering_of
+from utils.data.formats.rendered import MARKED, Rendering, rendering_of
 from utils.data.formats.roles import BESIDE
 from utils.data.outcomes import Note, Reason
 from utils.data.reading.messages import Malformed, Message
@@ -91,7 +91,7 @@ class OwnTexts(PromptRawDataset):
     def rendering(self, sample: Sample) -> Rendering | None:
         """Return how the row's prompt meets its answer where both are used as they stand; None for rows to render."""
         if self.chat.kind == AS_IS:
-            return Rendering("")
+            return MARKED
         prompt = self.rows.prompt_text(sample) if self.may_be_rendered else None
         return rendering_of(prompt, *self._special) if isinstance(prompt, str) else None
 

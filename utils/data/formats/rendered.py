@@ -37,6 +37,7 @@ _ENDS = re.compile(
     r"|<｜Assistant｜>|<\|CHATBOT_TOKEN\|>|\[\|assistant\|\]|<\|im_assistant\|>assistant<\|im_middle\|>)" + _THOUGHT
 )
 _SPOKEN_END = re.compile(r"(?:(?:^|\W)assistant:|### response:)\s*$", re.IGNORECASE)
+_STRUCK = re.compile(r"\s*<s>[^<]*</s>\s*[^\s<]")  # HTML: struck words, and more of the sentence after them
 _TAIL = re.compile(r"\s*\w*\s*:?\s*")  # the name of a role, as it stands after the last marker of a prompt
 
 
@@ -56,7 +57,8 @@ def rendering_of(prompt: str, bos: str | None, special: tuple[str, ...] = ()) ->
     Args:
         bos, special: the tokenizer's own tokens, as text.
     """
-    if begins_with(prompt, bos) or _BEGINS.match(prompt) or _ENDS.search(prompt[-200:]):
+    has_bos = begins_with(prompt, bos) and not _STRUCK.match(prompt)
+    if has_bos or _BEGINS.match(prompt) or _ENDS.search(prompt[-200:]):
         return MARKED
     if _SPOKEN_END.search(prompt[-40:]):
         return SPOKEN
@@ -70,9 +72,11 @@ def begins_with(text: str, bos: str | None) -> bool:
 
 def _has_own_markers(prompt: str, special: tuple[str, ...]) -> bool:
     """Whether special tokens of the tokenizer open the prompt and, with at most a role's name after it, close it."""
-    found = list(pattern_of(special).finditer(prompt))
-    opens = len(found) > 1 and not prompt[: found[0].start()].strip()
-    return opens and _TAIL.fullmatch(prompt, found[-1].end()) is not None
+    text, pattern = prompt.lstrip(), pattern_of(special)
+    if pattern.match(text) is None:
+        return False
+    *_, last = pattern.finditer(text)
+    return last.start() > 0 and _TAIL.fullmatch(text, last.end()) is not None
 
 
 @lru_cache(maxsize=8)

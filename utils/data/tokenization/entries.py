@@ -80,15 +80,16 @@ class Entries:
         if length > limit and overlong != TRUNCATE:
             self.drop(Reason.LONG, books)
             return
-        kept = [at for start, end in spans or () if start < limit for at in (start, min(end, limit))]
-        if spans is not None and not kept:
-            self.drop(Reason.CUT, books)
-            return
+        if spans is not None:
+            kept = [at for start, end in spans if start < limit for at in (start, min(end, limit))]
+            if not kept:
+                self.drop(Reason.CUT, books)
+                return
+            if self.spans is not None:
+                self.spans.append(kept)
         for column, ids in zip(self.ids, parts, strict=True):
             column.append(ids if length <= limit else ids[:limit])
         self.books.append([*books, int(Note.TRUNCATED)] if length > limit else books or _PLAIN)
-        if self.spans is not None:
-            self.spans.append(kept)
 
 
 class Overlong(UserError):

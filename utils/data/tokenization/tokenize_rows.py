@@ -149,6 +149,8 @@ def _encoded(
 
 def _books(row: RowTexts, is_own_bos: bool, rule: Rule, pattern: re.Pattern[str]) -> list[int]:
     """Return what is to be said of a row, its special tokens too, but BOS and end token around a whole text."""
+    if not row.notes and not is_own_bos and not any(map(pattern.search, row.words)):
+        return []
     books = [*map(int, row.notes)]
     if is_own_bos and row.adds_special:
         books.append(int(Note.OWN_BOS))
