@@ -90,7 +90,8 @@ def _check_causality(
     changed = document.clone()
     changed[-1] = (changed[-1] + 1) % vocabulary
     difference = _relative(_logits(model, [changed], device)[:-1], logits[:-1])
-    if _any_rank(not difference < (1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2), device):
+    # A difference that is no number is that of weights which are none: the training's first loss says so.
+    if _any_rank(difference >= (1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2), device):
         raise UserError(
             f"model type {model.config.model_type!r} looks ahead: another last token changes the logits before it by "
             f"{difference:.1e} of the largest. It is an encoder, or set up as one (is_decoder in config.json), and "
