@@ -228,6 +228,15 @@ def interrupted(context: Context) -> Outcome:
     return again.failure() or Outcome(RIGHT, f"{len(again.losses())} steps after it", figures)
 
 
+def streaming(context: Context) -> Outcome:
+    """Check that a run that reads its data window by window, in an order of its own, learns."""
+    done = context.train_small("--dtype", "bf16", "--streaming", 200, "--max_steps", 20)
+    if done.failure():
+        return done.failure()
+    losses = done.losses()
+    return Outcome(RIGHT if len(losses) == 20 and losses[-1] < losses[0] else WRONG, f"loss {falls(losses)}")
+
+
 def answers(context: Context) -> Outcome:
     """Check that prompt_eval.py answers with a model beside itself, and that both give the same answers."""
     done = context.process(

@@ -19,6 +19,7 @@ from benchmarks.gpu.cases import (
     resume,
     smoke,
     speed,
+    streaming,
 )
 from benchmarks.gpu.processes import Outcome
 
@@ -71,13 +72,12 @@ def more_equality() -> dict[str, Check]:
 def features() -> dict[str, Check]:
     """Return the checks of what a run may do besides."""
     return {
-        "streaming": partial(curve, dtype="bf16", flags=["--streaming", 200, "--max_steps", 20]),
+        "streaming": streaming,
         "SIGTERM": interrupted,
         "prompt_eval": answers,
         "activation offloading": partial(
             curve, dtype="bf16", flags=["--gradient_checkpointing", "--activation_offloading"]
         ),
-        "tiled MLP": partial(curve, dtype="bf16", flags=["--tiled_mlp"]),
         "AdamW without its kernel": partial(curve, dtype="bf16", optimizer="torch AdamW", watch=["--no_kernel"]),
     }
 
