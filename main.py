@@ -44,8 +44,8 @@ from utils.engine.engine import create_engine
 from utils.engine.nvme_swap import remove_swap_folders
 from utils.export.next_steps import next_steps_text
 from utils.export.save import adapter_folder, export_form, save_verified_model
-from utils.interrupts import raise_at_interrupt
 from utils.logging.console import begin, phase, print_any_text
+from utils.machine.interrupts import raise_at_interrupt
 from utils.model.build import create_model, model_form
 from utils.model.layout_check import choose_layout
 from utils.model.learning_rate import advise_rate

@@ -34,8 +34,8 @@ from utils.distributed.failures import (
     describe_failure,
     keep_traceback,
 )
-from utils.interrupts import raise_at_interrupt
 from utils.logging.console import begin, print_any_text
+from utils.machine.interrupts import raise_at_interrupt
 from utils.module.remote_code import trust_remote_code
 from utils.prompt_eval.answers import Results, generate, generate_constrastive_search
 from utils.prompt_eval.arguments import parse_args, with_defaults

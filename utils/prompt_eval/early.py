@@ -3,7 +3,7 @@
 import sys
 
 from utils.errors import UserError
-from utils.interrupts import end_at_interrupt
+from utils.machine.interrupts import end_at_interrupt
 from utils.prompt_eval.arguments import parse_args
 
 
