@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from conftest import ROOT, write_json_data
+from safetensors.torch import load_file, save_file
 
 from utils.distributed.failures import as_user_error
 
@@ -27,6 +29,18 @@ def said(tiny_opt, json_data, tmp_path_factory) -> dict[str, list]:
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).symlink_to(tiny_opt / name)
+    pointer = folder / "pointer"
+    pointer.mkdir()
+    partial = folder / "partial"
+    shutil.copytree(tiny_opt, partial)
+    weights = load_file(partial / "model.safetensors")
+    save_file(dict(list(weights.items())[1:]), partial / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(tiny_opt, pointer, dirs_exist_ok=True)
+    (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    foreign = folder / "foreign"
+    foreign.mkdir()
+    (foreign / "README.md").write_text("mine")
+    (folder / "ds.json").write_text('{"zero_optimisation": {"stage": 2}}')
     good = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(5)]
     dirty = write_json_data(folder, [*good, {"prompt": 7, "chosen": "yes", "rejected": "no"}], good)
     old = folder / "old" / "checkpoints" / "step-000004"
@@ -52,6 +66,11 @@ def said(tiny_opt, json_data, tmp_path_factory) -> dict[str, list]:
         "heads": ["--sequence_parallel_size", "8", "--dry_run", "8x80"],
         "tiled": ["--tiled_mlp"],
         "processes were started": None,
+        "random weights": ["--model_name_or_path", partial],
+        "git-lfs": ["--model_name_or_path", pointer],
+        "base model": ["--output_dir", tiny_opt],
+        "no run wrote": ["--output_dir", foreign],
+        "deepspeed_config": ["--deepspeed_config", folder / "ds.json"],
     }
 
 
@@ -66,6 +85,8 @@ IN_PROCESS = {
     "training rows": "larger share", "fp16 can't be trained": "fp16", "lora_module_name": "--lora_module_name",
     "record": "record",
     "earlier run": "earlier run", "other arguments": "other arguments", "no complete checkpoint": "is damaged",
+    "random weights": "random weights", "git-lfs": "git-lfs", "folder of the base model": "base model",
+    "no run of this program wrote": "no run wrote", "deepspeed_config": "deepspeed_config",
     "number of ranks": "ranks", "attention heads": "heads", "tiled_mlp": "tiled",
 }  # fmt: skip
 
