@@ -33,6 +33,7 @@ from utils.data.tokenization.tokenize_rows import (
 )
 from utils.distributed.failures import end_run
 from utils.errors import UserError, join_problems
+from utils.logging.console import print_any_text
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.notation import asked_eot_token
 
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     eot_token = asked_eot_token(args)
     tokenizer = load_hf_tokenizer(args.model_name_or_path, True, eot_token)
     end_token = end_of_conversation_token(tokenizer, eot_token, args.model_name_or_path)
-    sample = SampleForm(tokenizer, end_token, args.max_seq_len, args.completion_only_loss)
+    sample = SampleForm(tokenizer, end_token, args.max_seq_len, args.completion_only_loss, overlong=args.overlong)
     own = own_options(
         tokenizer, sample.end_id, parse_columns(args.columns), args.chat_template, args.train_turns, args.template_date
     )
@@ -257,6 +258,7 @@ def sample_text(row: dict, raw: PromptRawDataset, sample: SampleForm) -> str:
 
 
 if __name__ == "__main__":
+    print_any_text()
     try:
         main(sys.argv[1:])
     except UserError as err:

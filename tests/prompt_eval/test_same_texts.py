@@ -9,7 +9,7 @@ from conftest import ROOT
 
 import prompt_eval
 from utils.errors import UserError
-from utils.prompt_eval.same_texts import describe_training
+from utils.prompt_eval.same_texts import describe_training, training_date
 
 JINJA = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
 
@@ -89,7 +89,10 @@ def test_the_date_and_the_turns_are_those_of_training(compare, tmp_path):
     assert "not as in the training" not in printed and "which is 2024-07-26 in this run" in printed
     names = ["--model_name_or_path_baseline", "x", "--model_name_or_path_finetune", tmp_path / "out"]
     said = describe_training(str(tmp_path / "out"), prompt_eval.parse_args([str(word) for word in [*names, *given]]))
-    assert "train_turns last then, all now; template_date 2024-07-26 then, None now" in said
+    assert "train_turns last then, all now" in said and "template_date" not in said  # that of training is taken
+    assert training_date(str(tmp_path / "out")) == "2024-07-26" and training_date(str(tmp_path)) is None
+    other = prompt_eval.parse_args([*map(str, [*names, *given]), "--template_date", "2025-01-01"])
+    assert "template_date 2024-07-26 then, 2025-01-01 now" in describe_training(str(tmp_path / "out"), other)
 
 
 def test_data_for_this_phase_alone_and_for_evaluation(compare, rows, tmp_path):

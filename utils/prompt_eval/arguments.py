@@ -134,13 +134,15 @@ def _add_measure_arguments(parser: argparse.ArgumentParser) -> None:
         help="how your own data become text, as in training: auto takes the baseline's chat template for both models, "
         "since training took that")
     add("--template_date", default=None, metavar="YYYY-MM-DD",
-        help="the date that a chat template writes, as in training; None takes today")
+        help="the date that a chat template writes; None takes that of the fine-tuned model's training, else today")
     add("--train_turns", choices=["all", "last"], default="all",
         help="which answers --completion_only_loss measures, as in training; all, as there")
     add("--data_output_path", default=default_cache_folder(), metavar="DIR",
         help="cache folder of split indexes and tokenized data; training's default, so that its data are found there")
     add("--max_seq_len", type=int, default=512, metavar="TOKENS",
         help="maximum tokens per sample, as in training, so that the perplexity is comparable")
+    add("--overlong", choices=["truncate", "drop", "error"], default="truncate",
+        help="what becomes of samples longer than --max_seq_len, as in training; truncate, as there")
     add("--add_eot_token", action="store_true",
         help="add --eot_token to the tokenizer and end every sample with it, as in training with this flag; off as in "
         "training")

@@ -28,6 +28,7 @@ from utils.model.special_tokens import token_rows
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.remote_code import is_trusted
 from utils.prompt_eval.config import EvalConfig
+from utils.prompt_eval.same_texts import training_date
 from utils.run_config import BatchCut
 from utils.train.perplexity import evaluate
 
@@ -177,7 +178,7 @@ def evaluation_data(
         return None
     baseline = tokenizer if baseline is None else baseline
     end = end_of_conversation_token(tokenizer, config.extra_token, path)
-    sample = SampleForm(tokenizer, end, args.max_seq_len, args.completion_only_loss)
+    sample = SampleForm(tokenizer, end, args.max_seq_len, args.completion_only_loss, overlong=args.overlong)
     of_baseline = end_of_conversation_token(baseline, config.extra_token, path)
     own = own_options(
         baseline,
@@ -185,7 +186,7 @@ def evaluation_data(
         parse_columns(args.columns),
         args.chat_template,
         args.train_turns,
-        args.template_date,
+        args.template_date or training_date(args.model_name_or_path_finetune),
     )
     sources = DataSources(args.data_path, args.data_split, args.sft_only_data_path, args.eval_data_path)
     preparation = Preparation(local_rank=0, cache_folder=args.data_output_path, phase=1, seed=args.seed)

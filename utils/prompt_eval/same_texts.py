@@ -11,7 +11,7 @@ RUN_FILE = "run.json"  # that training leaves beside the model
 # What decides the samples that are measured.
 SAME_SAMPLES = (
     "sft_only_data_path", "eval_data_path", "data_split", "columns", "chat_template", "max_seq_len",
-    "completion_only_loss", "train_turns", "template_date", "add_eot_token", "eot_token", "seed",
+    "completion_only_loss", "train_turns", "template_date", "overlong", "add_eot_token", "eot_token", "seed",
 )  # fmt: skip
 
 
@@ -33,14 +33,16 @@ def describe_samples(data: dict[str, PromptDataset | None], ends: dict[str, str]
     return f"Evaluation: the samples of the two models differ ({reason}), so their perplexities can't be compared"
 
 
+def training_date(folder: str | None) -> str | None:
+    """Return the date that chat templates saw in the training of the model in `folder`; None where it is unknown."""
+    return None if folder is None else _record(folder, "decisions").get("template_date")
+
+
 def describe_training(folder: str, args: Namespace) -> str | None:
     """Return a line on what differs from the samples that the training of the model in `folder` evaluated, if known."""
-    try:
-        with open(os.path.join(folder, RUN_FILE), encoding="utf-8") as file:
-            then: dict[str, Any] = json.load(file)["arguments"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    then = _record(folder, "arguments")
     ignored = set() if then.get("add_eot_token") or args.add_eot_token else {"eot_token"}
+    ignored |= {"template_date"} if args.template_date in (None, training_date(folder)) else set()
     changed = [
         f"{name} {then[name]} then, {getattr(args, name)} now"
         for name in SAME_SAMPLES
@@ -49,3 +51,12 @@ def describe_training(folder: str, args: Namespace) -> str | None:
     if not changed:
         return None
     return f"Evaluation: not as in the training of {folder} ({'; '.join(changed)}), so perplexities differ from its own"
+
+
+def _record(folder: str, key: str) -> dict[str, Any]:
+    """Return a part of the run.json in `folder`; nothing where there is none."""
+    try:
+        with open(os.path.join(folder, RUN_FILE), encoding="utf-8") as file:
+            return dict(json.load(file)[key])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
