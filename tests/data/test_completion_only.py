@@ -8,6 +8,7 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 from tests.data.prepared_data import prepare
+from tests.data.test_chat_format import labelled
 from utils.data.batching.collate import collate_free, collate_padded
 
 
@@ -74,3 +75,21 @@ def test_an_empty_evaluation_part_has_the_same_columns(tmp_path):
     train, evaluation = prepare([data], tmp_path / "cache", tokenizer, 64, "4,6,0", completion_only=True)
     assert len(evaluation) == 0 and len(evaluation.label_counts()) == 0
     assert evaluation.table.column_names == train.table.column_names
+
+
+def test_an_end_token_of_the_tokenizers_own_is_no_part_of_an_earlier_answer(tmp_path):
+    """Some tokenizers append eos to every text; it stands nowhere in the text, and must not stretch a label to it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "tiny_opt")
+    eos = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {eos[0]}", special_tokens=[eos])
+    talk = [("user", "one two"), ("assistant", "three"), ("user", "four five six"), ("assistant", "seven")]
+    row = {"messages": [{"role": role, "content": words} for role, words in talk]}
+    path = tmp_path / "talk.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    train, _ = prepare([path], tmp_path / "cache", tokenizer, 64, completion_only=True)
+    runs = labelled(train[0], tokenizer)
+    assert [words.split()[0].removesuffix(eos[0]) for words in runs] == ["three", "seven"]
+    assert train[0]["input_ids"].tolist().count(eos[1]) == 1 and runs[1].endswith(eos[0])
+    assert "four" not in "".join(runs)

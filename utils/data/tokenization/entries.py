@@ -102,17 +102,24 @@ def _token_spans(ranges: list[Span], offsets: Sequence[Span], chars: int, tokens
     A token that covers both prompt and response belongs to the response, and the end token to a response that ends the
     text of `chars` characters. Nothing predicts the first token.
     """
-    spans = []
+    spans, at = [], 0
     for start, end in ranges:
-        first, last = _token_span(offsets, start, end)
-        last = tokens if end == chars else last
-        if max(first, 1) < last:
-            spans.append((max(first, 1), last))
+        at, last = _token_span(offsets, start, end, at)
+        if max(at, 1) < (last := tokens if end == chars else last):
+            spans.append((max(at, 1), last))
     return spans
 
 
-def _token_span(offsets: Sequence[Span], start: int, end: int) -> Span:
-    """Return the range of tokens that cover the characters [start, end), wholly or in part."""
-    first = next((at for at, (_, stop) in enumerate(offsets) if stop > start), len(offsets))
-    last = next((at for at in range(len(offsets) - 1, first - 1, -1) if offsets[at][0] < end), first - 1)
-    return first, last + 1
+def _token_span(offsets: Sequence[Span], start: int, end: int, at: int) -> Span:
+    """Return the range of tokens that cover the characters [start, end), wholly or in part.
+
+    Args:
+        at: where to begin looking: the first token of the range before, if ranges are asked for in turn.
+    """
+    while at < len(offsets) and offsets[at][1] <= start:
+        at += 1
+    last = at
+    # A tokenizer's own special tokens stand nowhere in the text: (0, 0), also at its end.
+    while last < len(offsets) and offsets[last][0] < end and offsets[last] != (0, 0):
+        last += 1
+    return at, last

@@ -86,7 +86,9 @@ def tokenize(
     read = [source.read_row(row, rule.phase, labels) for row in rows]
     own_bos = [has_own_bos(row.samples[0][0], rule.bos) if row.samples else False for row in read]
     ids, offsets = _encoded(read, own_bos, tokenizer, rule)
-    pattern = pattern_of(tuple(rule.special))
+    words = "\n".join(word for row in read for word in row.words)
+    # Once for all rows: hardly any has a special token, and looking for a plain word is far quicker.
+    pattern = pattern_of(tuple(rule.special)) if any(token in words for token in rule.special) else None
     at = 0
     for row, is_own in zip(read, own_bos, strict=True):
         if not row.samples:
@@ -147,16 +149,19 @@ def _encoded(
     return encode(tokenizer, texts, adds, **options)
 
 
-def _books(row: RowTexts, is_own_bos: bool, rule: Rule, pattern: re.Pattern[str]) -> list[int]:
-    """Return what is to be said of a row, its special tokens too, but BOS and end token around a whole text."""
-    if not row.notes and not is_own_bos and not any(map(pattern.search, row.words)):
+def _books(row: RowTexts, is_own_bos: bool, rule: Rule, pattern: re.Pattern[str] | None) -> list[int]:
+    """Return what is to be said of a row, its special tokens too, but BOS and end token around a whole text.
+
+    Args:
+        pattern: of the special tokens; None where the row has none.
+    """
+    words = () if pattern is None else [text for text in row.words if pattern.search(text)]
+    if not row.notes and not is_own_bos and not words:
         return []
     books = [*map(int, row.notes)]
     if is_own_bos and row.adds_special:
         books.append(int(Note.OWN_BOS))
-    for text in row.words:
-        if pattern.search(text) is None:
-            continue
+    for text in words:
         if text is row.samples[0][0]:
             text = text.lstrip().removeprefix(rule.bos or "").removesuffix(rule.sample.end_token)
         found = {FIRST_TOKEN + rule.special[match[0]] for match in pattern.finditer(text)}
