@@ -1,5 +1,6 @@
 """Checks of the places that a run reads and writes: output folder, temporary files, model folder."""
 
+import errno
 import os
 import tempfile
 
@@ -32,8 +33,7 @@ def check_temporary_folder() -> bool:
     wanted = os.environ.get("TMPDIR", "/tmp")
     try:
         with tempfile.TemporaryFile() as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, TEMPORARY_BYTES)
+            _reserve(file.fileno(), TEMPORARY_BYTES)
         folder = tempfile.gettempdir()
     except OSError as err:
         raise UserError(
@@ -43,6 +43,17 @@ def check_temporary_folder() -> bool:
     if launched_rank() == 0 and os.path.realpath(folder) != os.path.realpath(wanted):
         say(f"Temporary files: in {folder}, since TMPDIR {wanted} can't be written")
     return True
+
+
+def _reserve(file: int, size: int) -> None:
+    """Reserve so many bytes in an open file, where the system can; raises OSError where there is no room."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as err:
+        if err.errno != errno.EFBIG:  # a limit on the size of one file, which most tokenizers stay below
+            raise
 
 
 def check_model_folder(name: str, needs_weights: bool) -> PretrainedConfig:
