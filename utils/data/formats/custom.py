@@ -15,7 +15,7 @@ from utils.data.formats.base import STREAM_EVAL_ROWS
 from utils.data.formats.chat_template import AS_IS, TEMPLATE, ChatFormat
 from utils.data.formats.columns import ROWS_TRIED, column_roles, first_rows, read_as
 from utils.data.formats.conversations import PROMPT_ROLES, TALK_ROLES
-from utils.data.formats.findings import look_at
+from utils.data.formats.findings import look_at, telling_rows
 from utils.data.formats.own_texts import OwnOptions, OwnTexts, own_options
 from utils.data.formats.roles import BESIDE, parse_columns
 from utils.data.reading.arrow_files import SplitData, column_names, is_saved, load_saved, open_saved, place_of_row
@@ -113,11 +113,11 @@ class OwnFormatDataset(OwnTexts):
         return "\n".join([line, *(f"Data {self.source}: {finding}" for finding in self._findings())])
 
     def _findings(self) -> list[str]:
-        rows = list(islice(self._source_split("train").dataset, ROWS_TRIED))
         unused = [name or '""' for name in self.found if name not in self.roles.values()]
         if self.chat.kind == AS_IS:
             unused += [self.roles[role] for role in BESIDE if self.roles.get(role) in self.found]
             return [f"not used: {', '.join(unused)}"] if unused else []
+        rows = telling_rows(self._source_split("train").dataset, sorted(self.rows.whole & self._talk_columns()))
         talks = [self.conversation(row) for row in rows if self.rendering(row) is None]
         return look_at(self.chat, [talk for talk in talks if talk is not None], unused)
 

@@ -1,15 +1,66 @@
-"""Tells what of the first conversations does not reach the text: fields nobody reads, words a template omits."""
+"""Tells what of conversations does not reach the text: fields nobody reads, words a template omits.
 
+Looked at are the first rows, and each later one with a field that no row before it has.
+"""
+
+import re
 from collections import Counter
+from itertools import islice
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from utils.data.formats.chat_template import ChatFormat, render_raw
+from utils.data.formats.columns import ROWS_TRIED
 from utils.data.formats.conversations import REASONING, Conversation
 from utils.data.reading.messages import Message
 from utils.errors import UserError
 
+ROWS_AT_ONCE = 1000
+CHARS_SCANNED = 50 * 10**6  # half a second
+_KEY = re.compile(r'"(\w+)":')  # of JSON; within a text the second quote is escaped
 # Fields that are read whatever the template: they decide what is learned, or are part of what it always gets.
 _READ = {"role", "content", "tool_calls", "weight", "train"}
+
+
+def telling_rows(data: Any, columns: list[str]) -> list[dict[str, Any]]:
+    """Return the first rows, and each later one that has a field which none of these has.
+
+    Args:
+        data: rows that can be counted, or a stream, of which only the first rows are looked at.
+        columns: those that hold conversations.
+    """
+    first = list(islice(data, ROWS_TRIED))
+    if not isinstance(data, datasets.Dataset) or len(data) <= len(first):
+        return first
+    columns = [name for name in columns if data.features[name] == datasets.Value("string")]
+    table = data.select_columns(columns).with_format("arrow")[:] if columns else None
+    later = [] if table is None else _rows_with_new_keys(table, len(first))
+    return first + data.select(later).to_list()
+
+
+def _rows_with_new_keys(table: pa.Table, begin: int) -> list[int]:
+    """Return the numbers of rows from `begin` on whose JSON has a key that no row before has.
+
+    At most `CHARS_SCANNED` are read, in rows at equal distances, so that large data do not delay the start.
+    """
+    size = sum(pc.sum(pc.binary_length(column)).as_py() or 0 for column in table.columns)
+    step = max(1, -(-size // CHARS_SCANNED))
+    known: set[str] = set()
+    found: list[int] = []
+    for column in table.columns:
+        for text in column.slice(0, begin).to_pylist():
+            known.update(_KEY.findall(text or ""))
+    for column in table.columns:
+        for start in range(begin, len(column), ROWS_AT_ONCE):
+            texts = column.slice(start, ROWS_AT_ONCE).to_pylist()
+            for number in range(0, len(texts), step):
+                if len(found) < ROWS_TRIED and (new := set(_KEY.findall(texts[number] or "")) - known):
+                    known |= new
+                    found.append(start + number)
+    return sorted(set(found))
 
 
 def look_at(chat: ChatFormat, talks: list[Conversation], unused: list[str]) -> list[str]:
