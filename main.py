@@ -24,12 +24,12 @@ from utils.logging.library_log import quiet_libraries  # first: DeepSpeed prints
 
 # isort: split
 from deepspeed import DeepSpeedEngine
-from transformers import PreTrainedTokenizerBase
 
 from utils.arguments.output_folder import claim_output_folder, release_output_folder
 from utils.arguments.parser import parse_args
 from utils.arguments.preflight import check_run
-from utils.checkpoint.checkpointer import Checkpointer, Run, publish_best_model
+from utils.checkpoint.checkpointer import Checkpointer, Run
+from utils.checkpoint.final_model import save_final_model
 from utils.checkpoint.rehearsal import rehearse_saving
 from utils.checkpoint.resume import date_of_run
 from utils.data.batching.batches import collate_for
@@ -42,9 +42,7 @@ from utils.dry_run.dry_run import dry_run
 from utils.ds_utils import build_ds_config
 from utils.engine.engine import create_engine
 from utils.engine.nvme_swap import remove_swap_folders
-from utils.export.next_steps import next_steps_text
-from utils.export.save import adapter_folder, export_form, save_verified_model
-from utils.logging.console import begin, phase, print_any_text
+from utils.logging.console import begin, print_any_text
 from utils.machine.interrupts import raise_at_interrupt
 from utils.model.build import create_model, model_form
 from utils.model.layout_check import choose_layout
@@ -108,9 +106,7 @@ def main(args: Namespace) -> None:
         begin("training")
         train(engine, data, config, run, checkpointer)
         begin("saving the model")
-        save(engine, tokenizer, data, config)
-    if args.output_dir is not None:
-        print_rank_0(next_steps_text(args.model_name_or_path, args.output_dir))
+        save_final_model(engine, tokenizer, data, config)
 
 
 def train(engine: DeepSpeedEngine, data: TrainingData, config: RunConfig, run: Run, checkpointer: Checkpointer) -> None:
@@ -161,27 +157,6 @@ def train(engine: DeepSpeedEngine, data: TrainingData, config: RunConfig, run: R
                 break
     stop.close()
     progress.close()
-
-
-def save(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, data: TrainingData, config: RunConfig) -> None:
-    """Save the model, read it back with plain transformers, and compare. Every rank takes part."""
-    args = config.args
-    if args.output_dir is None:
-        print_rank_0("no --output_dir: the model is not saved")
-        return
-    print_rank_0("saving the final model ...")
-    if args.load_best_model_at_end and publish_best_model(args.output_dir):
-        return
-    with phase("writing the model"):
-        form = export_form(config, tokenizer)
-        verified = save_verified_model(engine, tokenizer, data.train[0]["input_ids"], args.output_dir, form)
-    if args.save_lora_adapter:
-        print_rank_0(
-            f"LoRA adapter saved to {adapter_folder(args.output_dir)}, for peft.PeftModel.from_pretrained on "
-            f"{args.model_name_or_path}"
-        )
-    for line in verified.words(args.output_dir):
-        print_rank_0(line)
 
 
 def run(argv: list[str] | None = None) -> None:

@@ -26,7 +26,7 @@ STAGES = {
     "evaluation": ("main.measure_perplexity", "evaluating"),
     "step": ("main.micro_step", "training"),
     "checkpoint": ("deepspeed.DeepSpeedEngine.save_checkpoint", "saving a checkpoint"),
-    "saving": ("main.save_verified_model", "writing the model"),
+    "saving": ("utils.checkpoint.final_model.save_verified_model", "writing the model"),
 }
 CASES = [(stage, error) for number, stage in enumerate(STAGES) for error in [list(ERRORS)[number % len(ERRORS)]]]
 CASES += [("step", "OSError"), ("checkpoint", "KeyboardInterrupt"), ("saving", "MemoryError"), ("data", "RuntimeError")]
