@@ -1,5 +1,7 @@
 """`UserError`: a mistake that the user can correct."""
 
+EXIT_USER_ERROR = 2  # the exit status of a program that a UserError ends
+
 
 class UserError(Exception):
     """A bad argument, file or record: the message says what is wrong, where, and what to do.

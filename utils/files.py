@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from utils.errors import UserError
 
 INCOMPLETE = ".incomplete-"
+RUN_FILE = "run.json"  # what a run leaves of itself beside its model
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)  # model, or owner/model
 
 
@@ -170,3 +171,13 @@ def sync_tree(folder: str) -> dict[str, int]:
             sync(path)
             sizes[os.path.relpath(path, folder)] = os.path.getsize(path)
     return sizes
+
+
+def read_run_file(folder: str) -> dict[str, Any]:
+    """Return the content of the run.json in `folder`; nothing where there is none that can be read."""
+    try:
+        with open(os.path.join(folder, RUN_FILE), encoding="utf-8") as file:
+            run = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return run if isinstance(run, dict) else {}

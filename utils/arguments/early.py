@@ -5,10 +5,8 @@ import sys
 from utils.arguments.parser import parse_args
 from utils.arguments.values import check_values
 from utils.distributed.launchers import adopt_launcher, launched_rank
-from utils.errors import UserError, join_problems
+from utils.errors import EXIT_USER_ERROR, UserError, join_problems
 from utils.machine.interrupts import end_at_interrupt
-
-EXIT_USER_ERROR = 2
 
 
 def answer_early() -> None:

@@ -17,7 +17,6 @@ from utils.export.owned_files import (
     ADAPTER_FOLDER,
     CARD,
     LIST,
-    RUN_FILE,
     STRAY_ADAPTER,
     is_run_folder,
     owned_files,
@@ -25,7 +24,7 @@ from utils.export.owned_files import (
     saved_names,
     withdraw_list,
 )
-from utils.files import INCOMPLETE, free_lock, remove_incomplete, try_lock
+from utils.files import INCOMPLETE, RUN_FILE, free_lock, remove_incomplete, try_lock
 from utils.logging.console import say
 from utils.logging.library_log import LOG_FILE
 from utils.logging.metrics_file import METRICS_FILE

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from utils.errors import UserError
+from utils.files import RUN_FILE
 
-RUN_FILE = "run.json"
 # What belongs to one start of the program, and not to what it computes.
 OF_ONE_START = ("output_dir", "resume_from_checkpoint", "resume_anyway", "dry_run", "local_rank", "config", "like")
 ON = ("true", "yes", "on")

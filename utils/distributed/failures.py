@@ -10,12 +10,11 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from utils.errors import UserError
+from utils.errors import EXIT_USER_ERROR, UserError
 from utils.logging.console import current_stage, say
 from utils.logging.library_log import LOG
 
 EXIT_CRASH = 1
-EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h): stopped as asked, can be resumed
 EXIT_BY_SIGINT = 130
 FIRST_ERROR = "first_error"

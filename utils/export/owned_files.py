@@ -12,13 +12,12 @@ import shutil
 import zlib
 from collections.abc import Iterable
 
-from utils.files import sync, sync_tree, write_json
+from utils.files import RUN_FILE, read_run_file, sync, sync_tree, write_json
 from utils.logging.console import say
 from utils.logging.loss_curve import PICTURE
 
 LIST = ".saved_files.json"
 FORMAT = 1
-RUN_FILE = "run.json"
 CARD = "README.md"
 CARD_MARKS = ("library_name: transformers", "after supervised fine-tuning on", "## Settings")
 ADAPTER_FOLDER = "adapter"  # below the folder of the merged model
@@ -71,14 +70,7 @@ def owned_files(folder: str) -> set[str]:
 
 def is_run_folder(folder: str) -> bool:
     """Whether a run of this program wrote into `folder`: its list is there, or its run.json."""
-    if _read_list(folder) is not None:
-        return True
-    try:
-        with open(os.path.join(folder, RUN_FILE), encoding="utf-8") as file:
-            run = json.load(file)
-        return isinstance(run, dict) and {"status", "arguments", "starts"} <= run.keys()
-    except (OSError, ValueError):
-        return False
+    return _read_list(folder) is not None or {"status", "arguments", "starts"} <= read_run_file(folder).keys()
 
 
 def record_files(folder: str, names: Iterable[str], work: str | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 
-from utils.errors import UserError
+from utils.errors import EXIT_USER_ERROR, UserError
 from utils.machine.interrupts import end_at_interrupt
 from utils.prompt_eval.arguments import parse_args
 
@@ -14,4 +14,4 @@ def answer_early() -> None:
         parse_args()
     except UserError as error:
         print(f"prompt_eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_USER_ERROR)

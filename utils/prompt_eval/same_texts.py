@@ -1,13 +1,11 @@
 """Says whether perplexities can be compared: those of two models with each other, and with what training printed."""
 
-import json
-import os
 from argparse import Namespace
 from typing import Any
 
 from utils.data.prompt_dataset import PromptDataset
+from utils.files import read_run_file
 
-RUN_FILE = "run.json"  # that training leaves beside the model
 # What decides the samples that are measured.
 SAME_SAMPLES = (
     "sft_only_data_path", "eval_data_path", "data_split", "columns", "chat_template", "max_seq_len",
@@ -55,8 +53,5 @@ def describe_training(folder: str, args: Namespace) -> str | None:
 
 def _record(folder: str, key: str) -> dict[str, Any]:
     """Return a part of the run.json in `folder`; nothing where there is none."""
-    try:
-        with open(os.path.join(folder, RUN_FILE), encoding="utf-8") as file:
-            return dict(json.load(file)[key])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    part = read_run_file(folder).get(key)
+    return part if isinstance(part, dict) else {}

@@ -1,6 +1,5 @@
 """`{output_dir}/run.json`: the arguments and decisions of a run, its machine, and how it ended."""
 
-import json
 import os
 import subprocess
 import sys
@@ -21,8 +20,7 @@ from utils.data.training_data import TrainingData
 from utils.distributed.failures import Interrupted
 from utils.distributed.ranks import is_rank_0, world_size
 from utils.errors import UserError
-from utils.export.owned_files import RUN_FILE
-from utils.files import write_json
+from utils.files import RUN_FILE, read_run_file, write_json
 from utils.logging.metrics_file import METRICS_FILE, curve, read_metrics
 from utils.machine.device import device_label, peak_memory_gb
 from utils.model.model_utils import count_parameters
@@ -154,11 +152,8 @@ def final_figures(output_dir: str) -> dict[str, float]:
 
 def earlier_starts(output_dir: str) -> list[dict[str, Any]]:
     """Return the starts of the run that is resumed; none where its file is missing or unreadable."""
-    try:
-        with open(os.path.join(output_dir, RUN_FILE), encoding="utf-8") as file:
-            return list(json.load(file)["starts"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    starts = read_run_file(output_dir).get("starts")
+    return starts if isinstance(starts, list) else []
 
 
 def write_run_file(output_dir: str, run: dict[str, Any]) -> None:

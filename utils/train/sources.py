@@ -1,6 +1,5 @@
 """Which model and data a run used: the commits of those from the hub, fingerprints of those on disk."""
 
-import json
 import os
 from argparse import Namespace
 from typing import Any
@@ -9,6 +8,7 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from utils.distributed.ranks import print_rank_0
+from utils.files import read_run_file
 from utils.model.fingerprint import base_fingerprint, files_fingerprint
 from utils.notation import parse_source
 
@@ -47,11 +47,7 @@ def say_what_differs(like: str, then: dict[str, Any] | None, now: dict[str, Any]
 
 def read_sources(folder: str) -> dict[str, Any] | None:
     """Return the sources in the run.json of a run's folder; None where it has none."""
-    try:
-        with open(os.path.join(folder, "run.json"), encoding="utf-8") as file:
-            return json.load(file).get("sources")
-    except (OSError, ValueError):
-        return None
+    return read_run_file(folder).get("sources")
 
 
 def _data_source(name: str) -> dict[str, Any]:
