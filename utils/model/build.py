@@ -19,6 +19,7 @@ from utils.model.model_utils import (
     enable_checkpointing,
     grow_embeddings,
 )
+from utils.module.experts import describe_joined_experts
 from utils.module.lora import (
     convert_linear_layer_to_lora,
     describe_lora,
@@ -108,6 +109,8 @@ def _shape(
         if form.only_optimize_lora:
             model = only_optimize_lora_parameters(model)
             model = make_model_gradient_checkpointing_compatible(model)
+        if experts := describe_joined_experts(model):
+            say(f"LoRA: {experts}")
     if form.gradient_checkpointing:
         enable_checkpointing(model, form.activation_offloading)
         if form.activation_offloading:
