@@ -70,7 +70,7 @@ def measure(path: str, args: Namespace) -> None:
     from utils.prompt_eval.models import load
 
     model, tokenizer = load(path, args.device)
-    prompts = the_prompts()
+    prompts = tokenizer(the_prompts())["input_ids"]
     models = ["--model_name_or_path_baseline", path, "--model_name_or_path_finetune", path]
     flags = ["--strategies", args.strategies, "--max_new_tokens", str(args.max_new_tokens)]
     config = EvalConfig.resolve(parse_args([*models, *flags]))

@@ -48,9 +48,10 @@ def random_model(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_answers_greedily_as_one_by_one(family, tokenizer):
     model, settings = random_model(family), {"max_new_tokens": 12}
-    together = answer_prompts(model, tokenizer, MANY, settings, batch_size=len(MANY))
-    alone = answer_prompts(model, tokenizer, MANY, settings, batch_size=1)
-    uneven = answer_prompts(model, tokenizer, MANY, settings, batch_size=3)
+    ids = tokenizer(MANY)["input_ids"]
+    together = answer_prompts(model, tokenizer, ids, settings, batch_size=len(MANY))
+    alone = answer_prompts(model, tokenizer, ids, settings, batch_size=1)
+    uneven = answer_prompts(model, tokenizer, ids, settings, batch_size=3)
     assert together == alone == uneven
     assert len({answers[0].text for answers in together}) > 2, "answers that are all alike would show nothing"
 
@@ -66,8 +67,9 @@ def test_a_batch_of_a_pretrained_model_answers_as_one_by_one(strategy):
         "Lily wanted to play in the park, but her mom said",
         "One day, a big bird",
     ]
-    together = answer_prompts(model, own, prompts, settings, batch_size=4)
-    assert together == answer_prompts(model, own, prompts, settings, batch_size=1)
+    ids = own(prompts)["input_ids"]
+    together = answer_prompts(model, own, ids, settings, batch_size=4)
+    assert together == answer_prompts(model, own, ids, settings, batch_size=1)
     assert ("there was a little" in together[0][0].text) or strategy == "contrastive"
     assert together[0][0].prompt == "Once upon a time" and together[0][0].text.startswith(", ")
 

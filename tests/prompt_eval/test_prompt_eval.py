@@ -17,7 +17,8 @@ import prompt_eval
 from utils.errors import UserError
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.prompt_eval.answers import answer_batch, end_token_ids, unknown_token_ids
-from utils.prompt_eval.config import STRATEGIES
+from utils.prompt_eval.comparison import check_checkpoints
+from utils.prompt_eval.config import STRATEGIES, EvalConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 STORIES = ROOT.parent / "shared" / "data" / "stories260K"
@@ -457,6 +458,62 @@ def test_prompts_that_are_too_long_are_named_before_a_model_is_loaded(folders, m
     for name in ("base", "tuned"):
         assert f"{name}: prompt 2 of " in str(error.value)
     assert "prompt 1" not in str(error.value) and "exceed the model's 256 positions" in str(error.value)
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_trained(folders, tmp_path):
+    """The two models, the fine-tuned one with a chat template of its own."""
+    for name in TEXTS:
+        shutil.copytree(folders / name, tmp_path / name)
+    (tmp_path / "tuned" / "chat_template.jinja").write_text(CHATML)
+    return tmp_path
+
+
+def test_prompts_in_the_models_own_chat_template(chat_trained, monkeypatch, capsys):
+    """Each model's ids are those of the form it was trained in, whatever form the prompts came in."""
+    monkeypatch.chdir(chat_trained)
+    asked, original = [], LlamaForCausalLM.generate
+
+    def generate(model, **given):
+        rows = zip(given["input_ids"], given["attention_mask"], strict=True)
+        asked.append({tuple(ids[mask.bool()].tolist()) for ids, mask in rows})
+        return original(model, **given)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    given = ["--prompt=Why?", "--prompt=Human: How? Assistant: So. Human: Why? Assistant:", "--max_new_tokens=2"]
+    scorer = ["--scorer_command", f"{sys.executable} -c 'import sys; [print(len(line)) for line in sys.stdin]'"]
+    prompt_eval.main([*BOTH, *given, *scorer, "--prompt_form", "chat"])
+    printed = capsys.readouterr().out
+    assert "Prompts: put as questions, Baseline in the Human/Assistant form and finetune in its own chat" in printed
+    assert "; Human: and Assistant: in 1 of them are read as turns\n" in printed
+    plain, own = (load_hf_tokenizer(name) for name in ("base", "tuned"))
+    of_baseline = [" Human: Why? Assistant:", " Human: How? Assistant: So. Human: Why? Assistant:"]
+    of_tuned = ["<|user|>Why?</s><|assistant|>", "<|user|>How?</s><|assistant|>So.</s><|user|>Why?</s><|assistant|>"]
+    assert asked == [
+        {tuple(plain(text)["input_ids"]) for text in of_baseline},
+        {tuple(own(text, add_special_tokens=False)["input_ids"]) for text in of_tuned},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (["Human: Why? Assistant:", "<|user|>Why?</s><|assistant|>"], "1 of 2 without the chat template of finetune"),
+        (["<|user|>Why?</s><|assistant|> "], None),
+    ],
+)
+def test_bare_prompts_to_a_model_with_a_template_are_said(chat_trained, prompts, words, monkeypatch, capsys):
+    monkeypatch.chdir(chat_trained)
+    config = EvalConfig.resolve(prompt_eval.parse_args([*BOTH, *(f"--prompt={prompt}" for prompt in prompts)]))
+    check_checkpoints(config)
+    end = f", {words} (--prompt_form chat puts them in it)\n" if words else "\n"
+    assert f"Prompts: asked as they are written{end}" in capsys.readouterr().out
 
 
 def test_run_chat_end_to_end(folders):

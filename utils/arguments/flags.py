@@ -3,7 +3,8 @@
 import argparse
 
 from utils.logging.trackers import CHOICES
-from utils.notation import HERE, default_cache_folder
+from utils.notation import HERE
+from utils.shared_flags import add_shared
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -17,33 +18,33 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="data sets to train on: hub names, folders whose path contains a known name, or files and folders of "
         "json, jsonl, parquet or csv; several are mixed; NAME:0.3 uses 0.3 of a set's rows, NAME:2 each row twice; "
         "the default is the original's")
-    add("--data_split", default=None, metavar="A,B,C",
+    add_shared(add, "data_split",
         help="shares of the rows for phases 1, 2 and 3; this program trains on the first; None means 2,4,4 for known "
         "data sets, which leaves rows for the reward and RLHF phases, and all rows of data of your own")
-    add("--sft_only_data_path", nargs="*", default=[], metavar="NAME",
+    add_shared(add, "sft_only_data_path",
         help="data sets used whole for this phase, beside --data_path; none, as in the original")
-    add("--eval_data_path", nargs="*", default=[], metavar="NAME",
+    add_shared(add, "eval_data_path",
         help="data sets to evaluate on, whole; all other rows are then trained on; none: the evaluation rows of "
         "--data_path, or a tenth of its rows")
-    add("--columns", default=None, metavar="ROLE=COLUMN,...",
+    add_shared(add, "columns",
         help="names of the columns of your own data by role (messages, prompt, chosen, rejected, response, "
         "instruction, input, output); None: the columns have these names")
-    add("--chat_template", default="auto", metavar="FORMAT",
+    add_shared(add, "chat_template",
         help="how your own data become text: auto, by the tokenizer's chat template, else human_assistant, but "
         "unchanged where a prompt is rendered already; human_assistant; none, prompts and answers unchanged; or a "
         "jinja file; auto, since it is what the model was trained with")
-    add("--template_date", default=None, metavar="YYYY-MM-DD",
+    add_shared(add, "template_date",
         help="the date that a chat template writes where it asks for today's; None takes today, which is printed")
-    add("--data_output_path", default=default_cache_folder(), metavar="DIR",
+    add_shared(add, "data_output_path",
         help="cache folder of split indexes and tokenized data; by default per user on the node's own disk, the "
         "fastest place")
     add("--streaming", type=int, nargs="?", const=10_000, default=None, metavar="N",
         help="read rows while training instead of preparing them first, and shuffle N samples at a time (10000 "
         "without N): for data larger than the disk; needs --max_steps, and --data_split 10,0,0 for known data sets; "
         "None prepares and shuffles all data, the better order")
-    add("--max_seq_len", type=int, default=512, metavar="TOKENS",
+    add_shared(add, "max_seq_len",
         help="longest sample in tokens; longer ones are truncated and counted; 512 holds most dialogues")
-    add("--overlong", choices=["truncate", "drop", "error"], default="truncate",
+    add_shared(add, "overlong",
         help="what becomes of samples longer than --max_seq_len: truncate, cut at the end; drop, left out and counted; "
         "error, the run ends with the first one's place and length; truncate, as in the original")
     add("--preprocessing_num_workers", type=int, default=None, metavar="N",
@@ -62,9 +63,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", required=True, metavar="NAME",
         help="the model to fine-tune: a folder with weights and tokenizer, or a hub name")
-    add("--trust_remote_code", action="store_true",
-        help="run the Python code that a model brings with it (auto_map in its config.json); off, since such code can "
-        "do anything: read it first")
+    add_shared(add, "trust_remote_code")
     add("--gradient_checkpointing", "--gradient_checkpoint", action="store_true",
         help="compute activations again in the backward instead of keeping them: far less memory, about a third more "
         "time; off, since it is slower; --gradient_checkpoint is the same flag")
@@ -72,17 +71,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="turn every dropout of the model off; off, since the model's own configuration decides")
     add("--dropout", type=float, default=None, metavar="P",
         help="set every dropout of the model to P; None leaves the model's own")
-    add("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+    add_shared(add, "dtype",
         help="precision of the computation; auto takes bf16 where the device has it, else fp16 on a GPU, else fp32")
     add("--tf32", action="store_true",
         help="compute float32 matrix products of fp32 on a GPU in TF32, several times faster; off, since its 10 bits "
         "change results in the fourth digit")
     add("--compute_fp32_loss", action="store_true",
         help="accepted for old command lines and without effect: the loss is always computed in float32")
-    add("--add_eot_token", action="store_true",
+    add_shared(add, "add_eot_token",
         help="add --eot_token as a special token and end every sample with it; off: the tokenizer's own eos ends "
         "samples")
-    add("--eot_token", default="<|endoftext|>", metavar="TOKEN",
+    add_shared(add, "eot_token",
         help="the token that --add_eot_token adds; the default is the one of GPT models")
 
 
@@ -108,12 +107,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"shape of the learning rate: {', '.join(SCHEDULES)}; cosine, since it needs no tuning")
     add("--num_warmup_steps", type=int, default=0, metavar="N",
         help="optimizer steps over which the learning rate rises from 0; 0, since pretrained models do without")
-    add("--seed", type=int, default=1234, metavar="N",
+    add_shared(add, "seed",
         help="seed of splits, order and dropout; 1234 gives the splits of the published runs")
-    add("--completion_only_loss", action="store_true",
+    add_shared(add, "completion_only_loss",
         help="compute the loss on the response's tokens alone; off, as in the original, where the prompt is learned "
         "too")
-    add("--train_turns", choices=["all", "last"], default="all",
+    add_shared(add, "train_turns",
         help="which answers of your own conversations --completion_only_loss labels; all, since each one teaches")
     add("--neftune_noise_alpha", type=float, default=None, metavar="A",
         help="add noise of strength A to the embeddings while training (NEFTune; 5 is usual); None adds none")

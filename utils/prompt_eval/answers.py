@@ -141,7 +141,7 @@ def answer_batch(
 def answer_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     settings: dict[str, Any],
     batch_size: int,
     progress: Callable[[int], Any] = lambda prompts_done: None,
@@ -149,17 +149,17 @@ def answer_prompts(
     """Return the answers to each prompt, in the prompts' order; prompts of similar length share a batch.
 
     Args:
+        prompts: their ids, of `utils.prompt_eval.forms.prompt_ids`.
         progress: called with the number of prompts after each batch.
 
     Raises:
         UserError: memory ran out.
     """
-    lengths = [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]
-    order = sorted(range(len(prompts)), key=lambda number: lengths[number])
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: dict[int, list[Answer]] = {}
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
-        inputs = encode(tokenizer, [prompts[number] for number in numbers], model.device)
+        inputs = padded(tokenizer, [prompts[number] for number in numbers], model.device)
         try:
             found = answer_batch(model, tokenizer, inputs, **settings)
         except torch.OutOfMemoryError as err:
@@ -176,6 +176,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], device: t
     return tokenizer(
         list(prompts), return_tensors="pt", return_attention_mask=True, padding=True, padding_side="left"
     ).to(device)
+
+
+def padded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], device: torch.device | str) -> Any:
+    """Return `input_ids` and `attention_mask` of prompts that are ids already, [prompts, longest], padded on the left.
+
+    A single prompt needs no pad token.
+    """
+    if len(ids) == 1:
+        row = torch.tensor([list(ids[0])], device=device)
+        return {"input_ids": row, "attention_mask": torch.ones_like(row)}
+    return tokenizer.pad({"input_ids": [list(row) for row in ids]}, padding_side="left", return_tensors="pt").to(device)
 
 
 def unknown_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -8,17 +8,20 @@ from collections.abc import Sequence
 
 from utils.data.formats.roles import parse_columns
 from utils.errors import UserError, join_problems
-from utils.notation import check_evaluation_source, default_cache_folder, is_date, parse_data_split
+from utils.notation import check_evaluation_source, is_date, parse_data_split
 from utils.prompt_eval.config import (
     BEAM_STRATEGIES,
+    CHAT,
     ONE_ANSWER,
     STRATEGIES,
     USUAL_BEAMS,
+    WRITTEN,
     choose_beams,
     given_prompts,
     split_strategies,
 )
 from utils.prompt_eval.prompts import PROMPTS
+from utils.shared_flags import add_shared
 
 
 # An argument per two or three lines is easier to read than a word per line.
@@ -44,10 +47,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model_name_or_path_finetune", metavar="NAME",
         help="fine-tuned model, a folder (a run's --output_dir) or a hub name; required, but --interactive needs only "
         "one of the two")
-    add("--trust_remote_code", action="store_true",
-        help="run the Python code that a model brings with it (auto_map in its config.json); off, since such code can "
-        "do anything: read it first")
-    add("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+    add_shared(add, "trust_remote_code")
+    add_shared(add, "dtype",
         help="precision of the loaded models; auto keeps each checkpoint's own, but takes fp32 on a CPU, where half "
         "precision is slow and rounds differently")
     add("--device", default=None, metavar="NAME",
@@ -64,6 +65,9 @@ def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt_file", default=None, metavar="FILE",
         help='ask the prompts of this file: the lines of a .txt, or the "prompt" of every object in a .json or .jsonl; '
         "none by default")
+    add("--prompt_form", choices=[WRITTEN, CHAT], default=WRITTEN,
+        help="how prompts are asked: written, letter by letter; chat, as questions in each model's own chat template, "
+        "or in the Human/Assistant form where it has none; written, as in the original")
     add("--interactive", action="store_true",
         help="talk to one or both models in the terminal instead of comparing them; off, because a script has to end "
         "by itself")
@@ -100,7 +104,7 @@ def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repetition_penalty", type=float, default=1.0, metavar="P",
         help="above 1, make tokens of the prompt and of the answer so far less likely, in every strategy; 1 leaves "
         "the model's probabilities unchanged")
-    add("--seed", type=int, default=1234, metavar="N",
+    add_shared(add, "seed",
         help="seed of sampling, and of the data split as in training; 1234 is training's default")
     add("--stop_at_human", action=argparse.BooleanOptionalAction, default=True,
         help='end an answer at the next "Human:"; on, because what a model writes there is its own question; '
@@ -121,34 +125,34 @@ def _add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data_path", nargs="*", default=[], metavar="NAME",
         help="measure both models' perplexity on the evaluation part of these data sets, named as in training; none "
         "by default")
-    add("--sft_only_data_path", nargs="*", default=[], metavar="NAME",
+    add_shared(add, "sft_only_data_path",
         help="data sets used whole, beside --data_path, as in training; none, as there")
-    add("--eval_data_path", nargs="*", default=[], metavar="NAME",
+    add_shared(add, "eval_data_path",
         help="data sets to measure on, whole, in place of the evaluation part of the others, as in training; none, as "
         "there")
-    add("--data_split", default=None, metavar="A,B,C",
+    add_shared(add, "data_split",
         help="shares of the three phases, as in training, so that the evaluation part is the same; None, as there")
-    add("--columns", default=None, metavar="ROLE=COLUMN,...",
+    add_shared(add, "columns",
         help="names of the columns of your own data, as in training; None, as there")
-    add("--chat_template", default="auto", metavar="FORMAT",
+    add_shared(add, "chat_template",
         help="how your own data become text, as in training: auto takes the baseline's chat template for both models, "
         "since training took that")
-    add("--template_date", default=None, metavar="YYYY-MM-DD",
+    add_shared(add, "template_date",
         help="the date that a chat template writes; None takes that of the fine-tuned model's training, else today")
-    add("--train_turns", choices=["all", "last"], default="all",
+    add_shared(add, "train_turns",
         help="which answers --completion_only_loss measures, as in training; all, as there")
-    add("--data_output_path", default=default_cache_folder(), metavar="DIR",
+    add_shared(add, "data_output_path",
         help="cache folder of split indexes and tokenized data; training's default, so that its data are found there")
-    add("--max_seq_len", type=int, default=512, metavar="TOKENS",
+    add_shared(add, "max_seq_len",
         help="maximum tokens per sample, as in training, so that the perplexity is comparable")
-    add("--overlong", choices=["truncate", "drop", "error"], default="truncate",
+    add_shared(add, "overlong",
         help="what becomes of samples longer than --max_seq_len, as in training; truncate, as there")
-    add("--add_eot_token", action="store_true",
+    add_shared(add, "add_eot_token",
         help="add --eot_token to the tokenizer and end every sample with it, as in training with this flag; off as in "
         "training")
-    add("--eot_token", default="<|endoftext|>", metavar="TOKEN",
+    add_shared(add, "eot_token",
         help="end token that --add_eot_token adds, as in training; the default is GPT models' end token")
-    add("--completion_only_loss", action="store_true",
+    add_shared(add, "completion_only_loss",
         help="measure the perplexity of the responses alone, as in training with this flag; off as in training")
 # fmt: on
 

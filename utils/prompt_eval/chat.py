@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
 
 import torch
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from utils.errors import UserError
 from utils.model.config_values import max_positions
 from utils.prompt_eval.answers import NEXT_TURN, Answer, answer_batch, encode
 from utils.prompt_eval.config import EvalConfig
+from utils.prompt_eval.forms import form_name, next_prompt, question_ids
 
 STREAMING = ("greedy", "multinomial")  # the other strategies settle a token only after later ones
 HELP = "Ask something. /clear begins a new conversation, /quit (or Ctrl-D, Ctrl-C) ends it."
@@ -43,27 +43,6 @@ class AnswerPrinter(TextStreamer):
         self.begun, self.over = self.begun or bool(text.strip()), self.over or turn is not None
 
 
-def next_prompt(turns: list[tuple[str, str]], question: str) -> str:
-    """Return one prompt, ` Human: … Assistant: …` for every turn and the new question: the form training uses."""
-    past = "".join(f" Human: {asked} Assistant: {answered}" for asked, answered in turns)
-    return f"{past} Human: {question} Assistant:"
-
-
-def question_ids(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], question: str) -> list[int]:
-    """Return the ids of turns and question by the tokenizer's chat template, which writes its special tokens itself.
-
-    Raises:
-        UserError: the template refuses them.
-    """
-    talk = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
-    messages = [{"role": role, "content": text} for role, text in [*talk, ("user", question)]]
-    try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
-    except (TemplateError, TypeError, ValueError, KeyError) as err:
-        raise UserError(f"the chat template can't be rendered: {err}") from err
-    return list(rendered["input_ids"])
-
-
 def question_inputs(speaker: Speaker, turns: list[tuple[str, str]], question: str) -> Any:
     """Return `input_ids` and `attention_mask` of turns and question, [1, length], in the form of its training."""
     if not speaker.tokenizer.chat_template:
@@ -80,10 +59,7 @@ def fitting_turns(speaker: Speaker, turns: list[tuple[str, str]], question: str,
     """
     limit = max_positions(speaker.model.config)
     for forgotten in range(len(turns) + 1):
-        if speaker.tokenizer.chat_template:
-            tokens = len(question_ids(speaker.tokenizer, turns[forgotten:], question))
-        else:
-            tokens = len(speaker.tokenizer(next_prompt(turns[forgotten:], question))["input_ids"])
+        tokens = len(question_ids(speaker.tokenizer, turns[forgotten:], question))
         if limit is None or tokens + new_tokens <= limit:
             return forgotten
     raise UserError(
@@ -125,8 +101,7 @@ def chat(
 ) -> None:
     """Read questions until the input ends and let every model answer each of them; Ctrl-C raises KeyboardInterrupt."""
     for speaker in speakers:
-        form = "its own chat template" if speaker.tokenizer.chat_template else "the Human/Assistant form"
-        output.write(f"{speaker.name} is asked in {form}\n")
+        output.write(f"{speaker.name} is asked in {form_name(speaker.tokenizer)}\n")
     output.write(f"{HELP}\n")
     memories: list[list[tuple[str, str]]] = [[] for _ in speakers]
     torch.manual_seed(config.args.seed)

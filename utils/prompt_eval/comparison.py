@@ -9,7 +9,8 @@ from utils.errors import UserError, join_problems
 from utils.machine.device import set_random_seed
 from utils.prompt_eval.answer_metrics import Figures, compare_scores, summarize
 from utils.prompt_eval.answers import Answer, Answers, Results, answer_prompts, check_length
-from utils.prompt_eval.config import HEADINGS, EvalConfig
+from utils.prompt_eval.config import CHAT, HEADINGS, EvalConfig
+from utils.prompt_eval.forms import describe_form, prompt_ids
 from utils.prompt_eval.models import load_config_and_tokenizer
 from utils.prompt_eval.scorer import score_answers
 
@@ -24,16 +25,18 @@ def check_checkpoints(config: EvalConfig) -> dict[str, PreTrainedTokenizerBase]:
     for name, path in config.models.items():
         try:
             model_config, tokenizers[name] = load_config_and_tokenizer(path, config.extra_token)
+            prompts = prompt_ids(tokenizers[name], config)
         except UserError as err:
             problems.append(str(err))
             continue
-        for number, ids in enumerate(tokenizers[name](list(config.prompts))["input_ids"], start=1):
+        for number, ids in enumerate(prompts, start=1):
             try:
                 check_length(model_config, len(ids), config.args.max_new_tokens, f"{path}: prompt {number}")
             except UserError as err:
                 problems.append(str(err))
     if problems:
         raise UserError(join_problems(list(dict.fromkeys(problems))))
+    print(describe_form(config, tokenizers))
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers.values()]
     if vocabularies[0] != vocabularies[1]:
         print(
@@ -49,12 +52,13 @@ def ask(config: EvalConfig, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     Every strategy starts from the same seed, so that its answers do not depend on which other strategies are used.
     """
     answers = {}
+    prompts = prompt_ids(tokenizer, config)
     total = len(config.prompts) * len(config.strategies)
     with logging.tqdm(total=total, desc=HEADINGS[name], unit="prompt", file=sys.stderr) as bar:
         for strategy in config.strategies:
             set_random_seed(config.args.seed)
             answers[strategy] = answer_prompts(
-                model, tokenizer, config.prompts, config.decoding(strategy), config.args.batch_size, bar.update
+                model, tokenizer, prompts, config.decoding(strategy), config.args.batch_size, bar.update
             )
     return answers
 
@@ -76,7 +80,12 @@ def measure(config: EvalConfig, results: dict[str, Results]) -> tuple[Figures, U
     if config.args.scorer_command is None:
         return figures, None
     try:
-        pairs = [(answer.prompt, answer.text.strip()) for given in answers.values() for answer in given]
+        pairs = [
+            (config.prompts[number] if config.args.prompt_form == CHAT else answer.prompt, answer.text.strip())
+            for strategy, name in answers
+            for number, of_prompt in enumerate(results[name].answers[strategy])
+            for answer in of_prompt
+        ]
         scores = iter(score_answers(config.args.scorer_command, pairs))
     except UserError as err:
         return figures, err

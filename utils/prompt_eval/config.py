@@ -20,6 +20,7 @@ STRATEGIES = {
 # The headings of the two models, as the original prints them.
 HEADINGS = {"baseline": "Baseline", "finetuned": "finetune"}
 ONE_ANSWER = ("greedy", "contrastive")  # deterministic, with a single best answer
+WRITTEN, CHAT = "written", "chat"  # the values of --prompt_form
 SAMPLING = ("multinomial", "beam_multinomial")
 BEAM_STRATEGIES = ("beam", "beam_multinomial", "diverse_beam")
 USUAL_BEAMS = 4
