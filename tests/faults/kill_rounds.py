@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
-from fork_runs import finished_run, outcome, start_run  # noqa: E402
+from fork_runs import PATIENCE, finished_run, outcome, start_run  # noqa: E402
 
 # What a run prints as it enters a phase, and for how long after that a kill still hits it.
 PHASES = {
@@ -61,7 +61,9 @@ def _kill_in(phase: str, command: list, ranks: int, chance: random.Random) -> st
     words, span = PHASES[phase]
     run = start_run(command, ranks)
     entry = chance.randint(1, 5) if phase in ("training", "checkpoint", "evaluation") else 1
+    deadline = time.monotonic() + PATIENCE
     while any(process.is_alive() for process in run.processes) and run.output().count(words) < entry:
+        assert time.monotonic() < deadline, f"{words!r} never came:\n{run.output()}"
         time.sleep(0.003)
     time.sleep(chance.uniform(0, span))
     alive = all(process.is_alive() for process in run.processes)

@@ -138,7 +138,9 @@ def test_ctrl_c_under_the_launcher_saves(launched):
     process, log, output = launched
     os.killpg(process.pid, signal.SIGINT)
     process.wait(timeout=60)
+    deadline = time.monotonic() + 120
     while subprocess.run(["pgrep", "-f", str(output)], check=False, capture_output=True).returncode == 0:
+        assert time.monotonic() < deadline, f"a rank did not end:\n{log.read_text()}"
         time.sleep(0.1)
     (step,) = checkpoint_steps(output)
     assert f"Stopped at step {step}" in log.read_text()

@@ -212,6 +212,14 @@ def test_curves_of_any_length(steps, tmp_path):
     assert draw_losses(str(tmp_path), str(tmp_path / "model")) == str(tmp_path / "model" / "loss.png")
 
 
+def test_a_picture_that_can_not_be_drawn_ends_no_run(tmp_path, monkeypatch):
+    """It says why in the place of its path, and the model's folder goes without."""
+    MetricsFile(str(tmp_path), True).write(epoch=1, step=1, loss=2.0, learning_rate=0.1, grad_norm=1.0)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: 1 / 0)
+    assert draw_losses(str(tmp_path)) == "not drawn (ZeroDivisionError: division by zero)"
+    assert not (tmp_path / "loss.png").exists()
+
+
 def test_losses_are_brought_over_only_when_asked(monkeypatch):
     """Adding steps reads no value off the device."""
     losses = StepLosses(torch.device("cpu"))

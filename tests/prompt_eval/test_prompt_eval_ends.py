@@ -64,9 +64,13 @@ def test_ctrl_c_in_a_conversation(both, monkeypatch, capfd):
 
 
 def test_ctrl_c_while_libraries_are_imported(both):
-    process = subprocess.Popen(
-        [sys.executable, "prompt_eval.py", *both], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    # A shell's background, where tests may run, has Ctrl-C ignored.
+    terminal = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     )
+    command = [sys.executable, "-c", terminal, "prompt_eval.py", *both]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     maps = f"/proc/{process.pid}/maps"
     while "libtorch" not in Path(maps).read_text(encoding="utf-8"):
         assert process.poll() is None

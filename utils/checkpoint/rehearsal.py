@@ -1,6 +1,6 @@
 """Try before the first step what saving does after the last: what fails there would cost the whole run.
 
-Configurations, tokenizer, chat template, card and curves are written into a folder of their own and read back, the
+Configurations, tokenizer, chat template and card are written into a folder of their own and read back, the
 names of the weights are planned, and the disk is asked for the room. What can be mended is mended, with a line.
 """
 
@@ -67,10 +67,10 @@ def _try_saving(
         with tempfile.TemporaryDirectory(prefix=f"{INCOMPLETE}rehearsal-", dir=output_dir) as work:
             with open(os.path.join(work, METRICS_FILE), "w", encoding="utf-8") as file:
                 file.writelines(f"{json.dumps(record)}\n" for record in EXAMPLE_RECORDS)
-            write_all_but_weights(model, tokenizer, work, describe_model(config, tokenizer, work))
+            write_all_but_weights(model, tokenizer, work, describe_model(config, tokenizer, work, False))
             transformers.AutoConfig.from_pretrained(work, local_files_only=True, trust_remote_code=is_trusted())
             compare_tokenizers(work, tokenizer, torch.empty(0, dtype=torch.long))
-    except Exception as err:  # whatever transformers, tokenizers or matplotlib raise would end the run later
+    except Exception as err:  # whatever transformers or tokenizers raise would end the run later
         reason = str(err) if isinstance(err, UserError) else f"{type(err).__name__}: {' '.join(str(err).split())}"
         raise UserError(
             f"the model could not be saved after training: {reason[:500]} (tried with all but the weights). Mend the "

@@ -37,12 +37,13 @@ LORA_SETTINGS = tuple(name for name in SETTINGS if name.startswith("lora_") or n
 
 
 def describe_model(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, records: str | None = None
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, records: str | None = None, picture: bool = True
 ) -> Callable[[str], None]:
     """Return a function that writes card, curves and chat template into the folder of a model that is being saved.
 
     Args:
         records: the folder of the run's metrics; None for `--output_dir`.
+        picture: draw the curves.
     """
     output_dir = config.args.output_dir if records is None else records
 
@@ -52,7 +53,7 @@ def describe_model(
             with open(os.path.join(folder, TEMPLATE_FILE), "w", encoding="utf-8") as file:
                 file.write(template)
         has_records = os.path.isfile(os.path.join(output_dir, METRICS_FILE))
-        if has_records:
+        if has_records and picture:
             draw_losses(output_dir, folder)
         with open(os.path.join(folder, CARD), "w", encoding="utf-8") as file:
             file.write(model_card(config.args, config.decisions, read_metrics(output_dir) if has_records else []))

@@ -87,16 +87,20 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def draw_losses(output_dir: str, folder: str | None = None) -> str:
-    """Draw training and evaluation loss over the optimizer steps into `loss.png`; return its path.
+    """Draw training and evaluation loss over the optimizer steps into `loss.png`; return its path, or why it has none.
 
-    The loss of every step is drawn and, where there are enough steps, its running mean.
+    The loss of every step is drawn and, where there are enough steps, its running mean. A picture that can't be drawn
+    must not end a run that has trained.
 
     Args:
         output_dir: the run's folder, with its metrics.
         folder: where the picture is written; None for `output_dir`.
     """
     records = read_metrics(output_dir)
-    picture = _picture(tuple(curve(records, "loss")), tuple(curve(records, "eval_loss")))
+    try:
+        picture = _picture(tuple(curve(records, "loss")), tuple(curve(records, "eval_loss")))
+    except Exception as err:  # whatever matplotlib raises
+        return f"not drawn ({type(err).__name__}: {' '.join(str(err).split())[:200]})"
     path = os.path.join(folder or output_dir, PICTURE)
     with open(path, "wb") as file:
         file.write(picture)
@@ -129,7 +133,7 @@ def _picture(train: tuple[tuple[int, float], ...], evaluation: tuple[tuple[int, 
     if train or evaluation:
         axes.legend()
     written = io.BytesIO()
-    figure.tight_layout()
+    figure.subplots_adjust(left=0.09, right=0.985, bottom=0.1, top=0.975)  # tight_layout() would draw it twice
     figure.savefig(written, format="png")
     plt.close(figure)
     return written.getvalue()
