@@ -176,11 +176,6 @@ def build_ds_config(config: RunConfig) -> dict[str, Any]:
     ds_config["train_batch_size"] = config.batches.global_batch
     if args.sequence_parallel_size > 1:  # read where weights are partitioned while they load
         ds_config["sequence_parallel_size"] = args.sequence_parallel_size
-        if config.zero_stage == 3 and not ds_config["zero_optimization"].get("reduce_scatter", True):
-            raise UserError(
-                f"--deepspeed_config {args.deepspeed_config}: reduce_scatter false at ZeRO 3 scales some gradients of "
-                "ranks that share rows and not others. Leave it true with --sequence_parallel_size."
-            )
     if config.offload == "nvme":
         folder = ds_config["zero_optimization"]["offload_optimizer"]["nvme_path"]
         print_rank_0(

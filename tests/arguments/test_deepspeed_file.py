@@ -6,7 +6,8 @@ import pytest
 from fork_runs import finished_run, losses
 
 from utils.arguments.parser import parse_args
-from utils.ds_file.read import read_deepspeed_file
+from utils.arguments.values import check_values, check_zero
+from utils.ds_file.read import merged_zero, read_deepspeed_file
 from utils.errors import UserError
 from utils.run_config import decide_dtype
 
@@ -160,6 +161,31 @@ def test_what_agrees_with_the_flags_is_taken(arguments):
     assert "not used: activation_checkpointing (--gradient_checkpointing is this program's)" in file.notes
 
 
+@pytest.mark.parametrize(
+    ("block", "flags", "words"),
+    [
+        ({"stage": 3}, ["--zero_hpz_partition_size", "2"], None),
+        ({"stage": 3}, ["--enable_mixed_precision_lora", "--lora_dim", "4"], None),
+        ({"stage": 3}, ["--offload", "nvme", "--nvme_path", "/tmp"], None),
+        ({"overlap_comm": True}, ["--zero_hpz_partition_size", "2", "--zero_stage", "3"], None),
+        ({"stage": 2}, ["--zero_hpz_partition_size", "2", "--zero_stage", "3"], "_stage 3, not 2, as"),
+        ({"zero_hpz_partition_size": 2}, [], "--zero_hpz_partition_size needs --zero_stage 3, not 0."),
+        ({"stage": 2}, ["--offload", "nvme", "--nvme_path", "/tmp", "--zero_stage", "3"], "_stage 3, not 2, as"),
+        ({"stage": 1, "zero_quantized_nontrainable_weights": True}, [], "precision_lora needs --zero_stage 3, not 1"),
+        (
+            {"stage": 3, "offload_param": {"device": "cpu"}}, ["--offload", "nvme", "--nvme_path", "/tmp"],
+            "names another device",
+        ),
+        ({"stage": 3, "reduce_scatter": False}, ["--sequence_parallel_size", "2"], "reduce_scatter false at ZeRO 3"),
+    ],
+)  # fmt: skip
+def test_what_needs_a_stage_goes_by_the_stage_that_is_used(arguments, block, flags, words):
+    args = arguments({"zero_optimization": block}, *flags)
+    assert check_values(args) == [], "the flags alone don't decide"
+    problems = check_zero(args, merged_zero(args, read_deepspeed_file(args, 2).settings))
+    assert problems == [] if words is None else len(problems) == 1 and words in problems[0]
+
+
 def test_a_file_that_no_run_can_use_is_refused_at_the_start(run_inside, run_arguments, tmp_path):
     """Several mistakes in one message, beside those of the flags; and what only DeepSpeed itself can tell."""
     file = tmp_path / "ds.json"
@@ -172,6 +198,10 @@ def test_a_file_that_no_run_can_use_is_refused_at_the_start(run_inside, run_argu
         ({"fp16": {"enabled": True}}, "turns fp16 on: --dtype fp16 can't be trained on cpu"),
         ({"checkpoint": {"tag_validation": "sometimes"}}, "DeepSpeed can't use it: Checkpoint config contains"),
         ({"communication_data_type": "int8"}, "DeepSpeed can't use it: Invalid communication_data_type"),
+        (
+            {"zero_optimization": {"zero_hpz_partition_size": 2}},
+            "--zero_hpz_partition_size needs --zero_stage 3, not 0",
+        ),
     ):
         file.write_text(json.dumps(content))
         status, _, error = run_inside(command)

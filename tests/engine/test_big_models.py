@@ -19,6 +19,7 @@ from utils.arguments.parser import parse_args
 from utils.arguments.preflight import check_scale
 from utils.arguments.values import check_values
 from utils.dry_run.zero_memory import Setting, Sizes, estimate, setting_from_config
+from utils.ds_file.read import merged_zero
 from utils.ds_utils import scale_settings
 from utils.engine.nvme_swap import check_swap_folder, open_swap_folder, remove_swap_folders
 from utils.errors import UserError
@@ -86,13 +87,18 @@ def test_good_values():
 
 def test_what_this_machine_cannot_do(monkeypatch, tmp_path):
     eight_bits = ["--enable_mixed_precision_lora", "--zero_stage", "3", *LORA]
-    problems = check_scale(arguments(*eight_bits), 1, False)
-    assert len(problems) == 2 and "needs --dtype fp16" in problems[0] and "CUDA" in problems[1]
-    assert check_scale(arguments(*eight_bits, "--dtype", "fp16"), 8, True) == []
-    wrong = arguments("--zero_stage", "3", "--zero_hpz_partition_size", "2")
-    assert "does not divide 3 rank(s)" in check_scale(wrong, 3, False)[0] and check_scale(wrong, 4, False) == []
+
+    def problems_of(*given, ranks=1, is_plan=False, dtype="bf16"):
+        args = arguments(*given)
+        return check_scale(args, ranks, is_plan, merged_zero(args, {}), dtype)
+
+    problems = problems_of(*eight_bits)
+    assert len(problems) == 2 and "needs --dtype fp16, not bf16" in problems[0] and "CUDA" in problems[1]
+    assert problems_of(*eight_bits, ranks=8, is_plan=True, dtype="fp16") == []
+    wrong = ("--zero_stage", "3", "--zero_hpz_partition_size", "2")
+    assert "does not divide 3 rank(s)" in problems_of(*wrong, ranks=3)[0] and problems_of(*wrong, ranks=4) == []
     monkeypatch.setattr("deepspeed.ops.op_builder.cpu.async_io.AsyncIOBuilder.is_compatible", lambda *_, **__: False)
-    assert "libaio-dev (apt)" in check_scale(arguments(*NVME), 1, False)[0]
+    assert "libaio-dev (apt)" in problems_of(*NVME)[0]
     with pytest.raises(UserError, match="can't hold swap files"):
         check_swap_folder("/proc/swap")
 

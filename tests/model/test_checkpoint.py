@@ -24,7 +24,7 @@ from transformers import (
 import prompt_eval
 from tools import merge_lora
 from utils.errors import UserError
-from utils.model.checkpoint import check_weights
+from utils.model.checkpoint import check_weights, stored_weights
 from utils.model.config_values import max_positions
 from utils.model.model_utils import create_hf_model, load_model_config
 from utils.model.tokenizer import load_hf_tokenizer
@@ -113,6 +113,21 @@ def test_weights_that_do_not_fit(kind, llama, json_data, cache_folder, run_insid
     # Also for scripts of their own, which call neither program.
     with pytest.raises(UserError, match="does not fit"):
         create_hf_model(AutoModelForCausalLM, str(folder), load_hf_tokenizer(str(folder)))
+
+
+def test_files_that_did_not_change_are_compared_once(llama, tmp_path, monkeypatch, capsys):
+    """Between check and loading nothing is read again, but what is left out is said; a touched file is read again."""
+    folder = changed(llama, tmp_path / "once", lambda weights: {**weights, "v_head.weight": torch.zeros(1, 32)})
+    reads, read = [], stored_weights
+    monkeypatch.setattr("utils.model.checkpoint.stored_weights", lambda name: reads.append(name) or read(name))
+    config = load_model_config(str(folder))
+    check_weights(str(folder), config, tell=False)
+    assert "v_head" not in capsys.readouterr().out
+    assert "v_head.weight" in check_weights(str(folder), config) and len(reads) == 1
+    assert "the head of another task is left out: v_head.weight" in capsys.readouterr().out
+    (folder / "model.safetensors").touch()
+    check_weights(str(folder), config)
+    assert len(reads) == 2
 
 
 def test_a_bin_file_is_read_as_well(llama, tmp_path):

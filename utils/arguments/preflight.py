@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from utils.arguments.output_folder import check_output_folder
 from utils.arguments.places import check_model_folder, check_temporary_folder, check_writable
-from utils.arguments.values import can_split, check_values
+from utils.arguments.values import can_split, check_values, check_zero
 from utils.checkpoint.checkpoint_folder import find_checkpoint
 from utils.checkpoint.resume import check_same_run
 from utils.data.cache import cache_lock
@@ -30,7 +30,7 @@ from utils.data.splits import split_boundaries
 from utils.data.tokenization.tokenize_rows import end_of_conversation_token
 from utils.distributed.launchers import launched_rank, launched_ranks
 from utils.distributed.process_group import check_local_rank, local_rank_of
-from utils.ds_file.read import read_deepspeed_file
+from utils.ds_file.read import Zero, merged_zero, read_deepspeed_file
 from utils.ds_utils import check_ds_file
 from utils.engine.nvme_swap import check_async_io, check_swap_folder
 from utils.errors import UserError, join_problems
@@ -74,8 +74,7 @@ def check_run(args: Namespace) -> None:
 
     gpus = attempt(parse_gpus, args.dry_run)
     ranks = launched_ranks() if gpus is None else gpus.count
-    _check_machine(args, gpus, ranks, attempt)
-    problems += check_scale(args, ranks, gpus is not None)
+    problems += _check_machine(args, gpus, ranks, attempt)
     if args.output_dir is not None:
         attempt(check_writable, args.output_dir, "--output_dir")
         attempt(check_output_folder, args)
@@ -109,15 +108,18 @@ def check_run(args: Namespace) -> None:
         raise UserError(join_problems(problems))
 
 
-def _check_machine(args: Namespace, gpus: Gpus | None, ranks: int, attempt: Callable[..., Any]) -> None:
-    """Try what depends on this machine and its ranks, or on those of the plan."""
+def _check_machine(args: Namespace, gpus: Gpus | None, ranks: int, attempt: Callable[..., Any]) -> list[str]:
+    """Try what depends on this machine and its ranks, or on those of the plan; return what big models can't have."""
     attempt(check_local_rank, local_rank_of(args.local_rank))
     file = attempt(_check_deepspeed_file, args, ranks)
-    attempt(decide_dtype, args, file or {})
+    decided = attempt(decide_dtype, args, file or {})
     attempt(check_reports, args.report_to, args.enable_tensorboard)
     attempt(_check_groups, args.sequence_parallel_size, ranks)
     if args.activation_offloading and gpus is None:
         attempt(_check_offloading)
+    zero = merged_zero(args, file or {})
+    problems = check_zero(args, zero) if args.deepspeed_config and file is not None else []
+    return problems + check_scale(args, ranks, gpus is not None, zero, decided[0] if decided else args.dtype)
 
 
 def _check_model(args: Namespace, config: PretrainedConfig, attempt: Callable[..., Any]) -> None:
@@ -257,20 +259,24 @@ def _check_data(text: str, data_split: str, args: Namespace, own: OwnOptions) ->
         raise UserError(f"--data_path {text} leaves none of {share} training rows: give it a larger weight.")
 
 
-def check_scale(args: Namespace, ranks: int, is_plan: bool) -> list[str]:
-    """List what this machine, or the GPUs of a plan, can't do of the arguments of big models."""
-    problems, size = [], args.zero_hpz_partition_size
+def check_scale(args: Namespace, ranks: int, is_plan: bool, zero: Zero, dtype: str) -> list[str]:
+    """List what this machine, or the GPUs of a plan, can't do of the arguments of big models.
+
+    Args:
+        zero, dtype: of flags and file together.
+    """
+    problems, size = [], zero.copies
     if size > 1 and ranks % size != 0:
         problems.append(
             f"--zero_hpz_partition_size {size} does not divide {ranks} rank(s): give the number of a node's devices."
         )
-    if args.enable_mixed_precision_lora and args.dtype != "fp16":
+    if zero.eight_bits and dtype != "fp16":
         problems.append(
-            f"--enable_mixed_precision_lora needs --dtype fp16, not {args.dtype}: DeepSpeed's 8-bit kernel reads fp16."
+            f"--enable_mixed_precision_lora needs --dtype fp16, not {dtype}: DeepSpeed's 8-bit kernel reads fp16."
         )
     if is_plan:
         return problems
-    if args.enable_mixed_precision_lora and get_accelerator().device_name() != "cuda":
+    if zero.eight_bits and get_accelerator().device_name() != "cuda":
         problems.append(
             f"--enable_mixed_precision_lora can't be used on {get_accelerator().device_name()}: DeepSpeed's 8-bit "
             "kernel exists for CUDA alone. Leave it out."

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from utils.data.formats.roles import parse_columns
 from utils.data.mixture import KNOWN_SPLIT, shares_of
+from utils.ds_file.read import Zero, merged_zero
 from utils.errors import UserError
 from utils.notation import (
     check_evaluation_source,
@@ -196,11 +197,6 @@ def check_scale_values(args: Namespace) -> list[str]:
         problems.append(str(err))
     if args.offload == "nvme" and args.nvme_path is None:
         problems.append("--offload nvme needs --nvme_path DIR, a folder on a local disk.")
-    if args.offload == "nvme" and args.zero_stage != 3 and not args.deepspeed_config:
-        problems.append(
-            f"--offload nvme needs --zero_stage 3, not {args.zero_stage}: below it DeepSpeed has no files and would "
-            "keep optimizer states in CPU memory, which is --offload cpu."
-        )
     if args.offload == "nvme" and args.save_strategy != "no" and not args.save_only_model:
         problems.append(
             "--offload nvme writes no checkpoints a run could go on from: DeepSpeed reads back only a part of what "
@@ -210,13 +206,35 @@ def check_scale_values(args: Namespace) -> list[str]:
         problems.append("--resume_from_checkpoint can't be used with --offload nvme: go on with --offload cpu.")
     if args.nvme_path is not None and args.offload != "nvme":
         problems.append("--nvme_path is for --offload nvme.")
-    if args.zero_hpz_partition_size > 1 and args.offload == "nvme":
+    if args.enable_mixed_precision_lora and args.lora_dim == 0:
+        problems.append("--enable_mixed_precision_lora needs --lora_dim above 0: without LoRA no weight is frozen.")
+    # A file decides with the flags: `utils.arguments.preflight` asks again with what it says.
+    return problems if args.deepspeed_config else problems + check_zero(args, merged_zero(args, {}))
+
+
+def check_zero(args: Namespace, zero: Zero) -> list[str]:
+    """List what the ZeRO stage and the places that were decided can't do; `zero` is of flags and file together."""
+    problems = []
+    found = f"{zero.stage}, as --deepspeed_config says" if zero.by_file else zero.stage
+    if args.offload == "nvme" and zero.stage != 3:
+        problems.append(
+            f"--offload nvme needs --zero_stage 3, not {found}: below it DeepSpeed has no files and would "
+            "keep optimizer states in CPU memory, which is --offload cpu."
+        )
+    if args.offload == "nvme" and zero.devices != {"nvme"}:
+        problems.append("--offload nvme: the file of --deepspeed_config names another device: take it out there.")
+    if zero.copies > 1 and args.offload == "nvme":
         problems.append(
             "--zero_hpz_partition_size keeps a second copy of the weights in memory, which DeepSpeed can't with "
             "--offload nvme: give one of them."
         )
-    if args.zero_hpz_partition_size > 1 and args.zero_stage != 3:
-        problems.append(f"--zero_hpz_partition_size needs --zero_stage 3, not {args.zero_stage}.")
-    if args.enable_mixed_precision_lora and (args.zero_stage != 3 or args.lora_dim == 0):
-        problems.append("--enable_mixed_precision_lora needs --zero_stage 3 and --lora_dim above 0.")
+    if zero.copies > 1 and zero.stage != 3:
+        problems.append(f"--zero_hpz_partition_size needs --zero_stage 3, not {found}.")
+    if zero.eight_bits and zero.stage != 3:
+        problems.append(f"--enable_mixed_precision_lora needs --zero_stage 3, not {found}.")
+    if args.sequence_parallel_size > 1 and zero.stage == 3 and not zero.reduce_scatter:
+        problems.append(
+            f"--deepspeed_config {args.deepspeed_config}: reduce_scatter false at ZeRO 3 scales some gradients of "
+            "ranks that share rows and not others. Leave it true with --sequence_parallel_size."
+        )
     return problems

@@ -19,6 +19,17 @@ OPTIMIZERS = ("adam", "adamw")  # DeepSpeed's "Adam" decays weights as AdamW doe
 SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
+class Zero(NamedTuple):
+    """What flags and file together decide of ZeRO."""
+
+    stage: int
+    copies: int  # ranks over which a second copy of the weights is split (hpZ); 1: no copy
+    eight_bits: bool  # frozen weights are held in 8 bits
+    reduce_scatter: bool
+    devices: frozenset[str]  # of what is offloaded
+    by_file: bool  # the file names the stage
+
+
 class DeepSpeedFile(NamedTuple):
     """What a file of `--deepspeed_config` changes."""
 
@@ -224,6 +235,20 @@ def enabled_precision(ds_config: dict[str, Any]) -> str:
 def disables(settings: dict[str, Any], dtype: str) -> bool:
     """Whether a file turns this precision off in so many words."""
     return settings.get(dtype, {}).get("enabled") is False
+
+
+def merged_zero(args: Namespace, settings: dict[str, Any]) -> Zero:
+    """Return what is decided of ZeRO once the file's settings are laid over the flags' own."""
+    block = settings.get("zero_optimization", {})
+    places = (block.get(name, {}).get("device", args.offload) for name in ("offload_param", "offload_optimizer"))
+    return Zero(
+        int(block.get("stage", args.zero_stage)),
+        block.get("zero_hpz_partition_size", args.zero_hpz_partition_size),
+        block.get("zero_quantized_nontrainable_weights", args.enable_mixed_precision_lora),
+        block.get("reduce_scatter", True),
+        frozenset(place for place in places if place not in (None, "none")),
+        "stage" in block,
+    )
 
 
 def overridden_zero(stage: int, offload: str | None, settings: dict[str, Any]) -> tuple[int, str | None]:

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 from transformers.utils import cached_file, logging
 
+from utils.distributed.ranks import print_rank_0
 from utils.errors import UserError
 from utils.logging.console import say
 from utils.model.loading_report import Report, check_report
@@ -122,18 +123,47 @@ def remote_code_error(name: str) -> UserError:
 def check_weights(name: str, config: PretrainedConfig, tell: bool = True) -> dict[str, torch.Tensor]:
     """Check that the files of `name` hold every weight of the model and no other; return these, without memory.
 
-    Files of a name on the hub that are not on this disk yet are fetched. `tell`: print what is left out.
+    Files of a name on the hub that are not on this disk yet are fetched. Files that have not changed since they were
+    found right are not compared again. `tell`: print what is left out.
 
     Raises:
         UserError: weights are missing, have no place in the model or other shapes, or a file can't be read.
     """
+    stamps = _stamps(name, config)
+    found = _found_right.get(name)
+    if found is None or found.stamps != stamps:
+        found = _found_right[name] = _compare(name, config, stamps)
+    if tell:
+        for line in found.lines:
+            print_rank_0(line)
+    return found.stored
+
+
+class FoundRight(NamedTuple):
+    """A checkpoint whose weights fit its model."""
+
+    stamps: tuple
+    stored: dict[str, torch.Tensor]
+    lines: list[str]  # on what is left out
+
+
+_found_right: dict[str, FoundRight] = {}  # by name: a run checks before the data are prepared, and when it loads
+
+
+def _stamps(name: str, config: PretrainedConfig) -> tuple:
+    """Return what changes when the files or the kind of model do."""
+    states = [(path, os.stat(path)) for path in (*weight_paths(name), _path_of(name, "config.json")) if path]
+    return (type(config), *((path, state.st_size, state.st_mtime_ns) for path, state in states))
+
+
+def _compare(name: str, config: PretrainedConfig, stamps: tuple) -> FoundRight:
+    """Compare names, shapes and dtypes in the files with the model's; UserError where they do not fit."""
     stored = stored_weights(name)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted())
     report = _loading_report(model, stored)
-    if report is not None:
-        check_report(name, model, report, stored, tell)
-    return stored
+    lines = [] if report is None else check_report(name, model, report, stored)
+    return FoundRight(stamps, stored, lines)
 
 
 def _loading_report(model: transformers.PreTrainedModel, stored: dict[str, torch.Tensor]) -> Report | None:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from utils.distributed.ranks import print_rank_0
 from utils.errors import UserError
 
 SHOWN = 3
@@ -37,14 +36,12 @@ def check_report(
     model: transformers.PreTrainedModel,
     report: Report,
     stored: dict[str, torch.Tensor] | None = None,
-    tell: bool = True,
-) -> None:
-    """Accept what can't change the model, with a line, and refuse everything else.
+) -> list[str]:
+    """Accept what can't change the model, and refuse everything else; return lines on what is left out.
 
     Args:
         name: folder or hub name, for the message.
         stored: the weights in the files, without memory; None where only names are known.
-        tell: print what is left out.
 
     Raises:
         UserError: weights are missing, have no place in the model, or have other shapes.
@@ -53,12 +50,13 @@ def check_report(
     heads = [key for key in report.unexpected if key.split(".")[0] in HEADS]
     unexpected = [key for key in report.unexpected if key not in {*left_out, *heads}]
     if not (report.missing or unexpected or report.mismatched):
-        if left_out and tell:
-            print_rank_0(f"Checkpoint: {len(left_out)} stored buffers are not read, the model computes them: "
+        lines = []
+        if left_out:
+            lines.append(f"Checkpoint: {len(left_out)} stored buffers are not read, the model computes them: "
                          f"{_first(left_out)}")  # fmt: skip
-        if heads and tell:
-            print_rank_0(f"Checkpoint: the head of another task is left out: {_first(heads)}")
-        return
+        if heads:
+            lines.append(f"Checkpoint: the head of another task is left out: {_first(heads)}")
+        return lines
     total = len(model.state_dict())
     found = []
     if report.missing:

@@ -140,7 +140,7 @@ def create_hf_model(
             model, info = model_class.from_pretrained(
                 model_name_or_path, config=config, dtype=dtype, trust_remote_code=is_trusted(), output_loading_info=True
             )
-            check_report(model_name_or_path, model, Report.of(info), tell=False)
+            check_report(model_name_or_path, model, Report.of(info))
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as err:
