@@ -224,7 +224,7 @@ def save_twice(argv: list[str]) -> None:
         with deepspeed.zero.GatheredParameters(list(module.parameters())):
             return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
-    publish = main.save
+    publish = main.save_final_model
 
     def save(engine, tokenizer, *rest):
         before = whole(engine.module)
@@ -239,7 +239,7 @@ def save_twice(argv: list[str]) -> None:
             print("ROWS", len(rows), torch.equal(*both), "KEPT", kept, flush=True)
         publish(engine, tokenizer, *rest)
 
-    main.save = save
+    main.save_final_model = save
     main.run(argv[:-1])
 
 
