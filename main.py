@@ -52,6 +52,7 @@ from utils.model.special_tokens import stop_where_answers_end
 from utils.model.tokenizer import create_tokenizer
 from utils.module.neftune import add_embedding_noise
 from utils.module.router_loss import describe_routers
+from utils.prompt_eval.samples import answerer
 from utils.run_config import RunConfig
 from utils.train.epoch import finish_step, open_epoch
 from utils.train.nonfinite_steps import NonfiniteSteps
@@ -117,6 +118,7 @@ def train(engine: DeepSpeedEngine, data: TrainingData, config: RunConfig, run: R
     progress = Progress(engine, config, plan, state)
     nonfinite_steps = NonfiniteSteps(engine, args.max_bad_steps)
     stop = StopRequest(args.ddp_timeout)
+    answer_samples = answerer(engine, args, data.train.chat, checkpointer.tokenizer, state)
 
     def evaluate() -> None:
         begin("evaluating")
@@ -125,6 +127,7 @@ def train(engine: DeepSpeedEngine, data: TrainingData, config: RunConfig, run: R
         if result is None:
             checkpointer.interrupt(progress, stop.received)
         progress.end_evaluation(*result)
+        answer_samples()
         checkpointer.evaluated(state, result[1], len(data.evaluation))
         progress.restart_clock()
         begin("training")

@@ -222,6 +222,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--profile_steps", default=None, metavar="A:B",
         help="write a trace of optimizer steps A to B on rank 0, and a table of where their time goes, to "
         "OUTPUT_DIR/profile; 11:13 leaves out the first steps, which are slower; None, since watching takes time")
+    add("--sample_prompts", default=None, metavar="FILE",
+        help="answer the prompts of this file at each evaluation, greedily and in the form of the training data, into "
+        "OUTPUT_DIR/samples.jsonl: the lines of a .txt, or the prompt or messages of every object in a .json or "
+        ".jsonl; None asks nothing")
     add("--report_to", nargs="*", default=["none"], choices=CHOICES,
         help="send the metrics to these services too, through DeepSpeed's monitor; none, since "
         "OUTPUT_DIR/metrics.jsonl holds them")

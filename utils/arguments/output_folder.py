@@ -27,10 +27,10 @@ from utils.export.owned_files import (
 from utils.files import INCOMPLETE, RUN_FILE, free_lock, remove_incomplete, try_lock
 from utils.logging.console import say
 from utils.logging.library_log import LOG_FILE
-from utils.logging.metrics_file import METRICS_FILE
+from utils.logging.metrics_file import METRICS_FILE, SAMPLES_FILE
 
 LOCK = ".running"  # says who has the folder, while a run has it
-RUN_FILES = {LIST, LOCK, RUN_FILE, METRICS_FILE, LOG_FILE, "training.log", FOLDER, ADAPTER_FOLDER}
+RUN_FILES = {LIST, LOCK, RUN_FILE, METRICS_FILE, SAMPLES_FILE, LOG_FILE, "training.log", FOLDER, ADAPTER_FOLDER}
 SHOWN = 5
 
 _held: list[tuple[str, int, bool]] = []  # locks of this process: path, descriptor, whether the folder is new
@@ -49,7 +49,7 @@ def check_output_folder(args: Namespace) -> None:
     for record in (MARKER, RECORD):
         if os.path.isfile(os.path.join(folder, record)):
             raise UserError(f"--output_dir {folder} is a checkpoint or best model of a run: give another folder.")
-    foreign = list(_foreign_files(folder, args.save_lora_adapter))
+    foreign = list(_foreign_files(folder, args.save_lora_adapter, args.sample_prompts is not None))
     if foreign:
         edited = CARD in foreign and is_run_folder(folder)
         note = f" ({CARD} was changed after it was saved)" if edited else ""
@@ -91,11 +91,12 @@ def _base_folders(base: str) -> Iterator[str]:
         yield below
 
 
-def _foreign_files(folder: str, with_adapter: bool) -> Iterator[str]:
+def _foreign_files(folder: str, with_adapter: bool, with_samples: bool) -> Iterator[str]:
     """Yield what no run wrote and a run would replace, or leave where loaders read it with the saved model."""
     if not os.path.isdir(folder):
         return
     owned, is_run = owned_files(folder), is_run_folder(folder)
+    records = (RUN_FILE, METRICS_FILE, *[SAMPLES_FILE] * with_samples)
     for name in saved_names(folder):
         if name not in owned and (with_adapter or not name.startswith(f"{ADAPTER_FOLDER}/")):
             yield name
@@ -103,7 +104,7 @@ def _foreign_files(folder: str, with_adapter: bool) -> Iterator[str]:
         path = os.path.join(folder, name)
         if (
             STRAY_ADAPTER.fullmatch(name)
-            or (name in (RUN_FILE, METRICS_FILE) and not is_run)
+            or (name in records and not is_run)
             or (name in (FOLDER, ADAPTER_FOLDER) and not os.path.isdir(path))
         ):
             yield name

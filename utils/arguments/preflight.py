@@ -49,6 +49,7 @@ from utils.module.remote_code import is_trusted, trust_remote_code
 from utils.module.sequence_parallel import check_sequence_parallel
 from utils.module.tiled_mlp import check_tiled_mlp
 from utils.notation import Gpus, asked_eot_token, parse_data_split, parse_gpus, parse_source
+from utils.prompt_eval.samples import read_asked
 from utils.run_config import decide_dtype
 
 Result = TypeVar("Result")
@@ -94,6 +95,10 @@ def check_run(args: Namespace) -> None:
         attempt(_check_new_row, args, config, tokenizer)
     columns = attempt(_check_columns, args)
     chat = None if tokenizer is None else attempt(_chat_format, args, tokenizer)
+    if args.sample_prompts is not None and config is not None and tokenizer is not None:
+        names = [parse_source(name).name for name in (*args.data_path, *args.sft_only_data_path)]
+        is_own = any(known_name(name) is None for name in names)
+        attempt(read_asked, args, chat if is_own else None, tokenizer, config)
     own = OwnOptions(columns or {}, chat or ChatFormat(), args.train_turns, tokenizer)
     if attempt(check_writable, args.data_output_path, "--data_output_path") and can_split(args.seed, args.data_split):
         for name in args.data_path:

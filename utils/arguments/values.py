@@ -79,6 +79,8 @@ def check_values(args: argparse.Namespace) -> list[str]:
         problems.append("--deepscale_config is an older name, which is not read: give --deepspeed_config.")
     if args.profile_steps is not None and args.output_dir is None:
         problems.append("--profile_steps needs --output_dir: trace and table are written to its folder profile.")
+    if args.sample_prompts is not None and args.output_dir is None:
+        problems.append("--sample_prompts needs --output_dir: the answers are written to its file samples.jsonl.")
     if args.train_turns != "all" and not args.completion_only_loss:
         problems.append("--train_turns says what --completion_only_loss labels: give that flag too.")
     problems += _check_streaming_values(args)
@@ -89,7 +91,7 @@ def _check_empty_names(args: argparse.Namespace) -> list[str]:
     """List the files and folders whose name is empty, as a shell leaves them where a variable is not set."""
     names = (
         "model_name_or_path", "output_dir", "data_output_path", "tensorboard_path", "nvme_path", "deepspeed_config",
-        "resume_from_checkpoint", "chat_template",
+        "resume_from_checkpoint", "chat_template", "sample_prompts",
     )  # fmt: skip
     empty = [name for name in names if isinstance(value := getattr(args, name), str) and not value.strip()]
     lists = ("data_path", "sft_only_data_path", "eval_data_path")

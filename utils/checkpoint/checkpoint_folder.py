@@ -7,7 +7,6 @@ folder is written aside and renamed; one without that file, or with a file of an
 
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable
@@ -18,7 +17,6 @@ import deepspeed
 import numpy as np
 import torch
 import transformers
-from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
 
 from utils.distributed.ranks import global_rank, is_rank_0, wait_for_all, world_size
@@ -28,7 +26,7 @@ from utils.export.hf_model import save_model_folder, settled
 from utils.export.owned_files import keep_foreign
 from utils.export.save import export_form
 from utils.files import INCOMPLETE, remove_incomplete, replace_folder, sync, sync_tree, write_aside, write_json
-from utils.machine.device import random_states, set_random_seed
+from utils.machine.device import random_states, set_random_seed, set_random_states
 from utils.run_config import RunConfig
 from utils.train.state import RunState
 
@@ -252,9 +250,4 @@ def restore_random_states(checkpoint: Checkpoint, seed: int) -> None:
         set_random_seed(int(fresh[0]))
         return
     path = os.path.join(checkpoint.folder, _random_file(global_rank()))
-    states = torch.load(path, map_location="cpu", weights_only=False)
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["device"] is not None:
-        get_accelerator().set_rng_state(states["device"])
+    set_random_states(torch.load(path, map_location="cpu", weights_only=False))

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from utils.data.formats.chat_template import AS_IS, ChatFormat
 from utils.data.formats.custom import OwnFormatDataset, OwnOptions
 from utils.data.mixture import BOTH, EVALUATION, TRAINING, DataSources
 from utils.data.raw_datasets import PromptRawDataset, find_raw_dataset_class, known_name
@@ -114,6 +115,15 @@ def check_unchanged(raw: PromptRawDataset) -> None:
     for data in raw.raw_datasets.values():
         if data.files and hash_files(list(data.files), data.root) != data.fingerprint:
             raise UserError(changed_message(data.root))
+
+
+def chat_of(opened: Sequence[OpenSet]) -> ChatFormat | None:
+    """Return the format of the data that are trained on, of the first set that has one.
+
+    None where there are only known data sets, whole texts and token ids, whose texts are what they are.
+    """
+    formats = [one.raw.chat for one in opened if one.use != EVALUATION and isinstance(one.raw, OwnFormatDataset)]
+    return next((chat for chat in formats if chat.kind != AS_IS), None)
 
 
 def describe_shares(opened: OpenSet, phase: int, given: str | None) -> str:

@@ -19,6 +19,7 @@ from utils.data.mixture import BOTH, EVALUATION, TRAINING, DataSources, weighted
 from utils.data.open_sets import (
     OpenSet,
     Preparation,
+    chat_of,
     check_unchanged,
     describe_shares,
     get_raw_dataset,
@@ -78,6 +79,7 @@ def prepare_prompt_data(
     tables = [datasets.load_from_disk(os.path.join(folder, split)) for split in prompt_cache.SPLITS]
     train, evaluation = (_prompt_dataset(table, sample, phase) for table in tables)
     train.content = prompt_cache.content_of(opened, sample, preparation.seed, report)
+    train.chat = chat_of(opened)
     return train, evaluation
 
 

@@ -26,6 +26,7 @@ class PromptDataset(torch.utils.data.Dataset):
     """
 
     content: Any = None  # what identifies the prepared data, see `utils.data.agreement`
+    chat: Any = None  # the `ChatFormat` of the training data, see `utils.data.open_sets.chat_of`
     after: dict[str, Any] | None = None  # in a window of a stream: where the next window begins
 
     def __init__(

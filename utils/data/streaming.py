@@ -24,7 +24,7 @@ from utils.data.batching.batches import ignore_stop_signals
 from utils.data.formats.base import PromptRawDataset
 from utils.data.formats.custom import OwnOptions
 from utils.data.mixture import EVALUATION, SFT_ONLY_SPLIT, TRAINING, DataSources
-from utils.data.open_sets import OpenSet, Preparation, open_sets
+from utils.data.open_sets import OpenSet, Preparation, chat_of, open_sets
 from utils.data.outcomes import added, notes_on, settled
 from utils.data.prepare import tokenize_part
 from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
@@ -149,6 +149,7 @@ def create_prompt_stream(
         say(prompt_cache.describe_part("Data eval", counts, sample.max_seq_len, SFT_PHASE))
     joined = datasets.concatenate_datasets([part.table.with_format(None) for part in evaluation])
     stream.content = _content(opened, sample, stream, joined)
+    stream.chat = chat_of(opened)
     return stream, PromptDataset(joined, SFT_PHASE, sample.tokenizer.pad_token_id, sample.max_seq_len)
 
 

@@ -1,12 +1,14 @@
-"""The metrics file of a run, metrics.jsonl: the loss of every optimizer step, evaluations, and speed."""
+"""The records of a run: metrics.jsonl, the loss of every optimizer step, evaluations, and speed; samples.jsonl."""
 
 import json
 import math
 import os
+from typing import Any
 
 from utils.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"  # answers to the prompts of --sample_prompts
 
 
 class MetricsFile:
@@ -57,6 +59,18 @@ def read_metrics(output_dir: str) -> list[dict[str, float]]:
     """Return the records of a run, in the order they were written."""
     with open(os.path.join(output_dir, METRICS_FILE), encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def read_samples(folder: str) -> list[dict[str, Any]]:
+    """Return the records of a run's samples.jsonl; none without that file, and those before a line that was cut."""
+    records: list[dict[str, Any]] = []
+    try:
+        with open(os.path.join(folder, SAMPLES_FILE), encoding="utf-8") as file:
+            for line in file:
+                records.append(json.loads(line))
+    except (OSError, ValueError):
+        pass
+    return records
 
 
 def curve(records: list[dict[str, float]], name: str) -> list[tuple[float, float]]:

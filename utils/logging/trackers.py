@@ -60,6 +60,13 @@ def monitor_blocks(report_to: Sequence[str], enable_tensorboard: bool) -> dict[s
     return {name: blocks[name] for name in wanted_reports(report_to, enable_tensorboard)}
 
 
+def send_texts(engine: "deepspeed.DeepSpeedEngine", step: int, texts: dict[str, str]) -> None:
+    """Send texts by their names, as Markdown, to TensorBoard; the other services get none."""
+    writer = getattr(getattr(engine.monitor, "tb_monitor", None), "summary_writer", None)
+    for name, text in texts.items() if writer is not None else ():
+        writer.add_text(name, text, step * engine.train_batch_size())
+
+
 def send_record(engine: "deepspeed.DeepSpeedEngine", record: dict[str, float | None]) -> None:
     """Send the figures of one record of metrics.jsonl, at the number of samples trained on up to its step.
 

@@ -3,6 +3,8 @@
 import os
 import random
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,22 @@ def random_states() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "device": accelerator.get_rng_state() if on_device else None,
     }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Set every random state of this rank to what `random_states` returned; the accelerator's where there is one."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["device"] is not None and get_accelerator().device_name() != "cpu":
+        get_accelerator().set_rng_state(states["device"])
+
+
+@contextmanager
+def kept_random_states() -> Iterator[None]:
+    """Leave every random state of this rank as it was before the block."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)

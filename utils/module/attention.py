@@ -7,7 +7,8 @@ stays until another is set or `clear_documents` is called, so gradient checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -185,10 +186,25 @@ def use_document_attention(model: transformers.PreTrainedModel) -> str:
     # Not where this file is imported: the interface brings all that models need, and a wrong column needs none of it.
     if NAME not in transformers.AttentionInterface():
         transformers.AttentionInterface.register(NAME, row_attention)
+    model.attention_of_its_own = before
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation == NAME:  # some families have attention of their own
         check_kernels(model.config, model.dtype, model.device)
     return before
+
+
+@contextmanager
+def own_attention(model: transformers.PreTrainedModel) -> Iterator[None]:
+    """Have `model` use the attention it had before document attention, which knows no cache, within the block."""
+    clear_documents()
+    has_documents = model.config._attn_implementation == NAME
+    if has_documents:
+        model.set_attn_implementation(model.attention_of_its_own)
+    try:
+        yield
+    finally:
+        if has_documents:
+            model.set_attn_implementation(NAME)
 
 
 def restore_attention(model: transformers.PreTrainedModel, name: str) -> None:

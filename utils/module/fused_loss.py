@@ -6,6 +6,8 @@ The fused loss projects to the vocabulary only at label positions, a chunk of th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +98,16 @@ def install_loss(model: transformers.PreTrainedModel, fused: bool) -> None:
 
     model.forward_without_loss = original
     model.forward = forward
+
+
+@contextmanager
+def without_loss(model: transformers.PreTrainedModel) -> Iterator[None]:
+    """Give `model` the forward it had before `install_loss` within the block: `generate` reads its signature."""
+    forward, model.forward = model.forward, model.forward_without_loss
+    try:
+        yield
+    finally:
+        model.forward = forward
 
 
 def _figures(

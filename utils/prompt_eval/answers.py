@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from utils.distributed.zero3 import whole_shape
 from utils.errors import UserError
 from utils.model.config_values import max_positions
 from utils.prompt_eval.search import contrastive_search, diverse_beam_search
@@ -191,7 +192,7 @@ def padded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], dev
 
 def unknown_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that have an embedding row but no token, such as the rows that pad the vocabulary."""
-    rows = model.get_output_embeddings().weight.shape[0]
+    rows = whole_shape(model.get_output_embeddings().weight)[0]
     return sorted(set(range(rows)).difference(tokenizer.get_vocab().values()))
 
 

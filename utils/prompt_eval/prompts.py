@@ -1,9 +1,15 @@
 """The prompts of a comparison: built in, six per language, or read from a file."""
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
+from utils.data.formats.conversations import Conversation
+from utils.data.reading.messages import Malformed, to_messages, to_tools
 from utils.data.reading.records import iter_json_records, json_kind
 from utils.errors import UserError
+
+Prompt = TypeVar("Prompt")
 
 PROMPTS = {
     "English": [
@@ -42,31 +48,70 @@ def read_prompt_file(path: str) -> list[str]:
     Raises:
         UserError: the file is missing, empty, of another kind, or a record has no text under `prompt`.
     """
+    return _prompts_of("--prompt_file", path, _prompt_of)
+
+
+def read_sample_prompts(path: str) -> list[str | Conversation]:
+    """Return the prompts of the file of `--sample_prompts`: texts, and conversations that wait for an answer.
+
+    As `read_prompt_file`, but a record may hold `messages` (and `tools`) in place of a `prompt`; answers at the end of
+    such a conversation are left out, so files of training data work too.
+
+    Raises:
+        UserError: see `read_prompt_file`; or `messages` hold no conversation, or none that waits for an answer.
+    """
+    return _prompts_of("--sample_prompts", path, _prompt_or_talk_of)
+
+
+def _prompts_of(flag: str, path: str, read: Callable[[str, dict], Prompt]) -> list[str | Prompt]:
+    """Return the lines of a text file, or what `read` makes of each record; `flag` names the file in messages."""
     ending = os.path.splitext(path)[1].lower()
     if ending not in (".txt", ".json", ".jsonl"):
-        raise UserError(f"--prompt_file {path}: {ending or 'no ending'} is none of .txt, .json and .jsonl")
-    prompts = _lines(path) if ending == ".txt" else [_prompt_of(path, *found) for found in iter_json_records(path)]
+        raise UserError(f"{flag} {path}: {ending or 'no ending'} is none of .txt, .json and .jsonl")
+    if ending == ".txt":
+        prompts = _lines(flag, path)
+    else:
+        prompts = [
+            read(f"{flag} {path}, record {number} (line {line})", record)
+            for number, line, record in iter_json_records(path)
+        ]
     if not prompts:
-        raise UserError(f"--prompt_file {path} is empty: write at least one prompt into it")
+        raise UserError(f"{flag} {path} is empty: write at least one prompt into it")
     return prompts
 
 
-def _lines(path: str) -> list[str]:
+def _lines(flag: str, path: str) -> list[str]:
     """Return the lines of a text file that are not blank."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             return [line.rstrip("\r\n") for line in file if line.strip()]
     except UnicodeDecodeError as err:
-        raise UserError(f"--prompt_file {path} is not UTF-8 text ({err}): save it as UTF-8") from err
+        raise UserError(f"{flag} {path} is not UTF-8 text ({err}): save it as UTF-8") from err
     except OSError as err:
-        raise UserError(f"--prompt_file {path} cannot be read: {err.strerror}") from err
+        raise UserError(f"{flag} {path} cannot be read: {err.strerror}") from err
 
 
-def _prompt_of(path: str, number: int, line: int, record: dict) -> str:
-    """Return the prompt of one record; `number` and `line` say where it stands in the file."""
+def _prompt_of(where: str, record: dict) -> str:
+    """Return the prompt of one record; `where` says where it stands."""
     prompt = record.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         found = "an empty text" if isinstance(prompt, str) else json_kind(prompt)
         reason = f"{found} under" if "prompt" in record else "no"
-        raise UserError(f'--prompt_file {path}, record {number} (line {line}) has {reason} "prompt": give it a text')
+        raise UserError(f'{where} has {reason} "prompt": give it a text')
     return prompt
+
+
+def _prompt_or_talk_of(where: str, record: dict) -> str | Conversation:
+    """Return the prompt of one record, or its conversation up to where an answer is due."""
+    if "messages" not in record:
+        return _prompt_of(where, record)
+    try:
+        messages = to_messages(record["messages"], "messages")
+        tools = to_tools(record.get("tools"), "tools")
+    except Malformed as err:
+        raise UserError(f"{where}: {err}") from err
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise UserError(f'{where}: "messages" hold answers alone: there is nothing to answer')
+    return Conversation(messages, tools)
