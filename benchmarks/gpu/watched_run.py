@@ -79,7 +79,7 @@ def make_weights_on_device() -> None:
 
     program.create_model = untrained
     utils.arguments.preflight.check_weights = lambda *args: None  # there are none to read
-    utils.model.model_utils._training_dtype = lambda ds_config, stored: torch.bfloat16
+    utils.model.model_utils._loading_dtype = lambda ds_config, stored: torch.bfloat16
 
 
 def at_micro_batch(seen: dict[str, Any], profile_at: int | None, terminate_at: int | None) -> None:

@@ -171,6 +171,10 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only_optimize_lora", action="store_true",
         help="train LoRA's weights alone; off: wrapped weights are frozen and everything else trains, as in the "
         "original")
+    add("--quantize_base", choices=["nf4"], default=None,
+        help="hold the frozen weights of the linear layers in 4 bits (QLoRA: NF4 with double quantization, by "
+        "bitsandbytes, which is not in requirements.txt); needs --only_optimize_lora and ZeRO 0 to 2; None, since it "
+        "rounds them and is slower")
     add("--lora_learning_rate", type=float, default=5e-4, metavar="LR",
         help="peak learning rate of LoRA's weights; 5e-4, since weights that start from zero want a high rate")
     add("--save_lora_adapter", action="store_true",

@@ -45,6 +45,7 @@ from utils.model.model_utils import configure_dropout
 from utils.model.special_tokens import token_rows
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import check_lora_module_name
+from utils.module.quantized import check_quantization, check_quantized_model
 from utils.module.remote_code import is_trusted, trust_remote_code
 from utils.module.sequence_parallel import check_sequence_parallel
 from utils.module.tiled_mlp import check_tiled_mlp
@@ -123,6 +124,7 @@ def _check_machine(args: Namespace, gpus: Gpus | None, ranks: int, attempt: Call
     if args.activation_offloading and gpus is None:
         attempt(_check_offloading)
     zero = merged_zero(args, file or {})
+    attempt(check_quantization, args.quantize_base, zero.stage)
     problems = check_zero(args, zero) if args.deepspeed_config and file is not None else []
     return problems + check_scale(args, ranks, gpus is not None, zero, decided[0] if decided else args.dtype)
 
@@ -133,6 +135,8 @@ def _check_model(args: Namespace, config: PretrainedConfig, attempt: Callable[..
     attempt(check_rope, config, args)
     if args.lora_dim > 0:
         attempt(_check_lora_names, config, args.lora_module_name)
+    if args.quantize_base:
+        attempt(check_quantized_model, config, args.dry_run)
     if args.sequence_parallel_size > 1:
         attempt(check_sequence_parallel, config, args.sequence_parallel_size)
     if args.tiled_mlp:

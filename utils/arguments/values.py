@@ -56,6 +56,11 @@ def check_values(args: argparse.Namespace) -> list[str]:
         problems.append("--lora_rslora and --lora_plus_ratio need --lora_dim above 0: without LoRA they do nothing.")
     if not 0 <= args.lora_dropout < 1:
         problems.append(f"--lora_dropout must be at least 0 and below 1, not {args.lora_dropout}.")
+    if args.quantize_base and not (args.lora_dim > 0 and args.only_optimize_lora):
+        problems.append(
+            "--quantize_base needs --lora_dim above 0 and --only_optimize_lora: weights in 4 bits can't train, and the "
+            "rest of the model stays as it is, for LoRA to train alone."
+        )
     if args.save_lora_adapter:
         problems += _check_adapter_arguments(args)
     if args.only_optimize_lora and args.lora_dim == 0:

@@ -27,6 +27,7 @@ from utils.export.owned_files import keep_foreign
 from utils.export.save import export_form
 from utils.files import INCOMPLETE, remove_incomplete, replace_folder, sync, sync_tree, write_aside, write_json
 from utils.machine.device import random_states, set_random_seed, set_random_states
+from utils.module.quantized import plain_dtype
 from utils.run_config import RunConfig
 from utils.train.state import RunState
 
@@ -203,7 +204,7 @@ def checkpoint_bytes(engine: deepspeed.DeepSpeedEngine, only_model: bool) -> int
     total = 0
     for parameter in engine.module.parameters():
         numel = whole_numel(parameter)
-        size = parameter.element_size()
+        size = plain_dtype(parameter).itemsize
         if only_model:
             total += numel * size
         elif parameter.requires_grad:

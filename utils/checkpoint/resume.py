@@ -30,7 +30,7 @@ SAME_RUN = (
     "completion_only_loss", "add_eot_token", "eot_token", "learning_rate", "lora_learning_rate", "weight_decay",
     "num_train_epochs", "max_steps", "lr_scheduler_type", "num_warmup_steps", "dropout", "disable_dropout",
     "neftune_noise_alpha", "lora_dim", "lora_module_name", "lora_alpha",
-    "lora_rslora", "lora_plus_ratio", "lora_dropout", "only_optimize_lora",
+    "lora_rslora", "lora_plus_ratio", "lora_dropout", "only_optimize_lora", "quantize_base",
     "columns", "chat_template", "streaming", "train_turns", "overlong",
 )  # fmt: skip
 PATHS = ("model_name_or_path", "data_path", "sft_only_data_path")

@@ -1,6 +1,7 @@
-"""Tensors that ZeRO 3 may have partitioned: their whole size, and gathering them.
+"""Tensors that are not what they stand for: their whole size, and gathering them.
 
-A partitioned parameter is an empty tensor on every rank; DeepSpeed keeps what it stands for in `ds_` attributes.
+A parameter that ZeRO 3 partitioned is an empty tensor on every rank; DeepSpeed keeps what it stands for in `ds_`
+attributes. A weight in 4 bits is a column of bytes, of which bitsandbytes keeps shape and scales in `quant_state`.
 """
 
 from collections.abc import Iterable
@@ -14,13 +15,20 @@ def is_partitioned(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "ds_id")
 
 
+def is_quantized(tensor: torch.Tensor) -> bool:
+    """Return whether this is a weight in 4 bits (`utils.module.quantized`)."""
+    return getattr(tensor, "quant_state", None) is not None
+
+
 def whole_numel(tensor: torch.Tensor) -> int:
-    """Return the number of elements of the whole tensor."""
-    return tensor.ds_numel if is_partitioned(tensor) else tensor.numel()
+    """Return the number of elements of the whole tensor, or of what a weight in 4 bits stands for."""
+    return tensor.ds_numel if is_partitioned(tensor) else whole_shape(tensor).numel()
 
 
 def whole_shape(tensor: torch.Tensor) -> torch.Size:
-    """Return the shape of the whole tensor."""
+    """Return the shape of the whole tensor, or of what a weight in 4 bits stands for."""
+    if is_quantized(tensor):
+        return torch.Size(tensor.quant_state.shape)
     return tensor.ds_shape if is_partitioned(tensor) else tensor.shape
 
 

@@ -46,6 +46,8 @@ class Counts(NamedTuple):
     backward: int  # most bytes alive in the backward, finished gradients of weights not counted
     with_gradients: int  # the same, counting them
     offloaded: int  # bytes that wait in CPU memory for the backward
+    quantized: int = 0  # parameters in 4 bits, among the others
+    largest_quantized: int = 0  # of one weight
 
 
 class _LiveBytes(TorchDispatchMode):

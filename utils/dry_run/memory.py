@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from transformers import PretrainedConfig
 
 from utils.dry_run.activation_memory import Counts, Layout, count, simulated_model
 from utils.dry_run.zero_memory import Estimate, Setting, Sizes, estimate, setting_from_config
 from utils.machine.device import free_memory, ranks_here
-from utils.model.build import ModelForm
+from utils.model.build import ModelForm, create_meta_model
 from utils.model.model_utils import load_model_config
+from utils.module.quantized import quantized_names
 from utils.notation import Gpus
 from utils.run_config import enabled_precision
 
@@ -56,10 +58,21 @@ def estimate_memory(
         fused: whether the loss may be the fused one, as everywhere but with `--padding max_length`.
     """
     dtype = enabled_precision(ds_config)
-    model = simulated_model(load_model_config(model_name_or_path), form, dtype, entries)
-    counts = count(model, layout, fused)
+    config = load_model_config(model_name_or_path)
+    packed = quantized_sizes(config, form)
+    counts = count(simulated_model(config, form, dtype, entries), layout, fused)
+    counts = counts._replace(quantized=sum(packed), largest_quantized=max(packed, default=0))
     setting = setting_from_config(ds_config, ranks, 4 if dtype == "fp32" else 2, layout.on_cpu)
     return MemoryEstimate(estimate(Sizes(*counts), setting), counts, setting, layout)
+
+
+def quantized_sizes(config: PretrainedConfig, form: ModelForm) -> list[int]:
+    """Return the number of parameters of each weight that `--quantize_base` turns into 4 bits."""
+    if form.quantize_base is None:
+        return []
+    plain = ModelForm(dropout=form.dropout)
+    model = create_meta_model(config, plain, "fp32")
+    return [model.get_submodule(name).weight.numel() for name in quantized_names(model)]
 
 
 def memory_budget(gpus: Gpus | None, device: torch.device) -> MemoryBudget:
@@ -80,7 +93,7 @@ def describe(memory: MemoryEstimate, budget: MemoryBudget) -> str:
     host = f", and {size_words(total.host)} of CPU memory per rank" if total.host and not setting.on_cpu else ""
     parts = zip(PARTS, (size_words(size) for size in total[: len(PARTS)]), strict=True)
     others = []
-    for stage, offload in CHOICES:
+    for stage, offload in CHOICES if not counts.quantized else [choice for choice in CHOICES if choice[0] < 3]:
         peak = estimate(Sizes(*counts), setting._replace(stage=stage, offload=offload, nvme=False)).peak
         others.append(
             f"{stage_name(stage, offload)}: {size_words(peak)}{'' if peak <= budget.bytes_each else ' (too much)'}"

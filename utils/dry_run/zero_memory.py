@@ -16,6 +16,9 @@ ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054) divides AdamW's
 from typing import Any, NamedTuple
 
 FULL = 4  # bytes of a float32
+# Bytes of a weight in 4 bits: with 8 bits for each block of 64 and 32 for each 256 blocks, 4.127 bits (QLoRA, Dettmers
+# et al. 2023, https://arxiv.org/abs/2305.14314, section 3).
+QUANTIZED = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 MOMENTS = 8  # AdamW's two, in float32
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed's, in elements
 UNBUCKETED = 500_000_000  # elements DeepSpeed's plain all-reduce joins at a time
@@ -50,6 +53,8 @@ class Sizes(NamedTuple):
     backward: int
     with_gradients: int
     offloaded: int = 0
+    quantized: int = 0  # parameters in 4 bits
+    largest_quantized: int = 0  # parameters of one such weight
 
 
 class Estimate(NamedTuple):
@@ -95,12 +100,21 @@ def estimate(sizes: Sizes, setting: Setting) -> Estimate:
         copy = FULL * min(sizes.trainable, setting.bucket)
         moments = {**guess.moments, "backward": guess.moments["backward"] + copy}
         guess = guess._replace(buffers=guess.buffers + copy, moments=moments)
+    if sizes.quantized:  # one weight at a time is turned back for its products
+        plain = setting.dtype_bytes * sizes.largest_quantized
+        moments = {**guess.moments, "backward": guess.moments["backward"] + plain}
+        guess = guess._replace(buffers=guess.buffers + plain, moments=moments)
     return guess._replace(host=guess.host + sizes.offloaded)
+
+
+def _weight_bytes(sizes: Sizes, setting: Setting) -> float:
+    """Return the bytes of the whole model's weights."""
+    return setting.dtype_bytes * (sizes.parameters - sizes.quantized) + QUANTIZED * sizes.quantized
 
 
 def _without_zero(sizes: Sizes, setting: Setting) -> Estimate:
     size, trained = setting.dtype_bytes, sizes.trainable
-    weights, gradients = size * sizes.parameters, size * trained
+    weights, gradients = _weight_bytes(sizes, setting), size * trained
     master = FULL * trained if size < FULL else 0
     optimizer = master + MOMENTS * trained
     joined = size * min(trained, UNBUCKETED)
@@ -118,7 +132,7 @@ def _without_zero(sizes: Sizes, setting: Setting) -> Estimate:
 
 def _stage_1_or_2(sizes: Sizes, setting: Setting) -> Estimate:
     size, trained, part = setting.dtype_bytes, sizes.trainable, sizes.trainable / setting.ranks
-    weights = size * sizes.parameters
+    weights = _weight_bytes(sizes, setting)
     master, state = FULL * part, MOMENTS * part
     buckets = size * setting.bucket * (2 if setting.overlap else 1)
     gradients = size * part if setting.stage == 2 else size * trained

@@ -30,7 +30,7 @@ SETTINGS = (
     "max_seq_len", "packing", "completion_only_loss", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "num_warmup_steps", "weight_decay", "num_train_epochs", "max_steps",
     "streaming", "dtype", "dropout", "disable_dropout", "neftune_noise_alpha", "lora_dim", "lora_alpha",
-    "lora_rslora", "lora_plus_ratio",
+    "lora_rslora", "lora_plus_ratio", "quantize_base",
     "lora_module_name", "lora_learning_rate", "only_optimize_lora", "zero_stage", "seed",
 )  # fmt: skip
 LORA_SETTINGS = tuple(name for name in SETTINGS if name.startswith("lora_") or name == "only_optimize_lora")

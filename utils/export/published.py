@@ -13,6 +13,7 @@ import torch
 from utils.distributed.zero3 import whole_numel, whole_shape
 from utils.errors import UserError
 from utils.module.lora import LinearLayer_LoRA
+from utils.module.quantized import plain_dtype
 
 
 class SavedTensor(NamedTuple):
@@ -57,7 +58,7 @@ def saved_tensors(model: torch.nn.Module) -> list[SavedTensor]:
         if name in kept:
             owner, _, leaf = name.rpartition(".")
             lora = lora_modules.get(owner) if leaf == "weight" else None
-            saved.append(SavedTensor(name, tensor, lora, whole_numel(tensor) * tensor.element_size()))
+            saved.append(SavedTensor(name, tensor, lora, whole_numel(tensor) * plain_dtype(tensor).itemsize))
     return saved
 
 
@@ -82,7 +83,7 @@ def published_groups(model: torch.nn.Module) -> list[Group]:
     """
     sources = saved_tensors(model)
     empty = {
-        entry.name: torch.empty(tuple(whole_shape(entry.source)), dtype=entry.source.dtype, device="meta")
+        entry.name: torch.empty(tuple(whole_shape(entry.source)), dtype=plain_dtype(entry.source), device="meta")
         for entry in sources
     }
     from transformers.core_model_loading import revert_weight_conversion  # slow to import: models need it anyway

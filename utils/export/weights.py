@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from utils.distributed.ranks import is_rank_0
 from utils.distributed.zero3 import gather
 from utils.export.published import Group, PublishedTensor, SavedTensor, convert, published_groups
+from utils.module.quantized import plain_dtype, plain_weight
 from utils.notation import parse_size
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -111,7 +112,10 @@ def _published(model: torch.nn.Module, groups: list[Group], is_writer: bool) -> 
 
 
 def _gathered(entry: SavedTensor) -> torch.Tensor | None:
-    """Return the whole tensor on the CPU, merged where LoRA wraps it; None but on rank 0. A collective in ZeRO 3."""
+    """Return the whole plain tensor on the CPU, merged where LoRA wraps it; None but on rank 0.
+
+    A collective under ZeRO 3.
+    """
     sources = [entry.source]
     if entry.lora is not None:
         sources += [entry.lora.lora_right_weight, entry.lora.lora_left_weight]
@@ -119,6 +123,6 @@ def _gathered(entry: SavedTensor) -> torch.Tensor | None:
         if not is_rank_0():
             return None
         if entry.lora is None:
-            return entry.source.detach().to("cpu", copy=True).contiguous()
-        merged = entry.source.detach().float() + entry.lora.delta_weight()
-        return merged.to(entry.source.dtype).cpu().contiguous()
+            return plain_weight(entry.source).to("cpu", copy=True).contiguous()
+        merged = plain_weight(entry.source).float() + entry.lora.delta_weight()
+        return merged.to(plain_dtype(entry.source)).cpu().contiguous()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from deepspeed.accelerator import get_accelerator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from utils.distributed.ranks import print_rank_0
@@ -18,6 +19,7 @@ from utils.model.model_utils import (
     describe_parameters,
     enable_checkpointing,
     grow_embeddings,
+    training_dtype,
 )
 from utils.module.experts import describe_joined_experts
 from utils.module.lora import (
@@ -26,6 +28,7 @@ from utils.module.lora import (
     make_model_gradient_checkpointing_compatible,
     only_optimize_lora_parameters,
 )
+from utils.module.quantized import describe_quantized, quantize_layers
 from utils.module.remote_code import is_trusted
 from utils.module.tiled_mlp import tile_mlps
 
@@ -39,6 +42,7 @@ class ModelForm(NamedTuple):
     lora_alpha: float = 1.0
     lora_rslora: bool = False
     lora_dropout: float = 0.0
+    quantize_base: str | None = None  # "nf4": the layers' weights are in 4 bits
     only_optimize_lora: bool = False
     gradient_checkpointing: bool = False
     activation_offloading: bool = False
@@ -66,8 +70,12 @@ def create_model(
     """
     model = create_hf_model(
         transformers.AutoModelForCausalLM, name, tokenizer, None if untrained else ds_config, rlhf_training=untrained,
-        dropout=form.dropout,
+        dropout=form.dropout, quantize_base=form.quantize_base,
     )  # fmt: skip
+    if form.quantize_base:
+        if untrained:
+            quantize_layers(model, training_dtype(ds_config), get_accelerator().current_device_name())
+        print_rank_0(f"Base model: {describe_quantized(model)}")
     model = _shape(model, form, print_rank_0)
     print_rank_0(f"Model: {describe_parameters(model)}")
     return model

@@ -28,6 +28,7 @@ from utils.model.checkpoint import (
 from utils.model.config_values import DROPOUT, OTHER_RANDOMNESS, is_probability, set_dropouts
 from utils.model.loading_report import Report, check_report
 from utils.model.special_tokens import end_ids, stop_at, token_rows
+from utils.module.quantized import quantized_loading, settle_quantized
 from utils.module.remote_code import is_trusted
 
 EMBEDDING_MULTIPLE = 8
@@ -78,7 +79,12 @@ def set_module_dropouts(model: nn.Module, dropout: float | None) -> None:
                 setattr(module, name, dropout)
 
 
-def _training_dtype(ds_config: dict[str, Any] | None, stored: dict[str, torch.Tensor]) -> torch.dtype:
+def training_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """Return the dtype that a DeepSpeed configuration turns on."""
+    return DTYPES[next((name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")), "fp32")]
+
+
+def _loading_dtype(ds_config: dict[str, Any] | None, stored: dict[str, torch.Tensor]) -> torch.dtype:
     """Return the dtype to load in: float32, unless all weights are stored in the training dtype already.
 
     DeepSpeed's master weights then begin as what is stored (`utils.engine.master_weights`), and a checkpoint of 16
@@ -90,8 +96,7 @@ def _training_dtype(ds_config: dict[str, Any] | None, stored: dict[str, torch.Te
     """
     if ds_config is None:
         return torch.float32
-    enabled = next((name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")), "fp32")
-    training = DTYPES[enabled]
+    training = training_dtype(ds_config)
     kinds = {weight.dtype for weight in stored.values() if weight.is_floating_point()}
     return training if ds_config["zero_optimization"]["stage"] == 3 or kinds == {training} else torch.float32
 
@@ -104,6 +109,7 @@ def create_hf_model(
     rlhf_training: bool = False,
     disable_dropout: bool | float | None = False,
     dropout: float | None = None,
+    quantize_base: str | None = None,
 ) -> transformers.PreTrainedModel:
     """Load `model_name_or_path` for training.
 
@@ -115,6 +121,7 @@ def create_hf_model(
         disable_dropout: turn every dropout off. A number or None in its place is `dropout`, which has been the sixth
             argument since 2024.
         dropout: set every dropout to this value (None: as the model has it).
+        quantize_base: "nf4": each Linear layer's weight becomes 4 bits as soon as it is read, from the training dtype.
 
     The embedding grows to a multiple of 8 that holds the tokenizer's entries; it never shrinks.
     """
@@ -124,7 +131,7 @@ def create_hf_model(
     dropout = 0.0 if disable_dropout else dropout
     configure_dropout(config, dropout)
     stored = {} if rlhf_training else check_weights(model_name_or_path, config)
-    dtype = _training_dtype(ds_config, stored)
+    dtype = training_dtype(ds_config) if quantize_base and ds_config else _loading_dtype(ds_config, stored)
     keep_alive = None
     if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3:
         if needs_swap_buffers(ds_config):
@@ -138,8 +145,11 @@ def create_hf_model(
             model = model_class.from_config(config, dtype=dtype, trust_remote_code=is_trusted())
         else:
             model, info = model_class.from_pretrained(
-                model_name_or_path, config=config, dtype=dtype, trust_remote_code=is_trusted(), output_loading_info=True
-            )
+                model_name_or_path, config=config, dtype=dtype, trust_remote_code=is_trusted(),
+                output_loading_info=True, **(quantized_loading(quantize_base, dtype) if quantize_base else {}),
+            )  # fmt: skip
+            if quantize_base:
+                settle_quantized(model)
             check_report(model_name_or_path, model, Report.of(info))
     except torch.OutOfMemoryError:
         raise

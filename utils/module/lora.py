@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from utils.distributed.zero3 import gather, whole_numel, whole_shape
+from utils.distributed.zero3 import gather, is_quantized, whole_numel, whole_shape
 from utils.distributed.zero3 import params_to_fetch as _z3_params_to_fetch  # noqa: F401  (scripts import it from here)
 from utils.errors import UserError
+from utils.module.quantized import QuantizedLinear, plain_weight, quantized_linear
 
 AUTO = "auto"  # the `--lora_module_name` that stands for the linear layers of the transformer blocks
 
@@ -53,12 +54,9 @@ class LinearLayer_LoRA(nn.Module):
         if fan_in_fan_out:
             out_features, in_features = in_features, out_features
         self.fan_in_fan_out = fan_in_fan_out
-        self.lora_right_weight = nn.Parameter(
-            torch.empty(in_features, lora_dim, dtype=weight.dtype, device=weight.device)
-        )
-        self.lora_left_weight = nn.Parameter(
-            torch.zeros(lora_dim, out_features, dtype=weight.dtype, device=weight.device)
-        )
+        form = {"dtype": torch.float32 if is_quantized(weight) else weight.dtype, "device": weight.device}
+        self.lora_right_weight = nn.Parameter(torch.empty(in_features, lora_dim, **form))
+        self.lora_left_weight = nn.Parameter(torch.zeros(lora_dim, out_features, **form))
         self.rank_stabilized = rank_stabilized
         self.lora_scaling = lora_scaling / (math.sqrt(lora_dim) if rank_stabilized else lora_dim)
         self.lora_dropout = nn.Dropout(lora_droppout) if lora_droppout > 0 else nn.Identity()
@@ -84,9 +82,11 @@ class LinearLayer_LoRA(nn.Module):
     def fuse_lora_weight(self) -> None:
         """Add LoRA to the weight in place, rounded in the weight's dtype; the forward then skips it.
 
-        A second call changes nothing.
+        A weight in 4 bits becomes a plain one first. A second call changes nothing.
         """
         if not self.fuse_lora:
+            if is_quantized(self.weight):
+                self.weight = nn.Parameter(plain_weight(self.weight), requires_grad=False)
             self.weight.data.copy_(self.weight.float() + self.delta_weight())
             self.fuse_lora = True
 
@@ -99,6 +99,8 @@ class LinearLayer_LoRA(nn.Module):
 
     def _base(self, flat: torch.Tensor) -> torch.Tensor:
         """Return the wrapped layer's output [rows, out] for an input [rows, in], without LoRA."""
+        if is_quantized(self.weight):
+            return quantized_linear(flat, self.weight, self.bias)
         if not self.fan_in_fan_out:
             return F.linear(flat, self.weight, self.bias)
         # The operations of Conv1D itself, so that a layer whose LoRA adds nothing gives the same bits.
@@ -138,7 +140,7 @@ def _is_linear(module: nn.Module) -> bool:
 
     Tried with tensors that have no memory, so the weight may be anywhere.
     """
-    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward):
         return True
     out_features, in_features = whole_shape(module.weight)
     own = dict(module.named_parameters(recurse=False))
