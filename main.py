@@ -126,9 +126,9 @@ def train(engine: DeepSpeedEngine, data: TrainingData, config: RunConfig, run: R
         result = measure_perplexity(engine, data.evaluation, collate, config, stop.agreed)
         if result is None:
             checkpointer.interrupt(progress, stop.received)
-        progress.end_evaluation(*result)
+        progress.end_evaluation(result)
         answer_samples()
-        checkpointer.evaluated(state, result[1], len(data.evaluation))
+        checkpointer.evaluated(state, result.loss, len(data.evaluation))
         progress.restart_clock()
         begin("training")
 

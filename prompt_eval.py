@@ -93,16 +93,16 @@ def ask_checkpoint(config: EvalConfig, name: str, data: PromptDataset | None, de
     model, tokenizer = load(path, device, config.args.dtype, config.extra_token)
     print(f"{HEADINGS[name]}: {path} on {device} in {model.dtype}", flush=True)
     begin(f"asking {path}")
-    answers, perplexity = ask(config, model, tokenizer, name), None
+    answers, evaluation = ask(config, model, tokenizer, name), None
     if data is not None and len(data):
-        perplexity = measure_perplexity(model, tokenizer, data)  # last: it changes the model's forward
+        evaluation = measure_perplexity(model, tokenizer, data)  # last: it changes the model's forward
     elif data is not None:
         print("no evaluation data: no perplexity")
     del model
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-    return Results(answers, perplexity)
+    return Results(answers, evaluation)
 
 
 def talk(config: EvalConfig, device: str) -> None:

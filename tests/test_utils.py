@@ -76,12 +76,12 @@ def test_what_stands_in_for_a_missing_batch_weighs_nothing(tiny_opt, data_set):
     install_loss(model, fused=False)
     collate = partial(collate_padded, pad_token_id=tokenizer.pad_token_id)
     batches = list(eval_batches(evaluation, collate, BatchCut(8)))
-    dummy = (batches[0][0], False)
+    dummy = batches[0]._replace(counts=False)
     assert evaluate(model, [*batches, dummy], CPU) == evaluate(model, batches, CPU)
     # Two ranks, an odd number of samples: as many forwards on both, each sample on one of them.
     parts = [list(eval_batches(evaluation, collate, BatchCut(4, ranks=2, rank=rank))) for rank in range(2)]
     assert len(parts[0]) == len(parts[1])
-    counted = sum(len(batch["input_ids"]) for part in parts for batch, counts in part if counts)
+    counted = sum(len(batch["input_ids"]) for part in parts for batch, counts, _ in part if counts)
     assert counted == len(evaluation)
 
 

@@ -16,10 +16,13 @@ from utils.prompt_eval.answer_metrics import compare_scores, summarize
 from utils.prompt_eval.answers import Answer, Results
 from utils.prompt_eval.config import STRATEGIES, EvalConfig
 from utils.prompt_eval.report import mark_differences, markdown, page, rows, write_report
+from utils.train.perplexity import Evaluation
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)> & $title ${x} "quoted" \'too\''
 PROMPTS = ["Human: How does a telescope work? Assistant:", f"Human: {EVIL} Assistant:"]
+ON_ONE = Evaluation(20.5, 3.0, 0.5)
+EVALUATION = Evaluation(2014.9, 7.6, 0.0531, {"<i>one</i>.jsonl": ON_ONE, "other": ON_ONE})
 SAID = {
     "baseline": ["It uses uses uses glass. " * 3, EVIL],
     "finetuned": ["It uses glass to gather light.", f"{EVIL} ````` 望远镜"],
@@ -40,7 +43,7 @@ def make(folder="", several=1, scores=True, strategies=("greedy", "contrastive")
             [Answer(prompt, text + "!" * place, 7, name == "finetuned") for place in range(several)]
             for prompt, text in zip(PROMPTS, texts, strict=True)
         ]
-        results[name] = Results(dict.fromkeys(strategies, answers), (2014.9, 7.6))
+        results[name] = Results(dict.fromkeys(strategies, answers), EVALUATION)
         flat = [answer for of_prompt in answers for answer in of_prompt]
         for strategy in strategies:
             figures[strategy][name] = summarize([a.text for a in flat], [7] * len(flat), [a.ended for a in flat])
@@ -123,13 +126,27 @@ def test_three_files_and_every_answer(tmp_path):
         assert record["score"] == figures[record["strategy"]]["scores"][record["model"]][place]
     html = (folder / "report.html").read_text(encoding="utf-8")
     assert html.count('class="pair"') == 8 and "Contrastive Search, answer 2" in html
-    assert "2 / 2 / 0" in html and "2015" in html
+    assert "2 / 2 / 0" in html and "2015" in html and "5.31%" in html and "&lt;i&gt;one&lt;/i&gt;.jsonl" in html
+
+
+def test_answers_in_training_are_shown_where_the_run_had_prompts(tmp_path):
+    """Their texts are escaped; those of an earlier run of the folder are not shown."""
+    records = [{"step": step, "prompt": EVIL, "answer": f"{EVIL} at {step}", "ended": True} for step in (0, 5)]
+    (tmp_path / "samples.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": {"sample_prompts": None}}))
+    assert "while training" not in page(*make(tmp_path)) + markdown(*make(tmp_path))
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": {"sample_prompts": "p.txt"}}))
+    html, text = page(*make(tmp_path)), markdown(*make(tmp_path))
+    tags = [tag for tag, _ in Page(html).tags]
+    assert tags.count("details") == 1 and tags.count("script") == 1 and "img" not in tags
+    assert "at 0</p>" in html and "at 5</p>" in html and "* step 5: &lt;/script&gt;" in text
 
 
 def test_markdown_holds_the_same(tmp_path):
     config, results, figures = make(tmp_path)
     text = markdown(config, results, figures)
-    assert "* perplexity of baseline: 2014.9 (loss 7.6)" in text
+    assert "* perplexity of baseline: 2014.9 (loss 7.6, token accuracy 5.31%)" in text
+    assert "  * on other: 20.5 (loss 3, token accuracy 50.00%)" in text
     assert "1 won, 1 tied, 0 lost" in text
     for strategy in config.strategies:
         assert text.count(f"**{STRATEGIES[strategy]}, after**") == 2

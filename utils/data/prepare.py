@@ -26,7 +26,7 @@ from utils.data.open_sets import (
     open_sets,
 )
 from utils.data.outcomes import added, advice_on, dropped_words, notes_on, settled
-from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
+from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset, Sources
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.splits import PUBLISHED, get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
 from utils.data.tokenization.refused_rows import name_refused_row
@@ -38,6 +38,7 @@ from utils.notation import parse_source
 
 # A fast tokenizer uses every core by itself: for fewer rows than this, starting processes costs more than it saves.
 ROWS_PER_PROCESS = 25_000
+EVAL_SOURCES = "eval_sources.npy"  # in a cache folder: which data set each evaluation sample is of
 
 
 def prepare_prompt_data(
@@ -80,6 +81,8 @@ def prepare_prompt_data(
     train, evaluation = (_prompt_dataset(table, sample, phase) for table in tables)
     train.content = prompt_cache.content_of(opened, sample, preparation.seed, report)
     train.chat = chat_of(opened)
+    names = [one.raw.source for one in opened if one.use != TRAINING]
+    evaluation.sources = Sources.of(names, np.load(os.path.join(folder, EVAL_SOURCES)))
     return train, evaluation
 
 
@@ -109,7 +112,9 @@ def _build(opened: list[OpenSet], main_sets: int, sample: SampleForm, preparatio
         counts.append(added(part.counts for part in pair))
         check_unchanged(one.raw)
     for split, parts in mixed.items():
-        _save_mix(parts, min(main_sets, len(parts)), preparation.seed, os.path.join(work, split))
+        numbers = _save_mix(parts, min(main_sets, len(parts)), preparation.seed, os.path.join(work, split))
+        if split == "eval":
+            np.save(os.path.join(work, EVAL_SOURCES), numbers)
     prompt_cache.finish(work, mixed, counts)
 
 
@@ -238,18 +243,30 @@ def _prompt_dataset(table: datasets.Dataset, sample: SampleForm, phase: int) -> 
     return PromptDataset(table, phase, sample.tokenizer.pad_token_id, sample.max_seq_len)
 
 
-def _save_mix(parts: list[PromptDataset], main_sets: int, seed: int, folder: str) -> None:
-    """Join the parts as published: the main sets, shuffled if several; then the SFT-only sets added, all shuffled."""
+def _save_mix(parts: list[PromptDataset], main_sets: int, seed: int, folder: str) -> np.ndarray:
+    """Join the parts as published: the main sets, shuffled if several; then the SFT-only sets added, all shuffled.
+
+    Returns:
+        [rows] which of the parts each row is of.
+    """
     tables = [part.table.with_format(None) for part in parts]
-    mixed = tables[:main_sets]
+    numbers = [np.full(len(table), place) for place, table in enumerate(tables)]
+    mixed, found = tables[:main_sets], numbers[:main_sets]
     if len(mixed) > 1:
-        mixed = [_shuffled(mixed, seed)]
+        mixed, found = [_shuffled(mixed, seed)], [_shuffled_numbers(found, seed)]
     if len(tables) > main_sets:
+        found = [_shuffled_numbers(found + numbers[main_sets:], seed)]
         mixed = [_shuffled(mixed + tables[main_sets:], seed)]
     # Without the number, an empty table would write no file, and its folder could not be loaded again.
     mixed[0].save_to_disk(folder, num_shards=None if len(mixed[0]) else 1)
+    return found[0]
 
 
 def _shuffled(tables: list[datasets.Dataset], seed: int) -> datasets.Dataset:
     joined = datasets.concatenate_datasets(tables)
     return joined.select(get_shuffle_idx(seed, len(joined)))
+
+
+def _shuffled_numbers(numbers: list[np.ndarray], seed: int) -> np.ndarray:
+    joined = np.concatenate(numbers)
+    return joined[get_shuffle_idx(seed, len(joined))]

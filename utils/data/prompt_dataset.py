@@ -1,6 +1,7 @@
 """The tokenized samples of one phase: a torch data set over memory-mapped Arrow."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -11,6 +12,19 @@ import torch.nn.functional as F
 from utils.data.batching.collate import IGNORE_INDEX
 
 ID_COLUMNS = {1: ["input_ids"], 2: ["chosen_ids", "rejected_ids"], 3: ["prompt_ids"]}
+
+
+class Sources(NamedTuple):
+    """The data sets that the samples of a blend come from."""
+
+    names: list[str]
+    of_sample: np.ndarray  # [samples], the place in `names` of each sample's
+
+    @classmethod
+    def of(cls, names: Sequence[str], of_sample: np.ndarray) -> "Sources":
+        """Return them with a name of its own for each: the second of a name has " (2)" behind it."""
+        numbers = [list(names[:place]).count(name) for place, name in enumerate(names)]
+        return cls([f"{name} ({n + 1})" if n else name for name, n in zip(names, numbers, strict=True)], of_sample)
 
 
 class PromptDataset(torch.utils.data.Dataset):
@@ -27,6 +41,7 @@ class PromptDataset(torch.utils.data.Dataset):
 
     content: Any = None  # what identifies the prepared data, see `utils.data.agreement`
     chat: Any = None  # the `ChatFormat` of the training data, see `utils.data.open_sets.chat_of`
+    sources: Sources | None = None  # of the evaluation data: which data set each sample is of
     after: dict[str, Any] | None = None  # in a window of a stream: where the next window begins
 
     def __init__(
@@ -45,6 +60,12 @@ class PromptDataset(torch.utils.data.Dataset):
     def follow(self, position: dict[str, Any] | None) -> dict[str, Any] | None:
         """Return None: only a stream has windows to move to, see `PromptStream.follow`."""
         return None
+
+    def by_source(self) -> dict[str, np.ndarray]:
+        """Return the samples of each data set, by its name; all of them under "" where there is only one."""
+        if self.sources is None or len(self.sources.names) < 2:
+            return {"": np.arange(len(self))}
+        return {name: np.flatnonzero(self.sources.of_sample == n) for n, name in enumerate(self.sources.names)}
 
     def lengths(self) -> np.ndarray:
         """Return the tokens of every sample of phase 1, [samples] int64, read from the Arrow offsets."""

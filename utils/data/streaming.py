@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -27,7 +28,7 @@ from utils.data.mixture import EVALUATION, SFT_ONLY_SPLIT, TRAINING, DataSources
 from utils.data.open_sets import OpenSet, Preparation, chat_of, open_sets
 from utils.data.outcomes import added, notes_on, settled
 from utils.data.prepare import tokenize_part
-from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset
+from utils.data.prompt_dataset import ID_COLUMNS, PromptDataset, Sources
 from utils.data.tokenization.refused_rows import name_refused_row
 from utils.data.tokenization.tokenize_rows import SampleForm, map_arguments, row_tokenizer
 from utils.data.windows import Position, StreamSource, Window, read_windows
@@ -150,7 +151,10 @@ def create_prompt_stream(
     joined = datasets.concatenate_datasets([part.table.with_format(None) for part in evaluation])
     stream.content = _content(opened, sample, stream, joined)
     stream.chat = chat_of(opened)
-    return stream, PromptDataset(joined, SFT_PHASE, sample.tokenizer.pad_token_id, sample.max_seq_len)
+    evaluated = PromptDataset(joined, SFT_PHASE, sample.tokenizer.pad_token_id, sample.max_seq_len)
+    numbers = np.repeat(np.arange(len(evaluation)), [len(part) for part in evaluation])
+    evaluated.sources = Sources.of([one.raw.source for one in opened if one.use != TRAINING], numbers)
+    return stream, evaluated
 
 
 def _stream_source(opened: OpenSet, total: float, size: int, sample: SampleForm, prints: bool) -> StreamSource:

@@ -41,18 +41,21 @@ class MetricsFile:
             UserError: the file can't be written.
         """
         if self.path:
-            record = {
-                key: value if not isinstance(value, float) or math.isfinite(value) else None
-                for key, value in record.items()
-            }
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                    file.write(json.dumps(_finite(record)) + "\n")
             except OSError as err:
                 raise UserError(
                     f"{self.path} can't be written any more ({err}): is the folder still there and the disk not full? "
                     "Checkpoints written so far are as they were."
                 ) from err
+
+
+def _finite(value: Any) -> Any:
+    """Return a record with null in place of what is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(output_dir: str) -> list[dict[str, float]]:

@@ -67,16 +67,17 @@ def send_texts(engine: "deepspeed.DeepSpeedEngine", step: int, texts: dict[str, 
         writer.add_text(name, text, step * engine.train_batch_size())
 
 
-def send_record(engine: "deepspeed.DeepSpeedEngine", record: dict[str, float | None]) -> None:
+def send_record(engine: "deepspeed.DeepSpeedEngine", record: dict[str, Any]) -> None:
     """Send the figures of one record of metrics.jsonl, at the number of samples trained on up to its step.
+
+    Those of the data sets of a blend have their names behind those of the whole.
 
     Records must be sent in the order of their steps: Weights & Biases drops earlier ones.
     """
     samples = int(record["step"]) * engine.train_batch_size()
-    events = [
-        (EVENTS[name], value, samples)
-        for name, value in record.items()
-        if name in EVENTS and value is not None and math.isfinite(value)
-    ]
+    figures = {EVENTS[name]: value for name, value in record.items() if name in EVENTS}
+    for source, of_source in record.get("sources", {}).items():
+        figures |= {f"{EVENTS[name]}/{source.strip('/')}": value for name, value in of_source.items()}
+    events = [(name, value, samples) for name, value in figures.items() if value is not None and math.isfinite(value)]
     if events:
         engine.monitor.write_events(events)

@@ -11,6 +11,7 @@ from utils.distributed.zero3 import whole_shape
 from utils.errors import UserError
 from utils.model.config_values import max_positions
 from utils.prompt_eval.search import contrastive_search, diverse_beam_search
+from utils.train.perplexity import Evaluation
 
 NEXT_TURN = re.compile(r"(?<![A-Za-z])Human:")
 # "Human:" has six characters, so it lies within the last six tokens; the others show the text before it.
@@ -30,10 +31,10 @@ Answers = dict[str, list[list[Answer]]]  # strategy -> prompts -> answers
 
 
 class Results(NamedTuple):
-    """The answers of one model, and its (perplexity, loss) if measured."""
+    """The answers of one model, and what it is worth on the evaluation data if measured."""
 
     answers: Answers
-    perplexity: tuple[float, float] | None = None
+    evaluation: Evaluation | None = None
 
 
 class StopAtNextTurn(StoppingCriteria):

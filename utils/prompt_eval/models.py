@@ -30,7 +30,7 @@ from utils.module.remote_code import is_trusted
 from utils.prompt_eval.config import EvalConfig
 from utils.prompt_eval.same_texts import training_date
 from utils.run_config import BatchCut
-from utils.train.perplexity import evaluate
+from utils.train.perplexity import Evaluation, evaluate
 
 WEIGHTS = ("*.safetensors", "*.bin")
 EVAL_BATCH = 16  # samples per forward; the perplexity does not depend on it
@@ -195,8 +195,8 @@ def evaluation_data(
     return evaluation
 
 
-def measure_perplexity(model: PreTrainedModel, tokenizer: Any, data: PromptDataset) -> tuple[float, float]:
-    """Return (perplexity, loss) as training prints them.
+def measure_perplexity(model: PreTrainedModel, tokenizer: Any, data: PromptDataset) -> Evaluation:
+    """Return perplexity, loss and token accuracy as training prints them.
 
     Changes the model's forward, so that the model can't `generate` afterwards. Samples are padded to the longest of
     their batch, which changes no figure and works with every model's own attention.
@@ -205,5 +205,4 @@ def measure_perplexity(model: PreTrainedModel, tokenizer: Any, data: PromptDatas
     choose_layout(model, "longest", len(tokenizer), device, longest=data.max_seq_len)
     collate = collate_for("longest", tokenizer.pad_token_id, data.max_seq_len)
     batches = eval_batches(data, collate, BatchCut(EVAL_BATCH, on_cpu=device.type == "cpu"))
-    perplexity, loss, _ = evaluate(model, batches, device)
-    return perplexity, loss
+    return evaluate(model, batches, device, sources=list(data.by_source()))

@@ -15,6 +15,12 @@ from utils.logging.loss_curve import loss_curves
 from utils.prompt_eval.answer_metrics import REPEATED_N, Figures
 from utils.prompt_eval.answers import Answer, Results
 from utils.prompt_eval.config import STRATEGIES, EvalConfig
+from utils.prompt_eval.report_tables import (
+    evaluation_html,
+    evaluation_markdown,
+    samples_html,
+    samples_markdown,
+)
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 # key of `summarize` -> its name in the report, and its format
@@ -119,15 +125,17 @@ def page(config: EvalConfig, results: dict[str, Results], figures: Figures) -> s
         curves=f'<h2>Training</h2>\n<figure class="card">{curves}</figure>' if curves else "",
         buttons="\n".join(buttons),
         prompts=_prompts(config, results),
+        evaluation=evaluation_html(results),
+        samples=samples_html(config.args.model_name_or_path_finetune),
     )
 
 
 def _tiles(results: dict[str, Results], figures: Figures) -> str:
     """Return the large tiles: perplexities, and the first strategy's main figures and wins."""
     tiles = []
-    ppl = [result.perplexity for result in results.values()]
-    if all(ppl):
-        tiles.append(("perplexity on held-out data", f"{ppl[0][0]:.4g}", f"{ppl[1][0]:.4g}"))
+    worth = [result.evaluation for result in results.values()]
+    if all(worth):
+        tiles.append(("perplexity on held-out data", *(f"{one.perplexity:.4g}" for one in worth)))
     strategy, first = next(iter(figures.items()))
     title = STRATEGIES[strategy].lower()
     wanted = ("words", "ended by itself", "distinct-2")
@@ -217,9 +225,7 @@ def markdown(config: EvalConfig, results: dict[str, Results], figures: Figures) 
     before, after = config.args.model_name_or_path_baseline, config.args.model_name_or_path_finetune
     lines = ["# Before and after fine-tuning", "", f"before: {_code(before)}, after: {_code(after)}", ""]
     lines += [settings_line(config), ""]
-    for name, result in results.items():
-        if result.perplexity:
-            lines.append(f"* perplexity of {name}: {result.perplexity[0]:.6g} (loss {result.perplexity[1]:.6g})")
+    lines += evaluation_markdown(results)
     names = [name for name, _ in FIGURES.values()]
     lines += ["", f"| strategy | model | {' | '.join(names)} | score |", f"| --- | --- |{' ---: |' * len(names)} --- |"]
     for strategy, of_strategy in figures.items():
@@ -237,6 +243,7 @@ def markdown(config: EvalConfig, results: dict[str, Results], figures: Figures) 
         several = f", answer {place + 1}" if config.args.num_return_sequences > 1 else ""
         for name, answer in zip(("before", "after"), pair.values(), strict=True):
             lines += [f"**{STRATEGIES[strategy]}{several}, {name}**", "", _fenced(answer.text.strip()), ""]
+    lines += samples_markdown(after)
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from utils.prompt_eval.answer_metrics import Figures
 from utils.prompt_eval.answers import Results
 from utils.prompt_eval.config import HEADINGS, STRATEGIES, EvalConfig
+from utils.train.perplexity import describe_source
 
 
 def show_answers(config: EvalConfig, results: dict[str, Results]) -> None:
@@ -24,7 +25,7 @@ def print_utils(gen_output: Sequence[str]) -> None:
 
 
 def show_figures(figures: Figures, results: dict[str, Results]) -> None:
-    """Print the figures of every strategy and model, the wins where answers were scored, and the perplexities."""
+    """Print the figures of every strategy and model, wins where answers were scored, and the models' perplexities."""
     for strategy, of_strategy in figures.items():
         for name in results:
             values = ", ".join(
@@ -36,5 +37,9 @@ def show_figures(figures: Figures, results: dict[str, Results]) -> None:
             wins = of_strategy["wins"]
             print(f"{STRATEGIES[strategy]}: finetune wins {wins['win']}, ties {wins['tie']}, loses {wins['loss']}")
     for name, result in results.items():
-        if result.perplexity:
-            print(f"{HEADINGS[name]}: ppl: {result.perplexity[0]}, loss: {result.perplexity[1]}")
+        if result.evaluation:
+            whole = result.evaluation
+            print(f"{HEADINGS[name]}: ppl: {whole.perplexity}, loss: {whole.loss}")
+            print(f"{HEADINGS[name]}: token accuracy: {whole.accuracy:.2%}")
+            for source, one in whole.sources.items():
+                print(f"{HEADINGS[name]}, {describe_source(source, one)}")

@@ -29,6 +29,7 @@ from utils.module.fused_loss import last_figures
 from utils.notation import parse_steps
 from utils.perf import Throughput, Work, measure_throughput, throughput_line
 from utils.run_config import RunConfig
+from utils.train.perplexity import Evaluation, describe_source
 from utils.train.plan import RunPlan
 from utils.train.state import RunState
 from utils.train.step_losses import StepLosses
@@ -153,15 +154,19 @@ class Progress:
         """Print that perplexity is measured."""
         print_rank_0(f"***** Evaluating perplexity, Epoch {self.state.epochs_begun}/{self.plan.epochs} *****")
 
-    def end_evaluation(self, perplexity: float, loss: float, accuracy: float) -> None:
+    def end_evaluation(self, result: Evaluation) -> None:
         """Print and record what was measured; nan where there is no evaluation data."""
-        measured = f"ppl: {perplexity}, loss: {loss}"
-        print_rank_0("no evaluation data: no perplexity" if math.isnan(loss) else measured)
-        if not math.isnan(loss):
-            print_rank_0(f"token accuracy: {accuracy:.2%}")
+        measured = f"ppl: {result.perplexity}, loss: {result.loss}"
+        has_data = not math.isnan(result.loss)
+        print_rank_0(measured if has_data else "no evaluation data: no perplexity")
+        if has_data:
+            print_rank_0(f"token accuracy: {result.accuracy:.2%}")
+        for name, one in result.sources.items():
+            print_rank_0(describe_source(name, one))
+        sources = {name: _figures_of(one) for name, one in result.sources.items()}
         self.record(
-            epoch=self.state.epochs_begun, step=self.state.step, eval_loss=loss, perplexity=perplexity,
-            eval_accuracy=accuracy,
+            epoch=self.state.epochs_begun, step=self.state.step, **_figures_of(result),
+            **({"sources": sources} if sources else {}),
         )  # fmt: skip
 
     def record_losses(self) -> None:
@@ -174,7 +179,7 @@ class Progress:
             self.record(epoch=epoch, step=number, **self.last)
         self.rates, self.norms = [], []
 
-    def record(self, **record: float | list[float] | None) -> None:
+    def record(self, **record: float | list[float] | dict[str, dict[str, float]] | None) -> None:
         """Write one record to metrics.jsonl and send it to the services of `--report_to`."""
         self.metrics.write(**record)
         send_record(self.engine, record)
@@ -191,6 +196,10 @@ class Progress:
         """Start measuring anew: evaluating and saving are no part of the training speed."""
         self.tokens, self.samples, self.steps, self.slots = 0, 0, 0, 0
         self.start = time.perf_counter()
+
+
+def _figures_of(result: Evaluation) -> dict[str, float]:
+    return {"eval_loss": result.loss, "perplexity": result.perplexity, "eval_accuracy": result.accuracy}
 
 
 def _short(norm: float | None) -> str:

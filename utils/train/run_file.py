@@ -144,6 +144,8 @@ def final_figures(output_dir: str) -> dict[str, float]:
         figures["eval_loss"] = curve(records, "eval_loss")[-1][1]
         if accuracy := curve(records, "eval_accuracy"):
             figures["eval_accuracy"] = accuracy[-1][1]
+        if sources := curve(records, "sources"):
+            figures["sources"] = sources[-1][1]
         figures["best_step"], figures["best_perplexity"] = min(
             (point for point in evaluations if point[0] > 0 or len(evaluations) == 1), key=lambda point: point[1]
         )

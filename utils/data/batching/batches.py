@@ -29,6 +29,14 @@ class TrainBatch(NamedTuple):
     step: StepSize
 
 
+class EvalBatch(NamedTuple):
+    """One evaluation batch of this rank."""
+
+    tensors: dict[str, Any]
+    counts: bool  # False: a dummy batch for a rank without samples
+    source: int = 0  # the place of its data set in `PromptDataset.by_source`
+
+
 def collate_for(padding: str, pad_token_id: int, max_seq_len: int, part: tuple[int, int] = (0, 1)) -> Collate:
     """Return the function that makes a batch of samples.
 
@@ -102,15 +110,18 @@ def train_batches(dataset: "PromptDataset", units: Units, collate: Collate, cut:
         yield TrainBatch(tensors, weight, plan.is_last, step)
 
 
-def eval_batches(dataset: "PromptDataset", collate: Collate, cut: "BatchCut") -> Iterator[tuple[dict[str, Any], bool]]:
-    """Yield this rank's evaluation batches of `cut.micro_batch` samples, and whether each counts.
+def eval_batches(dataset: "PromptDataset", collate: Collate, cut: "BatchCut") -> Iterator[EvalBatch]:
+    """Yield this rank's evaluation batches of `cut.micro_batch` samples, the data sets of a blend one after the other.
 
-    A dummy batch, for a rank without samples, does not count. Samples of similar length are batched together: a sum
-    over the whole set does not depend on the order.
+    Samples of similar length are batched together: a sum over a whole set does not depend on the order.
     """
-    lengths = dataset.lengths()
-    order = (-lengths).argsort(kind="stable")
-    units = Units(order, order, lengths[order], lengths[order])
-    plans = list(plan_micro_batches(units, cut.micro_batch, 1, cut.ranks, cut.rank))
-    for plan, tensors in zip(plans, load_batches(dataset, plans, collate, cut.on_cpu), strict=True):
-        yield tensors, plan.counts
+    lengths, plans, sources = dataset.lengths(), [], []
+    for source, members in enumerate(dataset.by_source().values()):
+        order = members[(-lengths[members]).argsort(kind="stable")]
+        units = Units(order, order, lengths[order], lengths[order])
+        of_source = list(plan_micro_batches(units, cut.micro_batch, 1, cut.ranks, cut.rank))
+        plans += of_source
+        sources += [source] * len(of_source)
+    batches = load_batches(dataset, plans, collate, cut.on_cpu)
+    for plan, source, tensors in zip(plans, sources, batches, strict=True):
+        yield EvalBatch(tensors, plan.counts, source)
