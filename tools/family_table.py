@@ -35,6 +35,7 @@ from utils.model.model_utils import set_module_dropouts
 from utils.module.attention import clear_documents
 from utils.module.fused_loss import summed_loss
 from utils.module.lora import LinearLayer_LoRA, convert_linear_layer_to_lora, convert_lora_to_linear_layer
+from utils.module.lora_names import describe_unreached
 
 LENGTHS = (43, 7, 28)  # the first is longer than the windows and chunks of the tiny models
 YES, REFUSED = "yes", "refused"
@@ -139,6 +140,7 @@ def layout(model: transformers.PreTrainedModel) -> str:
 def lora(model: transformers.PreTrainedModel, folder: str, family: str) -> tuple[str, str]:
     """Train LoRA's `auto` layers by one step; return what merging and what PEFT's reading of the adapter gave."""
     ids = torch.randint(3, VOCABULARY, (1, LENGTHS[0]), generator=torch.Generator().manual_seed(3))
+    left_out = re.match(r"(\d+) .*left out.*text \((.*)\)", describe_unreached(model, "auto") or "")
     convert_linear_layer_to_lora(model, "auto", 4, lora_scaling=8)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LinearLayer_LoRA)}
     model(input_ids=ids, use_cache=False).logits.float().pow(2).mean().backward()
@@ -154,6 +156,9 @@ def lora(model: transformers.PreTrainedModel, folder: str, family: str) -> tuple
     merged = _logits(convert_lora_to_linear_layer(model), ids)
     difference = ((merged - live).abs().max() / live.abs().max()).item()
     result = f"merged differs {difference:.1e}" if difference > 1e-4 else YES
+    if left_out and result == YES:
+        leaves = sorted({name.rpartition(".")[2] for name in left_out[2].split(", ")})
+        result = f"leaves out {left_out[1]} ({', '.join(leaves)})"
     if still and result == YES:
         leaves = sorted({name.rpartition(".")[2] for name in still})
         result = f"{len(still)} of {len(layers)} get no gradient ({', '.join(leaves)})"

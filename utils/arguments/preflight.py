@@ -44,7 +44,7 @@ from utils.model.config_values import check_length, check_rope
 from utils.model.model_utils import configure_dropout
 from utils.model.special_tokens import token_rows
 from utils.model.tokenizer import load_hf_tokenizer
-from utils.module.lora import check_lora_module_name
+from utils.module.lora_names import check_lora_module_name
 from utils.module.quantized import check_quantization, check_quantized_model
 from utils.module.remote_code import is_trusted, trust_remote_code
 from utils.module.sequence_parallel import check_sequence_parallel

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from utils.model.build import ModelForm, create_meta_model
 from utils.module.fused_loss import can_fuse, install_loss, summed_loss
-from utils.module.lora import find_blocks
+from utils.module.lora_names import find_blocks
 
 NAME = "simulated"
 FEW, MANY = 3, 6  # blocks

@@ -16,7 +16,6 @@ from utils.distributed.zero3 import gather, whole_shape
 from utils.errors import UserError
 from utils.export.hf_model import write_folder
 from utils.export.owned_files import place_over
-from utils.export.published import published_groups
 from utils.export.weights import write_tensors
 from utils.module.lora import LinearLayer_LoRA
 
@@ -74,18 +73,30 @@ def check_adapter(model: nn.Module) -> None:
             f"--save_lora_adapter: PEFT wraps no {' or '.join(MAMBA_NAMES)} of a {model.config.model_type} model, and "
             f"--lora_module_name takes in {len(refused)} of them: name others, such as {','.join(others) or 'in_proj'}."
         )
-    by_weight = target_parameters(model)
-    renamed = [
-        group.sources[0].name
-        for group in (published_groups(model) if by_weight else [])
-        if group.is_renamed_only and group.published[0].name != group.sources[0].name
-    ]
-    moved = sorted(set(renamed) & set(by_weight))
+    moved = renamed_layers(model)
     if moved:
+        others = sorted({name.rpartition(".")[2] for name in lora_layers(model) if name not in moved})
         raise UserError(
-            f"--save_lora_adapter: PEFT would take {moved[0]} of a {model.config.model_type} model for another layer, "
-            "by its older name: give --lora_module_name names of attention layers alone, such as q_proj,v_proj."
+            f"--save_lora_adapter: PEFT would read {len(moved)} layers of a {model.config.model_type} model by another "
+            f"name ({moved[0]}), and --lora_module_name takes them in: name others, such as {','.join(others[:4])}."
         )
+
+
+def renamed_layers(model: nn.Module) -> list[str]:
+    """Return the layers whose names PEFT changes while it reads an adapter, as transformers those of old checkpoints.
+
+    Such rules are for older names, but some fit a new one as well: Laguna's reads `shared_experts` as `shared_expert`
+    and one more letter. What is renamed finds no layer.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    except (ImportError, AttributeError, TypeError):  # a version without such rules
+        return []
+    weights = {name: f"{name}.weight" for name in lora_layers(model)}
+    return [name for name, weight in weights.items() if rename_source_key(weight, rules, [])[0] != weight]
 
 
 def adapter_config(model: nn.Module, base: str) -> dict:

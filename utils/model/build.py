@@ -28,6 +28,7 @@ from utils.module.lora import (
     make_model_gradient_checkpointing_compatible,
     only_optimize_lora_parameters,
 )
+from utils.module.lora_names import describe_unreached
 from utils.module.quantized import describe_quantized, quantize_layers
 from utils.module.remote_code import is_trusted
 from utils.module.tiled_mlp import tile_mlps
@@ -110,10 +111,13 @@ def _shape(
     if form.tiled_mlp:
         say(f"Tiled MLP: {tile_mlps(model)}")
     if form.lora_dim > 0:
+        unreached = describe_unreached(model, form.lora_module_name)
         model = convert_linear_layer_to_lora(
             model, form.lora_module_name, form.lora_dim, form.lora_alpha, form.lora_dropout, form.lora_rslora
         )
         say(f"LoRA: {describe_lora(model)}")
+        if unreached:
+            say(f"LoRA: {unreached}")
         if form.only_optimize_lora:
             model = only_optimize_lora_parameters(model)
             model = make_model_gradient_checkpointing_compatible(model)

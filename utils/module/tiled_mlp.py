@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from utils.errors import UserError
-from utils.module.lora import find_blocks
+from utils.module.lora_names import find_blocks
 from utils.module.remote_code import is_trusted
 
 NAMES = ("mlp", "feed_forward")  # of a block's MLP, in transformers' families
