@@ -64,12 +64,12 @@ def call_main(arguments: list[str]) -> tuple[int, str, str]:
 
 
 def test_random_arguments(run_setting, tmp_path, monkeypatch):
-    """300 combinations; one in twenty that is not refused is trained for up to three steps, the others prepare data."""
+    """200 combinations; one in twenty that is not refused is trained for up to three steps, the others prepare data."""
     counts = {"refused": 0, "prepared": 0, "trained": 0}
     # The plan's memory and time have tests of their own, and take longer than all the rest.
     monkeypatch.setattr(main, "dry_run", lambda args, *_: print("prepared"))
 
-    @settings(ONE_AFTER_THE_OTHER, max_examples=300)
+    @settings(ONE_AFTER_THE_OTHER, max_examples=200)
     @given(flags=st.lists(FLAG, min_size=0, max_size=4), really=st.integers(0, 19))
     def one_case(flags, really):
         output = tmp_path / f"output_{sum(counts.values())}"
@@ -92,7 +92,7 @@ def test_random_arguments(run_setting, tmp_path, monkeypatch):
             counts["prepared"] += 1
 
     one_case()
-    assert counts["refused"] > 100 and counts["prepared"] > 50 and counts["trained"] > 2, counts
+    assert counts["refused"] > 60 and counts["prepared"] > 30 and counts["trained"] > 1, counts
 
 
 # ------------------------------------------------------------------------------------ mutated files

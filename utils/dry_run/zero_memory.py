@@ -4,7 +4,8 @@ ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054) divides AdamW's
 1, the gradients too at stage 2, the weights too at stage 3. What exists beside that, and when, was read off DeepSpeed
 0.19.8 and measured (`benchmarks/memory_estimate.py`); it is more than the paper's 16 bytes a weight:
 
-  * without ZeRO fp32 has no master copy; 16 bits have one, and the step holds the float32 gradients twice;
+  * without ZeRO fp32 has no master copy; 16 bits have one, and start with a float32 gradient of zeros for each weight
+    (the step itself needs a small buffer only, `utils/engine/sweep_step.py`);
   * stages 1 and 2 peak alike with one micro batch a step: stage 1 is the stage 2 optimizer, which clears every gradient
     once its bucket is reduced and keeps this rank's part. With accumulation stage 1 keeps all of them until the last
     micro batch, stage 2 never does. (Summed on two ranks: `tests/dry_run/test_memory.py`);
@@ -118,14 +119,14 @@ def _without_zero(sizes: Sizes, setting: Setting) -> Estimate:
     master = FULL * trained if size < FULL else 0
     optimizer = master + MOMENTS * trained
     joined = size * min(trained, UNBUCKETED)
-    # In 16 bits the step turns all gradients into float32, and joins those while both are there.
-    in_step = gradients + (2 * FULL * trained if size < FULL else 0)
+    # Where ranks share rows the step is DeepSpeed's: all gradients in float32, and those joined.
+    joined_in_float32 = 2 * FULL * trained if setting.reduces_in_float32 else 0
     earlier = gradients if setting.accumulates else 0
     alive = max(sizes.forward + earlier, sizes.backward + earlier, sizes.with_gradients)
     moments = {
-        "start": weights + gradients + optimizer if master else weights,
+        "start": weights + optimizer + (gradients if setting.on_cpu else FULL * trained) if master else weights,
         "backward": weights + optimizer + max(alive, gradients + joined),
-        "step": weights + optimizer + in_step,
+        "step": weights + optimizer + gradients + joined_in_float32,
     }
     return _result(sizes, weights, gradients, optimizer, joined, moments, 0)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from utils.distributed.ranks import print_rank_0
 from utils.engine.master_weights import hold_float32, restore_masters
+from utils.engine.sweep_step import sweep_in_steps
 from utils.logging.console import chatter_to_log, phase
 from utils.machine.cpu_allocator import keep_freed_memory
 from utils.machine.gpu_setup import find_cuda_headers, first_error
@@ -107,6 +108,7 @@ def initialize_engine(
     skip_steps_that_are_not_finite(engine)
     leave_overflow_to_the_norm(engine)
     leave_out_reduction_of_one_rank(engine)
+    sweep_in_steps(engine)
     keep_freed_memory()  # from here on every step allocates what the one before freed
     return engine
 

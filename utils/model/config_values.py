@@ -58,7 +58,7 @@ def set_value(holder: Any, name: str, value: float) -> None:
     A configuration whose own check refuses the value keeps what it has: the modules are set as well.
     """
     before = holder[name] if isinstance(holder, dict) else getattr(holder, name)
-    value = type(before)(value) if value == int(value) else value
+    value = type(before)(value) if float(value).is_integer() else value
     if isinstance(holder, dict):
         holder[name] = value
         return
