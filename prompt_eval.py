@@ -3,8 +3,8 @@
 What it does
   * asks both models the same prompts in batches, by any of six decoding strategies, each model with its own
     tokenizer; an answer ends at the end token or at the next "Human:" (`--no-stop_at_human`: at the end token alone);
-  * measures the answers (length, how they end, how varied they are), both perplexities with `--data_path`, and wins
-    and losses with `--scorer_command`;
+  * measures the answers (length, how they end, how varied they are), both perplexities with `--data_path`, how near
+    they are to the data's own with `--references`, and wins and losses with `--scorer_command`;
   * prints the answers one below the other, and with `--report` writes a page to share;
   * with `--interactive`, holds a conversation in the terminal instead.
 
@@ -44,6 +44,7 @@ from utils.prompt_eval.comparison import ask, check_checkpoints, measure
 from utils.prompt_eval.config import HEADINGS, EvalConfig
 from utils.prompt_eval.models import check_fit, chosen_device, evaluation_data, load, measure_perplexity
 from utils.prompt_eval.prompts import PROMPTS
+from utils.prompt_eval.references import with_references
 from utils.prompt_eval.report import write_report
 from utils.prompt_eval.same_texts import describe_samples, describe_training
 from utils.prompt_eval.show import print_utils, show_answers, show_figures
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Compare the two models that the command line names, or talk to them."""
     args = parse_args(argv)
     trust_remote_code(args.trust_remote_code)
-    config = EvalConfig.resolve(args)
+    config = with_references(EvalConfig.resolve(args))
     device = chosen_device(args.device)
     print(f"Settings: {', '.join(config.settings)}")
     if args.interactive:

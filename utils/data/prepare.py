@@ -145,7 +145,7 @@ def _prepare_parts(
     """
     raw, parts = opened.raw, []
     for split, rows in (("train", raw.get_train_data()), ("eval", raw.get_eval_data())):
-        index = _chosen_rows(opened, split, len(rows), preparation)
+        index = chosen_rows(opened, split, len(rows), preparation)
         work_file = None
         if work_folder:
             os.makedirs(work_folder, exist_ok=True)
@@ -161,7 +161,7 @@ def _prepare_parts(
     return parts[0], parts[1]
 
 
-def _chosen_rows(opened: OpenSet, split: str, size: int, preparation: Preparation) -> np.ndarray:
+def chosen_rows(opened: OpenSet, split: str, size: int, preparation: Preparation) -> np.ndarray:
     """Return the numbers of the rows of a split that are used."""
     if opened.use == (EVALUATION if split == "train" else TRAINING):
         return np.arange(0)

@@ -122,6 +122,9 @@ def _add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scorer_command", default=None, metavar="COMMAND",
         help='score the answers with this command, which reads one JSON line {"prompt": ..., "answer": ...} per answer '
         "and prints one number for each, higher is better; by default answers are not scored")
+    add("--references", type=int, nargs="?", const=100, default=None, metavar="N",
+        help="ask the first N prompts of the evaluation part of --data_path (100 without N) and compare the answers "
+        "with the data's own: exact match, ROUGE-L, last number; None asks other prompts, which have no such answers")
     add("--data_path", nargs="*", default=[], metavar="NAME",
         help="measure both models' perplexity on the evaluation part of these data sets, named as in training; none "
         "by default")
@@ -263,11 +266,25 @@ def _wrong_strategies(args: argparse.Namespace) -> list[str]:
 
 def _wrong_prompts(args: argparse.Namespace) -> list[str]:
     """Return what is wrong with the prompts of the command line and of the file."""
-    problems = []
+    problems = _wrong_references(args)
     if any(not prompt.strip() for prompt in args.prompt or []):
         problems.append("--prompt: an empty prompt cannot be answered")
     try:
         given_prompts(args)
     except UserError as err:
         problems.append(str(err))
+    return problems
+
+
+def _wrong_references(args: argparse.Namespace) -> list[str]:
+    """Return what keeps `--references` from taking its prompts from the data."""
+    if args.references is None:
+        return []
+    problems = [f"--references {args.references}: at least 1 is needed"] * (args.references < 1)
+    if not (args.data_path or args.sft_only_data_path or args.eval_data_path):
+        problems.append("--references needs --data_path: its prompts and answers are those of the evaluation data")
+    others = [f"--{name}" for name in ("prompt", "prompt_file", "interactive") if getattr(args, name)]
+    others += ["--prompt_form chat"] * (args.prompt_form == CHAT)
+    if others:
+        problems.append(f"--references asks the data's prompts in training's form: leave {' and '.join(others)} out")
     return problems

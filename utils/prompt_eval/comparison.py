@@ -12,6 +12,7 @@ from utils.prompt_eval.answers import Answer, Answers, Results, answer_prompts, 
 from utils.prompt_eval.config import CHAT, HEADINGS, EvalConfig
 from utils.prompt_eval.forms import describe_form, prompt_ids
 from utils.prompt_eval.models import load_config_and_tokenizer
+from utils.prompt_eval.references import add_scores
 from utils.prompt_eval.scorer import score_answers
 
 
@@ -77,6 +78,7 @@ def measure(config: EvalConfig, results: dict[str, Results]) -> tuple[Figures, U
     for (strategy, name), given in answers.items():
         texts, tokens, ended = zip(*((answer.text, answer.tokens, answer.ended) for answer in given), strict=True)
         figures[strategy][name] = summarize(texts, tokens, ended)
+    add_scores(config, results, figures)
     if config.args.scorer_command is None:
         return figures, None
     try:

@@ -35,6 +35,8 @@ class EvalConfig:
     prompts: tuple[str, ...]
     num_beams: int
     num_beam_groups: int
+    references: tuple[str, ...] = ()  # the data's own answer to each prompt, with `--references`
+    adds_special: tuple[bool, ...] = ()  # whether each prompt gets the tokenizer's special tokens; empty: all do
 
     @classmethod
     def resolve(cls, args: Namespace, prompts: Sequence[str] | None = None) -> "EvalConfig":
@@ -47,7 +49,7 @@ class EvalConfig:
         strategies = split_strategies(args.strategies)
         beams, groups = choose_beams(args, strategies)
         _print_beams(args, strategies, beams, groups)
-        asked = given_prompts(args) if prompts is None else prompts
+        asked = given_prompts(args) if prompts is None and args.references is None else prompts or ()
         return cls(args, tuple(strategies), tuple(asked), beams, groups)
 
     @property

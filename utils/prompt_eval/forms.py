@@ -56,7 +56,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, config: EvalConfig) -> list[l
         UserError: a chat template refuses a prompt.
     """
     if config.args.prompt_form != CHAT:
-        return [list(ids) for ids in tokenizer(list(config.prompts))["input_ids"]]
+        adds = config.adds_special or [True] * len(config.prompts)
+        pairs = zip(config.prompts, adds, strict=True)
+        return [list(tokenizer(prompt, add_special_tokens=added)["input_ids"]) for prompt, added in pairs]
     return [question_ids(tokenizer, *turns_of(prompt)) for prompt in config.prompts]
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.data.batching.batches import collate_for, eval_batches
-from utils.data.formats.custom import own_options
+from utils.data.formats.custom import OwnOptions, own_options
 from utils.data.formats.roles import parse_columns
 from utils.data.mixture import DataSources
 from utils.data.prepare import Preparation, prepare_prompt_data
@@ -179,20 +179,26 @@ def evaluation_data(
     baseline = tokenizer if baseline is None else baseline
     end = end_of_conversation_token(tokenizer, config.extra_token, path)
     sample = SampleForm(tokenizer, end, args.max_seq_len, args.completion_only_loss, overlong=args.overlong)
-    of_baseline = end_of_conversation_token(baseline, config.extra_token, path)
+    own, sources, preparation = data_options(config, baseline)
+    train, evaluation = prepare_prompt_data(sources, sample, own, preparation)
+    evaluation.content = train.content
+    return evaluation
+
+
+def data_options(config: EvalConfig, baseline: PreTrainedTokenizerBase) -> tuple[OwnOptions, DataSources, Preparation]:
+    """Return how the data of the arguments are read: as training reads them, which began with `baseline`."""
+    args = config.args
+    end = end_of_conversation_token(baseline, config.extra_token, args.model_name_or_path_baseline)
     own = own_options(
         baseline,
-        end_token_id(baseline, of_baseline),
+        end_token_id(baseline, end),
         parse_columns(args.columns),
         args.chat_template,
         args.train_turns,
         args.template_date or training_date(args.model_name_or_path_finetune),
     )
     sources = DataSources(args.data_path, args.data_split, args.sft_only_data_path, args.eval_data_path)
-    preparation = Preparation(local_rank=0, cache_folder=args.data_output_path, phase=1, seed=args.seed)
-    train, evaluation = prepare_prompt_data(sources, sample, own, preparation)
-    evaluation.content = train.content
-    return evaluation
+    return own, sources, Preparation(local_rank=0, cache_folder=args.data_output_path, phase=1, seed=args.seed)
 
 
 def measure_perplexity(model: PreTrainedModel, tokenizer: Any, data: PromptDataset) -> Evaluation:

@@ -32,12 +32,22 @@ FIGURES = {
     "distinct_2": ("distinct-2", "{:.2f}"),
     f"repeated_{REPEATED_N}": (f"repeated {REPEATED_N}-grams", "{:.0%}"),
 }
+REFERENCE_FIGURES = {
+    "exact_match": ("exact match", "{:.1%}"),
+    "rouge_l": ("ROUGE-L", "{:.3f}"),
+    "last_number": ("last number", "{:.1%}"),
+}
+OF_REFERENCES = (
+    "Exact match, ROUGE-L (F1) and last number compare with the data's own answers; last number counts those whose "
+    "reference has a number."
+)
 EXPLANATION = (
     "Words and tokens are means per answer. Ended by itself: by the end token or, where answers end there, by the next "
     "“Human:”, not by the limit. "
     "Distinct-n: different n-grams of all answers / all n-grams. Repeated n-grams: share that occurs earlier in "
     "the same answer."
 )
+_ABSENT = object()
 _CJK = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _PIECE = re.compile(rf"\s+|(?:[{_CJK}]|[^\W{_CJK}]+|[^\w\s])\s*")
 
@@ -78,6 +88,10 @@ def rows(config: EvalConfig, results: dict[str, Results], figures: Figures) -> l
             }  # fmt: skip
             if "scores" in figures[strategy]:
                 record["score"] = figures[strategy]["scores"][name][number * config.args.num_return_sequences + place]
+            if config.references:
+                of_answer = figures[strategy]["reference_scores"][name]
+                record["reference"] = config.references[number]
+                record |= of_answer[number * config.args.num_return_sequences + place]
             records.append(record)
     return records
 
@@ -95,10 +109,20 @@ def pairs(config: EvalConfig, results: dict[str, Results]) -> list[tuple[int, st
 def shown_figures(of_strategy: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return (name, before, after) of one strategy's figures, as text."""
     found = []
-    for key, (name, form) in FIGURES.items():
-        values = [of_strategy[side][key] for side in ("baseline", "finetuned")]
+    for key, (name, form) in (FIGURES | REFERENCE_FIGURES).items():
+        values = [of_strategy[side].get(key, _ABSENT) for side in ("baseline", "finetuned")]
+        if _ABSENT in values:
+            continue
         found.append((name, *("–" if value is None else form.format(value) for value in values)))
     return found
+
+
+def _heads(figures: Figures) -> list[str]:
+    return [name for name, *_ in shown_figures(next(iter(figures.values())))]
+
+
+def _explained(figures: Figures) -> str:
+    return f"{EXPLANATION} {OF_REFERENCES}" if "ROUGE-L" in _heads(figures) else EXPLANATION
 
 
 def settings_line(config: EvalConfig) -> str:
@@ -138,7 +162,7 @@ def _tiles(results: dict[str, Results], figures: Figures) -> str:
         tiles.append(("perplexity on held-out data", *(f"{one.perplexity:.4g}" for one in worth)))
     strategy, first = next(iter(figures.items()))
     title = STRATEGIES[strategy].lower()
-    wanted = ("words", "ended by itself", "distinct-2")
+    wanted = ("words", "ended by itself", "distinct-2", *(name for name, _ in REFERENCE_FIGURES.values()))
     tiles += [(f"{name}, {title}", *values) for name, *values in shown_figures(first) if name in wanted]
     cells = [
         f'<div class="card tile"><div class="name">{name}</div><div class="value"><span class="before">{before}</span>'
@@ -157,7 +181,7 @@ def _tiles(results: dict[str, Results], figures: Figures) -> str:
 def _numbers(figures: Figures) -> str:
     """Return the table of every strategy's figures, with before above after in each cell, and its explanation."""
     with_wins = any("wins" in of_strategy for of_strategy in figures.values())
-    heads = [name for name, _ in FIGURES.values()] + ["wins / ties / losses"] * with_wins
+    heads = _heads(figures) + ["wins / ties / losses"] * with_wins
     lines = []
     for strategy, of_strategy in figures.items():
         cells = [
@@ -170,7 +194,7 @@ def _numbers(figures: Figures) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in ["", *heads])
     return (
         f'<div class="card scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody>'
-        f'</table></div>\n<p class="soft">{EXPLANATION}</p>'
+        f'</table></div>\n<p class="soft">{_explained(figures)}</p>'
     )
 
 
@@ -187,9 +211,16 @@ def _prompts(config: EvalConfig, results: dict[str, Results]) -> str:
             f"{_side('before', before, marked[0])}{_side('after', after, marked[1])}</div></div>"
         )
     return "\n".join(
-        f'<article class="card"><h3>{escape(prompt.strip())}</h3>{"".join(block)}</article>'
-        for prompt, block in zip(config.prompts, blocks, strict=True)
+        f'<article class="card"><h3>{escape(prompt.strip())}</h3>{reference}{"".join(block)}</article>'
+        for prompt, reference, block in zip(config.prompts, _reference_lines(config), blocks, strict=True)
     )
+
+
+def _reference_lines(config: EvalConfig) -> list[str]:
+    """Return the line below each prompt with the data's own answer; empty ones without `--references`."""
+    if not config.references:
+        return [""] * len(config.prompts)
+    return [f'<p class="reference"><b>reference</b> {escape(text)}</p>' for text in config.references]
 
 
 def _side(name: str, answer: Answer, marked: str) -> str:
@@ -226,7 +257,7 @@ def markdown(config: EvalConfig, results: dict[str, Results], figures: Figures) 
     lines = ["# Before and after fine-tuning", "", f"before: {_code(before)}, after: {_code(after)}", ""]
     lines += [settings_line(config), ""]
     lines += evaluation_markdown(results)
-    names = [name for name, _ in FIGURES.values()]
+    names = _heads(figures)
     lines += ["", f"| strategy | model | {' | '.join(names)} | score |", f"| --- | --- |{' ---: |' * len(names)} --- |"]
     for strategy, of_strategy in figures.items():
         shown = shown_figures(of_strategy)
@@ -234,11 +265,13 @@ def markdown(config: EvalConfig, results: dict[str, Results], figures: Figures) 
         score = "{win} won, {tie} tied, {loss} lost".format(**wins) if wins else "–"
         lines.append(f"| {STRATEGIES[strategy]} | before | {' | '.join(before for _, before, _ in shown)} | |")
         lines.append(f"| {STRATEGIES[strategy]} | after | {' | '.join(after for _, _, after in shown)} | {score} |")
-    lines += ["", EXPLANATION, ""]
+    lines += ["", _explained(figures), ""]
     last = None
     for number, strategy, place, pair in pairs(config, results):
         if number != last:
             lines += [f"## Prompt {number + 1}", "", _fenced(config.prompts[number].strip()), ""]
+            if config.references:
+                lines += ["**reference**", "", _fenced(config.references[number]), ""]
             last = number
         several = f", answer {place + 1}" if config.args.num_return_sequences > 1 else ""
         for name, answer in zip(("before", "after"), pair.values(), strict=True):

@@ -108,6 +108,20 @@ class OwnTexts(PromptRawDataset):
         talk = self.conversation(sample)
         return None if talk is None else chat_format.render_prompt(self.chat, talk.messages[:-1], talk.tools)
 
+    def reference(self, sample: Sample) -> str | None:
+        """Return the row's last answer in its own words, without what a format puts around it; None where it has none.
+
+        Reasoning and calls beside the answer are left out.
+        """
+        if "text" in self.roles or self.has_ids:
+            return None
+        if self.rendering(sample) is not None:
+            answer = self.rows.answer(sample)
+            return answer if isinstance(answer, str) else None
+        talk = self.conversation(sample)
+        content = None if talk is None else talk.messages[-1]["content"]
+        return content if isinstance(content, str) else None
+
     def get_prompt_and_chosen(self, sample: Sample) -> str | None:
         """Return the conversation with its last answer."""
         return self._joined(sample, rejected=False)
