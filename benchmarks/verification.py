@@ -26,8 +26,9 @@ def save(folder: str, layers: int, hidden: int) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    from utils.export import weights
+    from utils.export import merged, weights
     from utils.export.hf_model import write_all_but_weights
+    from utils.module.lora import convert_linear_layer_to_lora
 
     config = LlamaConfig(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64, intermediate_size=4 * hidden,
@@ -45,9 +46,14 @@ def save(folder: str, layers: int, hidden: int) -> dict[str, float]:
     for parameter in model.parameters():
         weights.tensor_checksum(parameter.detach())
     size = sum(parameter.nbytes for parameter in model.parameters())
+    checksums = time.perf_counter() - start
+    convert_linear_layer_to_lora(model, "auto", 64)
+    start = time.perf_counter()
+    merged.compare_merged(model, folder, written)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()), "bytes": size,
-        "seconds": round(seconds, 2), "of_them_checksums": round(time.perf_counter() - start, 2),
+        "seconds": round(seconds, 2), "of_them_checksums": round(checksums, 2),
+        "merged_compared": round(time.perf_counter() - start, 2),
     }  # fmt: skip
 
 

@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from tools.tiny_families import tiny_config, tiny_model
 from utils.errors import UserError
 from utils.export.hf_model import save_hf_format, save_model_folder, save_zero_three_model, write_weights
+from utils.export.merged import compare_merged
 from utils.export.verify import live_logits, verify_saved_model
 from utils.model.model_utils import create_hf_model
 from utils.model.tokenizer import load_hf_tokenizer
@@ -172,6 +174,25 @@ def test_verification_rejects_other_weights(model, tokenizer, tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="does not load"):
         verify_saved_model(folder, IDS, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["opt", "gpt2", "hrm_text"])
+def test_merged_weights_are_compared_with_the_layers_own_forward(family, dtype, tokenizer, tmp_path):
+    """Linear, Conv1D, and a family that is published with q, k and v in one tensor: any other merging is found."""
+    model = with_lora(tiny_model(tiny_config(family)), "auto").to(dtype)
+    layers = [module for module in model.modules() if isinstance(module, LinearLayer_LoRA)]
+    written = save_model_folder(model, tokenizer, str(tmp_path))
+    assert compare_merged(model, str(tmp_path), written) == len(layers)
+    scale = layers[0].lora_scaling
+    layers[0].lora_scaling = scale * (1.01 if dtype == torch.float32 else 1.1)
+    with pytest.raises(UserError, match=r"1 merged weights are not what the layers with LoRA compute \(.*weight by "):
+        compare_merged(model, str(tmp_path), written)
+    layers[0].lora_scaling = scale
+    with torch.no_grad():
+        layers[-1].lora_left_weight[1, 2] += 0.2  # one number of one layer
+    with pytest.raises(UserError, match="1 merged weights"):
+        compare_merged(model, str(tmp_path), written)
 
 
 # ----------------------------------------------------------------------------------------------- failure

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.distributed.ranks import is_rank_0
 from utils.export import verify
 from utils.export.hf_model import save_model_folder, settled, unwrap
+from utils.export.merged import compare_merged
 from utils.export.model_card import describe_model
 from utils.export.owned_files import ADAPTER_FOLDER
 from utils.export.peft_adapter import write_adapter
@@ -69,7 +70,11 @@ def save_verified_model(
 
     add = add_adapter if form.with_adapter else None
     written = save_model_folder(model, tokenizer, folder, form.describe, form.max_shard_size, add)
+    merged = 0
+    if expected is None:
+        with phase("verifying the merged weights"):
+            merged = compare_merged(model, folder, written)
     if not is_rank_0():
         return Verification()
     with phase("verifying the saved model"):
-        return verify.verify_folder(folder, written, tokenizer, sample, expected)
+        return verify.verify_folder(folder, written, tokenizer, sample, expected)._replace(merged=merged)

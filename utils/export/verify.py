@@ -1,7 +1,8 @@
 """Read a saved model back and compare it with the one that was trained.
 
 Always: every tensor against the checksum of what was gathered, the names that plain transformers asks for (a load
-without memory), and the tokenizer. Up to a size: the logits of the reloaded model too, which needs it in CPU memory.
+without memory), and the tokenizer. Up to a size: the logits of the reloaded model too, which needs it in CPU memory;
+above it each merged weight against the forward of its trained layer (`utils.export.merged`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Verification(NamedTuple):
     tensors: int = 0  # read back, each with the checksum of what was gathered
     size: int = 0  # bytes of them
     difference: float | None = None  # of the logits, relative to the largest; None: no forward
+    merged: int = 0  # LoRA layers whose own forward gave the merged weight
 
     def words(self, folder: str) -> list[str]:
         """Return the printed lines."""
@@ -47,6 +49,8 @@ class Verification(NamedTuple):
                 *lines,
                 f"Saved to {folder} and verified: reloaded logits differ by {self.difference:.1e} of the largest",
             ]
+        if self.merged:
+            lines.append(f"Merged: the weights of {self.merged} LoRA layers are, to rounding, what the layers compute")
         return [
             *lines,
             f"Saved to {folder} and verified by checksums: above {FORWARD_LIMIT / 1e9:.0f} GB of weights no second "
