@@ -93,7 +93,9 @@ def check(command: str) -> None:
         expanded(words[1])
         flags = [word.startswith("--") for word in words]
         further = words[flags.index(True) :] if True in flags else []
-        if words[1].startswith("evaluation_scripts/"):
+        if words[1] == "evaluation_scripts/run_lm_eval.sh":
+            assert set(further[::2]) <= {"--tasks", "--limit", "--apply_chat_template", "--output_path"}
+        elif words[1].startswith("evaluation_scripts/"):
             from utils.prompt_eval.arguments import build_parser as evaluation_parser
 
             evaluation_parser().parse_args(further)
@@ -350,7 +352,7 @@ def test_ci_run_tells_how_it_went(tmp_path, status, closing):
 def test_requirements_are_pinned_and_hold_what_is_imported():
     """A fresh machine gets what this one has, and whatever is imported is named."""
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)", text_of("requirements.txt") + text_of("requirements-dev.txt"), re.M))
-    ours = {"utils", "tools", "benchmarks", "demo", "tests", "main", "prompt_eval"}
+    ours = {"utils", "tools", "evaluation_scripts", "benchmarks", "demo", "tests", "main", "prompt_eval"}
     ours |= {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
     ours |= {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
     packages = packages_distributions()  # modules go by another name than their package, or several come in one
