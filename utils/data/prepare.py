@@ -31,6 +31,7 @@ from utils.data.raw_datasets import PromptRawDataset
 from utils.data.splits import PUBLISHED, get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
 from utils.data.tokenization.refused_rows import name_refused_row
 from utils.data.tokenization.tokenize_rows import SampleForm, map_arguments, row_tokenizer, sample_features
+from utils.data.tokenization.workers import map_rows
 from utils.errors import UserError
 from utils.files import build_folder
 from utils.logging.console import say
@@ -218,10 +219,11 @@ def tokenize_part(
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # The result goes to `work_file`, never to the library's cache, so any fingerprint that names this file will do.
     fingerprint = hashlib.sha256(repr((work_file, sorted(features), sample.max_seq_len)).encode()).hexdigest()[:16]
-    table = rows.map(
+    table = map_rows(
+        rows,
+        workers=workers,
         **map_arguments(raw, sample, phase, tokenizer),
         remove_columns=rows.column_names,
-        num_proc=workers if workers > 1 else None,
         cache_file_name=work_file,
         keep_in_memory=work_file is None,
         load_from_cache_file=False,
