@@ -20,7 +20,8 @@ from utils.data.formats.custom import own_options
 from utils.data.formats.roles import parse_columns
 from utils.data.mixture import EVALUATION, TRAINING, DataSources, weighted
 from utils.data.open_sets import OpenSet, Preparation, open_sets
-from utils.data.outcomes import BOOKS, REASON_WORDS
+from utils.data.outcomes import BOOKS, REASON_WORDS, notes_on
+from utils.data.prepare import tokenize_part
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.splits import get_shuffle_idx, split_boundaries
 from utils.data.tokenization.byte_bpe import quick_tokenizer
@@ -41,6 +42,7 @@ ROWS_AT_ONCE = 1000
 SAMPLES = 3
 SHOWN_CHARS = 600
 NAMED_ROWS = 5
+NOTED_ROWS = 1000
 PHASES = (1, 2, 3)
 ABSENT = 0  # marks a missing text; the hash of a text is never 0
 
@@ -98,6 +100,7 @@ def report_data_set(text: str, opened: OpenSet, sample: SampleForm, args: Namesp
         for split, rows in (("train", train), ("eval", evaluation)):
             if split in used:
                 report_rows(split, rows, args.max_seq_len)
+        report_notes(data["train"], raw, sample)
         report_duplicates(train, evaluation)
         report_phases(parts, {"train": train, "eval": evaluation}, args.max_seq_len)
         shown = parts["train"][0] if len(parts["train"][0]) else np.arange(len(train.texts))
@@ -194,6 +197,14 @@ def report_rows(split: str, rows: Rows, max_seq_len: int) -> None:
             f"    --max_seq_len {max_seq_len} truncates {truncated} rows ({truncated / len(lengths):.1%}), "
             f"{prompts} of them before the last answer"
         )
+
+
+def report_notes(rows: datasets.Dataset, raw: PromptRawDataset, sample: SampleForm) -> None:
+    """Print what is not used of the data, and what is to be said of the first rows."""
+    counts = tokenize_part(rows.select(range(min(NOTED_ROWS, len(rows)))), raw, sample, 1, num_proc=1).counts
+    where = f"of the first {NOTED_ROWS} rows of train: " if len(rows) > NOTED_ROWS else ""
+    for line in notes_on(counts, sample.special, raw.unused_columns()):
+        print(f"  {where}{line}")
 
 
 def report_duplicates(train: Rows, evaluation: Rows, named: bool = True) -> None:

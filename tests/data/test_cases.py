@@ -1,21 +1,15 @@
 """Data as users bring them, case by case: what is trained, what is labelled, and what is said or refused.
 
-The cases are small rows of each kind that people reported losses with. Where a folder of real files of these kinds
-lies beside the repository, every one of its files is tried too.
+The cases are small rows of each kind that people reported losses with.
 """
 
-import csv
 import json
 import re
-from pathlib import Path
 
-import datasets
-import pyarrow.parquet as pq
 import pytest
-from conftest import SHARED, needs_shared
 
 from tests.data.template_kinds import samples_of, tokenizer_of
-from tests.data.test_own_formats import open_own, write
+from tests.data.test_own_formats import write
 from utils.errors import UserError
 
 END = "<|im_end|>"
@@ -62,6 +56,11 @@ CASES = [
         {"name": "open_door", "arguments": {"door": "red"}})}, {"from": "observation", "value": "ok"},
         {"from": "gpt", "value": "a"}], "tools": json.dumps([OPEN])}, [CALLED + END, "a" + END],
      ["# Tools", "<tool_response>\nok"]),
+    ("roles in other spellings", talk({"role": "System", "content": "Be brief."}, ASK | {"role": "Human"},
+        SAY | {"role": "ASSISTANT"}, AGAIN | {"role": "USER "}, LAST | {"role": "Bot"}), BOTH, ["system\nBe brief."]),
+    ("speakers in other spellings", {"conversations": [*turns("q", names=("Human",)), {"from": "Function-Call", "value":
+        '{"name": "open_door", "arguments": {"door": "red"}}'}, {"from": "Observation", "value": "ok"},
+        {"from": "GPT", "value": "a"}]}, [CALLED + END, "a" + END], ["<tool_response>\nok"]),
     ("ShareGPT's other speakers", {"conversations": turns("q", "a", names=("user", "assistant"))}, ["a" + END], ["q"]),
     ("a call, content blank", talk(ASK, call(content=""), DONE, SAY, tools=[OPEN]), [CALLED + END, *PAIR],
      ["# Tools", '"name": "open_door", "parameters"', "<tool_response>\nok"]),
@@ -77,6 +76,9 @@ CASES = [
     ("weight 0", talk(ASK, SAY | {"weight": 0}, AGAIN, LAST | {"weight": 1}), BOTH[1:], [SAY["content"]]),
     ("weight 0.0", talk(ASK, SAY | {"weight": 0.0}, AGAIN, LAST), [LAST["content"] + END], [SAY["content"]]),
     ("train false", talk(ASK, SAY | {"train": False}, AGAIN, LAST), [LAST["content"] + END], [SAY["content"]]),
+    *((f"{mark} {value}", talk(ASK, SAY | {mark: value}, AGAIN, LAST | {mark: type(value)(1)}), BOTH[1:], [])
+      for mark, value in (("training", False), ("loss", False), ("loss", 0), ("loss_scale", 0.0), ("loss_weight", 0))),
+    ("marks of no answer", talk(ASK | {"weight": 2, "train": "x"}, SAY | {"mask": 1, "trainable": False}), PAIR, []),
     ("weight null", talk(ASK, SAY | {"weight": None}, AGAIN, LAST), BOTH, []),
     ("Alpaca", {"instruction": "Sum.", "input": "2, 3", "output": "5"}, ["5" + END], ["user\nSum.\n2, 3<|im_end|>"]),
     ("Alpaca's system and history", {"instruction": "q", "input": "", "output": "a", "system": "Be brief.",
@@ -111,6 +113,12 @@ CASES = [
     ("Dolly", {"instruction": "q", "context": "c", "response": "a", "category": "x"}, ["a" + END],
      ["user\nq\nc<|im_end|>"]),
     ("question and answers", {"question": "q", "answers": ["a", "b"]}, ["a" + END], ["user\nq<|im_end|>"]),
+    ("SQuAD", {"context": "c", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}}, ["a" + END],
+     ["user\nq\nc<|im_end|>"]),
+    ("TriviaQA", {"question": "q", "answer": {"value": "a", "aliases": ["b"]}}, ["a" + END], ["user\nq<|im_end|>"]),
+    ("answers as objects", {"question": "q", "answers": [{"text": "a", "score": 1}]}, ["a" + END], []),
+    ("answers like JSON", {"prompt": '["q"]', "completion": '{"role": "user", "text": "a"}'},
+     ['{"role": "user", "text": "a"}' + END], ['user\n["q"]<|im_end|>']),
     ("white space at borders", talk(ASK | {"content": "  x  "}, SAY | {"content": "\n\nlist:\n- a\n"}),
      ["\n\nlist:\n- a\n" + END], []),
     *((f"borders {mark!a}", talk(ASK | {"content": f"{mark} q {mark}"}, SAY | {"content": f"{mark} a {mark}"}, AGAIN,
@@ -118,7 +126,8 @@ CASES = [
 ]  # fmt: skip
 
 # Arrow has one type a column, and no file of it holds these beside the others.
-NOT_BESIDE_OTHERS = {"parts of text", "arguments as JSON text", "history as messages"}
+NOT_BESIDE_OTHERS = {"parts of text", "arguments as JSON text", "history as messages", "marks of no answer", "loss 0",
+                     "TriviaQA", "answers as objects", "SQuAD", "answers like JSON"}  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "labels", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
@@ -163,6 +172,10 @@ REFUSED = [
     ("qwen", talk(ASK | {"content": [{"type": "image_url", "image_url": "x"}]}, SAY), "record 1.*of type 'image_url'"),
     ("qwen", talk(ASK | {"content": None}, SAY), r"record 1.*messages\[0\].content. is null"),
     ("qwen", talk(ASK, {"role": "robot", "content": "a"}), r"record 1.*messages\[1\].role. is 'robot'"),
+    ("qwen", talk({"user": "q", "assistant": "a"}), r'record 1.*has neither "role" nor "from" .it has user, assistant'),
+    ("qwen", talk(ASK, SAY | {"loss": 0.5}), r"record 1.*messages\[1\].loss. is 0.5: it must be 0 or 1"),
+    ("qwen", {"conversations": [{"from": "human", "value": "q", "content": "x"}]}, "record 1.*different texts"),
+    ("qwen", {"question": "q", "answer": {"label": "a", "id": 1}}, "record 1.*object with label, id.*--columns resp"),
     ("qwen", talk(ASK, call() | {"tool_calls": [{"id": "c1"}]}), r"record 1.*tool_calls\[0\]. is no call"),
     ("qwen", talk(ASK, SAY, tools="door"), "no list of functions"),
     ("qwen", {"chosen": "Human: q Assistant: a"}, "record 1.*no prompt beside it.*--columns text=chosen"),
@@ -175,127 +188,3 @@ REFUSED = [
 def test_what_is_refused(tmp_path, kind, row, words):
     with pytest.raises(UserError, match=re.compile(words, re.DOTALL)):
         samples_of(write(tmp_path / "t.jsonl", [row, row]), tmp_path / "cache", kind)
-
-
-# -------------------------------------------------------------------------------- every file beside the repository
-
-FOLDER = SHARED.parent / "cases" / "data"
-# What is refused, and how the message leads on.
-BAD_FILES = {
-    "10_blank_turns/none_at_all.jsonl": r"record 20 \(line 20\): .messages. holds no message",
-    "14_json_shapes/field.json": r"the records are in its field .data.: write that list alone",
-    "14_json_shapes/utf16.jsonl": "UTF-16 .*save it as UTF-8",
-    "15_csv/dup.csv": "two columns of the same name .*response, response",
-    "15_csv/latin1.csv": r"not UTF-8 text.*line 2.*save it as UTF-8",
-    "15_csv/semicolon.csv": "separated by ';', not by commas",
-    "36_small/ev/train.jsonl": "does not begin with a list or an object",  # the path that it once was a link to
-}
-
-
-def shared_files() -> list[str]:
-    kinds = (".json", ".jsonl", ".csv", ".parquet")
-    found = [str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*") if path.name.endswith(kinds)]
-    found = [name for name in found if not Path(name).name.startswith(("dataset_info", "state"))]
-    return sorted([*found, "23_null_field/saved"]) if FOLDER.is_dir() else []
-
-
-def rows_in(path: Path) -> list[dict]:
-    """The rows of a file, read in the simplest way there is."""
-    if path.is_dir():
-        return datasets.load_from_disk(str(path)).to_list()
-    if path.suffix == ".csv":
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file, skipinitialspace=True))
-    if path.suffix == ".parquet":
-        return pq.read_table(path).to_pylist()
-    lines = path.read_text("utf-8-sig").replace("\ufeff", "").split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
-
-
-def answers_in(row: dict) -> list[str]:
-    """What a template of Qwen's kind has the model write for a row."""
-    talk = row.get("messages") or row.get("conversations")
-    if isinstance(talk, str):
-        talk = json.loads(talk)
-    if "text" in row:
-        tokenizer = tokenizer_of("qwen")  # without BOS, so nothing predicts the first token
-        return [tokenizer.decode(tokenizer(row["text"])["input_ids"][1:]) + END]
-    if talk is None:
-        before = [answer + END for _, answer in row.get("history") or ()]
-        last = next(row[name] for name in ("response", "completion", "output", "answer") if name in row)
-        return [*before, (last if isinstance(last, str) else last[0]["content"]) + END]
-    asked = max(place for place, one in enumerate(talk) if one.get("role", one.get("from")) in ("user", "human"))
-    return [written(one, place > asked) + END for place, one in enumerate(talk) if is_learned(one)]
-
-
-def is_learned(one: dict) -> bool:
-    answers = one.get("role", one.get("from")) in ("assistant", "gpt") and one.get("weight") != 0
-    return answers and bool(one.get("content") or one.get("value") or one.get("tool_calls"))
-
-
-def written(one: dict, is_last: bool) -> str:
-    content = one.get("content") or one.get("value") or ""
-    content = "".join(part["text"] for part in content) if isinstance(content, list) else content
-    if "</think>" in content and not is_last:
-        content = content.split("</think>")[1].lstrip("\n")
-    thought = f"<think>\n{one['reasoning_content']}\n</think>\n\n" if one.get("reasoning_content") else ""
-    calls = [json.dumps(entry["function"]) for entry in one.get("tool_calls") or ()]
-    return thought + "\n".join([*filter(None, [content]), *(f"<tool_call>\n{text}\n</tool_call>" for text in calls)])
-
-
-@needs_shared
-@pytest.mark.parametrize("name", shared_files())
-def test_every_case_beside_the_repository(tmp_path, name):
-    path = FOLDER / name
-    if name in BAD_FILES:
-        with pytest.raises(UserError, match=BAD_FILES[name]):
-            samples_of(path, tmp_path)
-        return
-    samples, rows = samples_of(path, tmp_path), rows_in(path)
-    assert len(samples) == len(rows)
-    wanted = sorted(answers_in(row) for row in rows)
-    assert sorted(sample.labels for sample in samples) == wanted
-    assert all(word in "".join(sample.text for sample in samples) for row in rows for word in words_in(row))
-
-
-def words_in(row: dict) -> list[str]:
-    """What a row holds beside its answers, up to the last one."""
-    talk = row.get("messages") or row.get("conversations")
-    if isinstance(talk, list):
-        last = max(place for place, one in enumerate(talk) if is_learned(one))
-        row = {"messages": talk[:last]}
-    names = "value|content|instruction|input|prompt|question|context|text|system"
-    return [json.loads(f'"{text}"').strip() for text in re.findall(rf'"(?:{names})": "([^"\\<]+)', json.dumps(row))]
-
-
-@needs_shared
-@pytest.mark.parametrize("name", ["07_thinking/think_multi.jsonl", "11_roles/system.jsonl", "12_chat/chat.jsonl"])
-def test_a_template_that_leaves_reasoning_and_system_turns_out(tmp_path, name):
-    """It is said, and no reason to refuse: the answers are labelled as they are rendered."""
-    template = str(FOLDER / "28_reason_strip" / "strip.jinja")
-    samples = samples_of(FOLDER / name, tmp_path, chat_template=template)
-    wanted = [[answer.split("</think>\n\n")[-1] for answer in answers_in(row)] for row in rows_in(FOLDER / name)]
-    assert sorted([label.lstrip("\n") for label in sample.labels] for sample in samples) == sorted(wanted)
-    chat = {"kind": "template", "template": Path(template).read_text(), "tokenizer": tokenizer_of("qwen")}
-    raw = open_own(FOLDER / name, tmp_path, **chat)
-    said = {"07": "leaves out reasoning (in 20 of 20 rows", "11": "leaves out system turns (in 20 of 20 rows", "12": ""}
-    assert said[name[:2]] in raw.describe() and ("leaves out" in raw.describe()) == (name[:2] != "12")
-
-
-@needs_shared
-def test_rendered_prompts_keep_their_one_bos(tmp_path):
-    """Texts of Llama's kind, rendered already, stay as they are."""
-    path = FOLDER / "08_prerendered_bos" / "p.jsonl"
-    wanted = {row["prompt"] + row["completion"] for row in rows_in(path)}
-    assert {sample.text for sample in samples_of(path, tmp_path, "llama")} == wanted
-
-
-@needs_shared
-def test_shards_with_other_columns_and_copies_that_differ(tmp_path):
-    """Both shards of a set are read with the columns of both; a copy that was cut off has other content."""
-    samples = samples_of(FOLDER / "24_parquet_optional", tmp_path)
-    assert len(samples) == 20 and sum("INPUT SEEN" in sample.text for sample in samples) == 10
-    copies = [open_own(FOLDER / "34_two_nodes" / node / "train.jsonl", tmp_path) for node in ("nodeA", "nodeB")]
-    assert copies[0].fingerprint("train") != copies[1].fingerprint("train")
-    tried = {name.split("/")[0] for name in shared_files()} | {"28_reason_strip"}
-    assert tried == {path.name for path in FOLDER.iterdir()}

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from tests.data.prepared_data import prepare
 from tests.data.test_chat_format import labelled
 from tests.data.test_own_formats import open_own, write
-from utils.data.formats.custom import OwnFormatDataset, own_options
+from utils.data.formats.custom import OwnFormatDataset
 from utils.errors import UserError
 
 # As Qwen's: tools, calls, reasoning of the last answer alone.
@@ -184,13 +184,12 @@ def test_what_is_left_out_is_said(tmp_path, tokenizer, capsys):
     rows = [{"messages": [Q, A | thought, Q, A | thought], "source": "x"}] * 3
     _, labels = samples(write(tmp_path / "t.jsonl", rows), tmp_path, tokenizer)[0]
     assert labels == ["a<|im_end|>", "<think>\nbecause\n</think>\n\na<|im_end|>\n</s>"]
-    assert "not used: source, name" in capsys.readouterr().out
+    assert "not used: source, name of assistant turns\n" in capsys.readouterr().out
 
 
 def test_streams_give_the_same_texts(tmp_path):
     rows = rows_of(lambda number: talk(number, content=""), 3)
     path = write(tmp_path / "t.parquet", rows)
-    from utils.data.formats.custom import OwnFormatDataset
 
     stream = OwnFormatDataset(str(tmp_path / "cache"), 1, 0, str(path), streaming=True)
     talks = [stream.conversation(row) for row in stream.raw_datasets["train"].dataset]
@@ -204,14 +203,3 @@ def test_saved_folders_fill_no_nulls_in(tmp_path):
     raw = open_own(tmp_path / "saved", tmp_path)
     talks = [raw.conversation(row) for row in raw.raw_datasets["train"].dataset]
     assert [found.messages for found in talks] == [row["messages"] for row in rows]
-
-
-def test_a_field_that_only_a_late_row_has_is_named(tmp_path, tokenizer, capsys):
-    """Behind the rows that are tried first; keys within a text are no fields."""
-    talk = [{"role": "user", "content": 'write {"inner": 1}'}, {"role": "assistant", "content": "b"}]
-    rows = [{"messages": talk} for _ in range(2600)]
-    rows[2500] = {"messages": [talk[0], {**talk[1], "mood": "glad"}]}
-    path = tmp_path / "late.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    raw = OwnFormatDataset(str(tmp_path), 1, 0, str(path), own_options(tokenizer, tokenizer.eos_token_id))
-    assert "not used: mood" in raw.describe() and "inner" not in raw.describe()

@@ -120,7 +120,8 @@ def outcome(row: dict, field: str, folder: Path, capsys: pytest.CaptureFixture) 
     places = [name for name, value in row.items() if MARK in str(value)]
     places += [name for turn in row.get("messages", row.get("conversations", row.get("prompt"))) or ()
                if isinstance(turn, dict) for name, value in turn.items() if MARK in str(value)]  # fmt: skip
-    return "not used" if unused and set(unused[1].split(", ")) & set(places) else "lost"
+    names = {name.split(" of ")[0] for name in unused[1].split(", ")} if unused else set()
+    return "not used" if names & set(places) else "lost"
 
 
 def table() -> dict[str, dict[str, str]]:

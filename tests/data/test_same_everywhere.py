@@ -54,12 +54,12 @@ def write_rows(path, found: list[dict]):
     return write(path, found)
 
 
-def streamed(path, cache) -> list:
+def streamed(path, cache, size: int = 100) -> list:
     """All training samples of one pass of a stream."""
     tokenizer = tokenizer_of("qwen")
     form = SampleForm(tokenizer, tokenizer.eos_token, 1024, completion_only=True)
     own, preparation = own_options(tokenizer, form.end_id), Preparation(0, str(cache), SFT_PHASE, 1234)
-    stream, _ = create_prompt_stream([str(path)], form, own, preparation, 100, eval_data_path=[str(path)])
+    stream, _ = create_prompt_stream([str(path)], form, own, preparation, size, eval_data_path=[str(path)])
     return as_samples([stream[place] for place in range(len(stream))], tokenizer)
 
 

@@ -17,7 +17,7 @@ from tests.data.prepared_data import prepare
 from utils.data import prepare as preparation
 from utils.data.data_utils import get_raw_dataset
 from utils.data.reading import arrow_files
-from utils.data.reading.arrow_files import column_names
+from utils.data.reading.data_files import column_names
 from utils.data.reading.find_files import find_data_files, other_files
 from utils.data.reading.records import iter_csv_records
 from utils.errors import UserError

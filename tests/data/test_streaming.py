@@ -237,7 +237,7 @@ def test_a_stream_that_breaks_off_says_how_to_go_on(shards, tokenizer, monkeypat
     def broken(*_):
         raise OSError("Connection reset by peer")
 
-    monkeypatch.setattr("utils.data.reading.arrow_files._iter_records", broken)
+    monkeypatch.setattr("utils.data.reading.arrow_files.iter_records", broken)
     with pytest.raises(UserError, match=r"can't be read on after \d+ samples of pass 1: OSError.*--resume_from"):
         windows(data, tokenizer, 6)
 

@@ -2,7 +2,8 @@
 
 Tokenization gives every row one entry, or one for each of its samples. An entry without a sample has no ids. The
 column `BOOKS` holds a list of numbers for each entry, an empty one for most, until these are counted: so the counts
-of several processes, of a stream's windows and of a cache's parts come from the rows themselves.
+of several processes, of a stream's windows and of a cache's parts come from the rows themselves. `UNREAD` holds the
+names of fields that nothing reads, in the same way.
 """
 
 from collections import Counter
@@ -17,6 +18,9 @@ import pyarrow.compute as pc
 
 BOOKS = "books"
 BOOKS_FEATURE = datasets.List(datasets.Value("int32"))
+UNREAD = "unread"
+UNREAD_FEATURE = datasets.List(datasets.Value("string"))
+READ = "+"  # before a name: some row's text depends on this field, so that it is used after all
 FIRST_TOKEN = 256  # from here on, special tokens: the number minus this is the token's id
 
 
@@ -44,6 +48,14 @@ class Note(IntEnum):
     OWN_BOS = 38
     SPLIT_ROW = 39  # on the first of its samples
     SPLIT_SAMPLE = 40  # on each of them
+    LEFT_REASONING = 41
+    LEFT_SYSTEM = 42
+    LEFT_USER = 43
+    LEFT_TOOL = 44
+    LEFT_ANSWER = 45
+    LEFT_CALL = 46
+    DEVELOPER = 47
+    OTHER_ANSWERS = 48
 
 
 REASON_WORDS = {
@@ -74,24 +86,32 @@ NOTE_WORDS = {
     Note.RENDERED: "have a prompt that is rendered already: prompt and answer are used as they stand",
     Note.BESIDE: "have a system text, history or tools beside a prompt that is used as it stands: not used",
     Note.OWN_BOS: "begin with BOS in the text: no other is added",
+    Note.LEFT_REASONING: "have reasoning that the chat template leaves out",
+    Note.LEFT_SYSTEM: "have a system turn that the chat template leaves out",
+    Note.LEFT_USER: "have a user turn that the chat template leaves out",
+    Note.LEFT_TOOL: "have a result of a tool that the chat template leaves out",
+    Note.LEFT_ANSWER: "have an answer that the chat template leaves out",
+    Note.LEFT_CALL: "have a call of a tool that the chat template leaves out",
+    Note.DEVELOPER: "have a turn of the role developer, which is written as system: the format has no place for it",
+    Note.OTHER_ANSWERS: "have other answers than the first: not used",
 }
 
 
 def settled(table: datasets.Dataset, id_columns: list[str]) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """Return the samples of tokenized rows, without the column `BOOKS`, and the counts of `count`."""
+    """Return the samples of tokenized rows, without what is to be said of them, and the counts of `count`."""
     if len(table) == 0:
-        return table.remove_columns(BOOKS), count(None, id_columns)
+        return table.remove_columns([BOOKS, UNREAD]), count(None, id_columns)
     columns = table.with_format("arrow")[:]
     counts = count(columns, id_columns)
     if counts["dropped"]:
         table = table.select(np.flatnonzero(pc.list_value_length(columns[id_columns[0]]).to_numpy()))
-    return table.remove_columns(BOOKS), counts
+    return table.remove_columns([BOOKS, UNREAD]), counts
 
 
 def count(table: pa.Table | None, id_columns: list[str]) -> dict[str, Any]:
     """Count rows, samples, tokens, and what became of the rows; None counts as no row."""
     counts: dict[str, Any] = {"rows": 0, "samples": 0, "tokens": 0, "longest": 0, "truncated": 0, "special_rows": 0}
-    counts |= {"dropped": {}, "notes": {}, "special": {}}
+    counts |= {"dropped": {}, "notes": {}, "special": {}, "unread": {}}
     if table is None:
         return counts
     lengths = [pc.list_value_length(table[name]).to_numpy() for name in id_columns]
@@ -110,6 +130,7 @@ def count(table: pa.Table | None, id_columns: list[str]) -> dict[str, Any]:
         "dropped": {Reason(number).name: times for number, times in found.items() if number < Note.TRUNCATED},
         "notes": notes,
         "special": {str(number - FIRST_TOKEN): times for number, times in found.items() if number >= FIRST_TOKEN},
+        "unread": {one["values"]: one["counts"] for one in pc.list_flatten(table[UNREAD]).value_counts().to_pylist()},
     }
 
 
@@ -136,15 +157,21 @@ def advice_on(counts: dict[str, Any]) -> str:
     return ADVICE[min((-number, Reason[name]) for name, number in counts["dropped"].items())[1]]
 
 
-def notes_on(counts: dict[str, Any], special: dict[str, int]) -> list[str]:
+def notes_on(counts: dict[str, Any], special: dict[str, int], columns: Iterable[str] = ()) -> list[str]:
     """Return a line for each thing that is to be said of rows, with how many of how many rows.
 
     Args:
         special: the id of each special token by its text.
+        columns: those that nothing reads.
     """
+    unread = [name for name in counts["unread"] if not name.startswith(READ) and READ + name not in counts["unread"]]
+    names = [*columns, *sorted(unread)]
+    lines = [f"not used: {', '.join(names)}"] if names else []
     tokens = {number: text for text, number in special.items()}
     rows, notes = counts["rows"], counts["notes"]
-    lines = [f"{notes[note.name]} of {rows} rows {words}" for note, words in NOTE_WORDS.items() if notes.get(note.name)]
+    lines += [
+        f"{notes[note.name]} of {rows} rows {words}" for note, words in NOTE_WORDS.items() if notes.get(note.name)
+    ]
     if rows and not counts["samples"]:
         lines.append(f"none of its {rows} rows gave a sample ({dropped_words(counts)})")
     if notes.get(Note.SPLIT_ROW.name):

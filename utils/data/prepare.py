@@ -73,7 +73,7 @@ def prepare_prompt_data(
         if not reason:
             say(f"Data cache {folder}: hit")
         for one, counts in zip(opened, report["sets"], strict=True):
-            for note in notes_on(counts, sample.special):
+            for note in notes_on(counts, sample.special, one.raw.unused_columns() if phase == 1 else ()):
                 say(f"Data {one.raw.source}: {note}")
         say("\n".join(prompt_cache.describe(report, sample.max_seq_len, phase)))
     if report["train"]["samples"] == 0:

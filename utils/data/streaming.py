@@ -140,6 +140,8 @@ def create_prompt_stream(
     for one in opened:
         if preparation.prints and (line := one.raw.describe()):
             say(line)
+            if columns := one.raw.unused_columns():
+                say(f"Data {one.raw.source}: not used: {', '.join(columns)}")
         if one.use != EVALUATION:
             sources.append(_stream_source(one, total, size, sample, preparation.prints))
         if one.use != TRAINING:

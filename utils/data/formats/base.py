@@ -37,6 +37,7 @@ class RowTexts(NamedTuple):
     notes: tuple[int, ...] = ()  # `Note`s
     words: tuple[str, ...] = ()  # what the row itself says, without what a format puts around it
     adds_special: bool = True  # whether the tokenizer adds its special tokens
+    unread: tuple[str, ...] = ()  # fields that nothing reads, see `utils.data.outcomes.UNREAD`
 
 
 @cache
@@ -130,7 +131,11 @@ class PromptRawDataset:
 
     def _load_files(self, files: list[str], schema: Schema, root: str) -> SplitData:
         """Load, or stream, the records of one split's files below `root`."""
-        return stream_files(files, schema) if self.streaming else load_files(files, schema, self.output_path, root)
+        return (
+            stream_files(files, schema, names_late=True)
+            if self.streaming
+            else load_files(files, schema, self.output_path, root)
+        )
 
     @classmethod
     def schema(cls) -> Schema:
@@ -191,6 +196,10 @@ class PromptRawDataset:
     def describe(self) -> str | None:
         """Return a line on what was decided about this data set; None for a known one, where nothing is left open."""
         return None
+
+    def unused_columns(self) -> list[str]:
+        """Return the columns that nothing reads; of a known data set, that is no news."""
+        return []
 
     def try_rows(self, completion_only: bool, limit: int | None = None) -> None:
         """Raise UserError where texts can't be made of the first rows; those of known data sets always can."""

@@ -10,7 +10,7 @@ from utils.data.formats.roles import BESIDE, OPTIONAL
 from utils.data.reading.find_files import CSV_SUFFIXES, PARQUET_SUFFIXES
 from utils.data.reading.messages import conversation_fault
 from utils.data.reading.records import iter_csv_records, iter_json_records
-from utils.data.reading.schema import Kind, Schema
+from utils.data.reading.schema import Kind, Schema, TextOrValue
 from utils.errors import UserError
 
 ROWS_TRIED = 100
@@ -19,7 +19,7 @@ _TALKS = tuple(((role,), ("tools", "system")) for role in TALK_ROLES)
 
 def _pair(prompt: str, answer: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     of_answer = ("rejected",) if answer == "chosen" else ()
-    of_prompt = INPUT_ROLES if prompt == "instruction" else ()
+    of_prompt = INPUT_ROLES if prompt in ("instruction", "question") else ()
     return (prompt, answer), (*of_answer, *of_prompt, *BESIDE)
 
 
@@ -111,7 +111,7 @@ def read_as(roles: dict[str, str], rows: list[dict[str, Any]]) -> tuple[Rows, Sc
     kinds: dict[str, Kind] = {}
     for role, column in roles.items():
         values = [row[column] for row in rows if row.get(column) not in (None, "")]
-        kind = _kind(role, values[0] if values else None)
+        kind = _kind(role, values)
         if kind is not None:
             kinds[role] = kind
     roles = {role: column for role, column in roles.items() if role in kinds}
@@ -126,17 +126,16 @@ def read_as(roles: dict[str, str], rows: list[dict[str, Any]]) -> tuple[Rows, Sc
     return Rows(roles, whole), Schema(columns, optional, not_null, talks)
 
 
-def _kind(role: str, value: Any) -> Kind | None:
-    """Return the kind of a column from its first value that is not null; None where the role can't be read from it."""
+def _kind(role: str, values: list[Any]) -> Kind | None:
+    """Return the kind of a column from its first values that are not null; None where it can't have the role."""
     if role in (*TALK_ROLES, "history", "tools"):
         return object
     if role in ("input_ids", "labels"):
         return [int]
-    if role in BESIDE and value is not None and not isinstance(value, str):
-        return None
-    if role in INPUT_ROLES and value is not None and not isinstance(value, str):
-        return None
-    if isinstance(value, list) and value and isinstance(value[0], str):
-        return [str]
-    is_talk = isinstance(value, str) and value.lstrip()[:2] in ("[{", "[ ") and not conversation_fault(value, "")
-    return object if isinstance(value, (list, dict)) or is_talk else str
+    if role not in (*PROMPT_ROLES, *ANSWER_ROLES, "rejected"):
+        return None if role in (*BESIDE, *INPUT_ROLES) and values and not isinstance(values[0], str) else str
+    return object if any(isinstance(value, str) and _is_talk(value) for value in values) else TextOrValue
+
+
+def _is_talk(text: str) -> bool:
+    return text.lstrip()[:2] in ("[{", "[ ") and not conversation_fault(text, "")

@@ -2,7 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from utils.data.reading.messages import Malformed, Message, parsed, to_messages, to_tools, without_nulls
+from utils.data.reading.messages import MARKS, Malformed, Message, is_message, parsed, to_messages, to_tools
+from utils.data.reading.whole_values import unmarked, without_nulls
 
 Sample = dict[str, Any]
 
@@ -11,6 +12,8 @@ ANSWER_ROLES = ("chosen", "response", "completion", "output", "answer", "answers
 TALK_ROLES = ("messages", "conversations")
 INPUT_ROLES = ("input", "context")
 REASONING = ("reasoning_content", "reasoning", "thinking")
+ANSWER_FIELDS = ("text", "value")  # of an object that is an answer
+_SHOWN_FIELDS = " or ".join(f'"{name}"' for name in ANSWER_FIELDS)
 _EXCERPT = 120
 
 
@@ -30,7 +33,7 @@ class Rows(NamedTuple):
     def value(self, sample: Sample, role: str) -> Any:
         """Return what the row's column of this role holds; None where it has none."""
         column = self.roles.get(role)
-        found = None if column is None else sample.get(column)
+        found = None if column is None else unmarked(sample.get(column))
         is_value = column in self.whole and isinstance(found, str) and found.lstrip()[:1] in ("[", "{")
         return parsed(found) if is_value else found
 
@@ -50,8 +53,13 @@ class Rows(NamedTuple):
 
     def answer(self, sample: Sample, rejected: bool = False) -> Any:
         """Return the answer of a row without messages, the first of several; it may be a list of messages."""
-        value = self.value(sample, "rejected" if rejected else self.role_of(ANSWER_ROLES) or "")
-        return value[0] if isinstance(value, list) and value and isinstance(value[0], str) else value
+        return _answers_in(self.value(sample, "rejected" if rejected else self.role_of(ANSWER_ROLES) or ""))[0]
+
+    def beside_answer(self, sample: Sample) -> tuple[bool, list[str]]:
+        """Return whether the row has other answers than its first, and the fields of the answer that are not read."""
+        role = self.role_of(ANSWER_ROLES) or ""
+        answers, fields = _answers_in(self.value(sample, role))[1:]
+        return any(answer != answers[0] for answer in answers), [f"{name} of {self.roles[role]}" for name in fields]
 
     def read(self, sample: Sample, rejected: bool = False) -> tuple[Conversation | None, int]:
         """Return the row as a conversation, None where there is nothing to learn; and the turns after its last answer.
@@ -126,11 +134,35 @@ def _as_messages(value: Any, role: str, roles: dict[str, str], candidates: tuple
     where = next((roles[name] for name in candidates if name in roles), "")
     if isinstance(value, list):
         return to_messages(value, where)
-    if isinstance(value, dict):
+    if is_message(value):
         return to_messages([without_nulls(value)], where)
+    if isinstance(value, dict):
+        raise Malformed(
+            f'"{where}" is an object with {", ".join(value) or "nothing"}: an answer is a text, a list of texts, an '
+            f"object that has one of these in {_SHOWN_FIELDS}, or a list of messages; give another column with "
+            "--columns response=..., or write the answer as a text"
+        )
     if not isinstance(value, str):
         raise Malformed(f'"{where}" holds {value!r} where a text or a list of messages is needed')
     return [{"role": role, "content": value}]
+
+
+def _answers_in(value: Any) -> tuple[Any, list[Any], list[str]]:
+    """Return the first answer that a value holds, all that it holds, and the fields of an object that are not read.
+
+    An answer is a text or a list of messages. Several are a list, or (as in SQuAD) in a field of an object.
+    """
+    fields: list[str] = []
+    if isinstance(value, dict) and not is_message(value):
+        name = next((name for name in ANSWER_FIELDS if value.get(name) is not None), None)
+        if name is None:
+            return value, [value], fields
+        fields = [other for other in value if other != name and value[other] is not None]
+        value = value[name]
+    if not isinstance(value, list) or not value or is_message(value[0]):
+        return value, [value], fields
+    found = [_answers_in(item) for item in value]
+    return found[0][0], [first for first, *_ in found], list(dict.fromkeys([*fields, *found[0][2]]))
 
 
 def _until_last_answer(messages: list[Message]) -> list[Message]:
@@ -148,8 +180,8 @@ def has_words(message: Message) -> bool:
 
 
 def is_trained(message: Message) -> bool:
-    """Whether an answer is to be learned: not where its `weight` is 0 or its `train` false."""
-    return bool(message.get("weight", 1)) and bool(message.get("train", True))
+    """Whether an answer is to be learned: not where one of its marks is 0 or false."""
+    return all(message.get(mark, 1) for mark in MARKS)
 
 
 def is_blank(text: Any) -> bool:

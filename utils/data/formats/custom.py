@@ -15,10 +15,10 @@ from utils.data.formats.base import STREAM_EVAL_ROWS
 from utils.data.formats.chat_template import AS_IS, TEMPLATE, ChatFormat
 from utils.data.formats.columns import ROWS_TRIED, column_roles, first_rows, read_as
 from utils.data.formats.conversations import PROMPT_ROLES, TALK_ROLES
-from utils.data.formats.findings import look_at, telling_rows
 from utils.data.formats.own_texts import OwnOptions, OwnTexts, own_options
 from utils.data.formats.roles import BESIDE, parse_columns
-from utils.data.reading.arrow_files import SplitData, column_names, is_saved, load_saved, open_saved, place_of_row
+from utils.data.reading.arrow_files import SplitData, is_saved, load_saved, open_saved
+from utils.data.reading.data_files import column_names, place_of_row
 from utils.data.reading.find_files import other_files, own_files
 from utils.data.reading.streams import stream_saved
 from utils.errors import UserError
@@ -50,6 +50,8 @@ class OwnFormatDataset(OwnTexts):
         self.chat = self.options.chat
         self.files_of: dict[str, list[str]] = {}
         super().__init__(output_path, seed, local_rank, dataset_name, streaming)
+        everywhere = [name for data in self.raw_datasets.values() for name in data.columns]
+        self.found = list(dict.fromkeys([*self.found, *everywhere]))
         self._choose_format()
 
     def _find_source(self, given: str) -> str:
@@ -95,7 +97,7 @@ class OwnFormatDataset(OwnTexts):
         return set(self.roles.values()) - beside
 
     def describe(self) -> str:
-        """Return lines on what was decided about this data set, and on what of it is not used."""
+        """Return a line on what was decided about this data set."""
         columns = ", ".join(
             role if role == column else f"{role} = {column}"
             for role, column in self.roles.items()
@@ -110,16 +112,14 @@ class OwnFormatDataset(OwnTexts):
             line += "; no BOS, since the template writes none"
         if self.chat.date:
             line += f"; the template writes the date, which is {self.chat.date} in this run"
-        return "\n".join([line, *(f"Data {self.source}: {finding}" for finding in self._findings())])
+        return line
 
-    def _findings(self) -> list[str]:
+    def unused_columns(self) -> list[str]:
+        """Return the columns that any file has and nothing reads."""
         unused = [name or '""' for name in self.found if name not in self.roles.values()]
         if self.chat.kind == AS_IS:
             unused += [self.roles[role] for role in BESIDE if self.roles.get(role) in self.found]
-            return [f"not used: {', '.join(unused)}"] if unused else []
-        rows = telling_rows(self._source_split("train").dataset, sorted(self.rows.whole & self._talk_columns()))
-        talks = [self.conversation(row) for row in rows if self.rendering(row) is None]
-        return look_at(self.chat, [talk for talk in talks if talk is not None], unused)
+        return unused
 
     def fingerprint(self, split: str) -> str:
         """Return a hash of what the base class includes, the roles of the columns and the format."""

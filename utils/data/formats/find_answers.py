@@ -2,15 +2,16 @@
 
 The conversation is rendered a second time with the words of every answer replaced by names that occur nowhere else:
 where these stand in the second text tells where the answers stand in the first, whatever the template leaves out or
-adds. That takes two renderings, however many turns there are. A template whose text depends on the words themselves (it
-escapes them, say) is rendered once for every answer, up to it.
+adds. Where the template writes the words in another way (it escapes them, say), they are what stands between the texts
+that lie between the names, if there is only one way to lay these over the first text. That takes two renderings,
+however many turns there are. A template whose other text depends on the words is rendered for every answer, up to it.
 """
 
 import re
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from utils.data.formats.chat_template import ChatFormat, render_prompt, render_raw
+from utils.data.formats.chat_template import ChatFormat, render, render_prompt, render_raw
 from utils.data.formats.column_text import Span
 from utils.data.formats.conversations import REASONING, Conversation, has_words
 from utils.data.reading.messages import Message
@@ -42,7 +43,11 @@ class Around(NamedTuple):
 
 
 def find_answers(chat: ChatFormat, talk: Conversation, text: str) -> dict[int, Found] | None:
-    """Return where each answer stands, by its place; an answer that the template leaves out has none."""
+    """Return where each answer stands, by its place; an answer that the template leaves out has none.
+
+    Args:
+        text: the conversation as `render` returns it.
+    """
     for way in (_found_by_names, _found_by_prompts):
         try:
             return way(chat, talk, text)
@@ -94,19 +99,18 @@ def _found_by_names(chat: ChatFormat, talk: Conversation, text: str) -> dict[int
     named, words, owners = _named(talk)
     if around is None or any(_NAME.search(word) for word in words):
         raise Unfound
-    full = render_raw(chat, *talk)
     try:
-        skeleton = render_raw(chat, named, talk.tools)
+        skeleton = render(chat, named, talk.tools)
     except UserError as err:
         raise Unfound from err
-    places = _places(skeleton, words, owners, full)
+    places = _places(skeleton, words, owners, text)
     found: dict[int, Found] = {}
     before = 0
     for number, (place, (first, last)) in enumerate(places):
-        limit = places[number + 1][1][0] if number + 1 < len(places) else len(full)
+        limit = places[number + 1][1][0] if number + 1 < len(places) else len(text)
         has_calls = bool(talk.messages[place].get("tool_calls"))
-        start = _start(full, before, first, around, has_calls)
-        end = _end(full, last, limit, around, has_calls)
+        start = _start(text, before, first, around, has_calls)
+        end = _end(text, last, limit, around, has_calls)
         found[place] = Found((first, last), (start, end))
         before = end
     # A call without a word of its own has no name to be found by.
@@ -118,25 +122,57 @@ def _found_by_names(chat: ChatFormat, talk: Conversation, text: str) -> dict[int
 
 def _places(skeleton: str, words: list[str], owners: list[int], full: str) -> list[tuple[int, Span]]:
     """Return (answer, range in `full` of its words) in turn; raises Unfound where more than words differs."""
-    made, end, ranges = [], 0, {}
-    length = 0
-    for match in _NAME.finditer(skeleton):
-        number = int(match[1])
-        if number >= len(words):
-            raise Unfound
-        literal = skeleton[end : match.start()]
-        first = length + len(literal)
-        length = first + len(words[number])
-        made += [literal, words[number]]
-        end = match.end()
-        owner = owners[number]
+    names = list(_NAME.finditer(skeleton))
+    numbers = [int(name[1]) for name in names]
+    if any(number >= len(words) for number in numbers) or (not names and skeleton != full):
+        raise Unfound
+    if not names:
+        return []
+    edges = [0, *(edge for name in names for edge in name.span()), len(skeleton)]
+    between = [skeleton[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
+    spans = _unchanged_spans(between, [words[number] for number in numbers], full) or _only_spans(between, full)
+    ranges: dict[int, Span] = {}
+    for owner, (first, last) in zip((owners[number] for number in numbers), spans, strict=True):
         if ranges and owner < next(reversed(ranges)):
             raise Unfound
-        ranges[owner] = (ranges[owner][0] if owner in ranges else first, length)
-    made.append(skeleton[end:])
-    if "".join(made) != full:
-        raise Unfound
+        ranges[owner] = (ranges[owner][0] if owner in ranges else first, last)
     return list(ranges.items())
+
+
+def _unchanged_spans(between: list[str], words: list[str], full: str) -> list[Span]:
+    """Return where the words stand in `full` if it is them and the texts between them; [] if it is not."""
+    spans, end = [], 0
+    for text, word in zip(between, words, strict=False):
+        first = end + len(text)
+        end = first + len(word)
+        spans.append((first, end))
+    made = "".join(text for pair in zip(between, [*words, ""], strict=True) for text in pair)
+    return spans if made == full else []
+
+
+def _only_spans(between: list[str], full: str) -> list[Span]:
+    """Return what lies between these texts in `full`; raises Unfound unless there is only one way to lay them over it.
+
+    The way that has each text as far left as possible, and the one that has it as far right, must be the same.
+    """
+    first, *inner, last = between
+    begin, end = len(first), len(full) - len(last)
+    if not full.startswith(first) or not full.endswith(last) or begin > end or not all(inner):
+        raise Unfound
+    left, right = [], []
+    at = begin
+    for text in inner:
+        left.append(at := full.find(text, at, end))
+        if at < 0:
+            raise Unfound
+        at += len(text)
+    at = end
+    for text in reversed(inner):
+        right.append(at := full.rfind(text, begin, at))
+    if left != right[::-1]:
+        raise Unfound
+    starts = [begin, *(start + len(text) for start, text in zip(left, inner, strict=True))]
+    return list(zip(starts, [*left, end], strict=True))
 
 
 def _named(talk: Conversation) -> tuple[list[Message], list[str], list[int]]:

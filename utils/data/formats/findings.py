@@ -1,133 +1,166 @@
-"""Tells what of conversations does not reach the text: fields nobody reads, words a template omits.
-
-Looked at are the first rows, and each later one with a field that no row before it has.
-"""
+"""Tells what of a conversation does not reach its text: fields that nobody reads, words that a template leaves out."""
 
 import re
-from collections import Counter
-from itertools import islice
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
-import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from utils.data.formats.chat_template import ChatFormat, render_raw
-from utils.data.formats.columns import ROWS_TRIED
-from utils.data.formats.conversations import REASONING, Conversation
+from utils.data.formats.chat_template import ChatFormat, render
+from utils.data.formats.conversations import MARKS, REASONING, Conversation
+from utils.data.outcomes import READ, Note
 from utils.data.reading.messages import Message
 from utils.errors import UserError
 
-ROWS_AT_ONCE = 1000
-CHARS_SCANNED = 50 * 10**6  # half a second
-_KEY = re.compile(r'"(\w+)":')  # of JSON; within a text the second quote is escaped
-# Fields that are read whatever the template: they decide what is learned, or are part of what it always gets.
-_READ = {"role", "content", "tool_calls", "weight", "train"}
+# Rows, in each process, in which a field is taken away to see whether the text changes, and fields this is done for.
+ROWS_TRIED = 100
+FIELDS_TRIED = 50
+OTHERS = "other fields"
+_WHERE = {"system": Note.LEFT_SYSTEM, "developer": Note.LEFT_SYSTEM, "user": Note.LEFT_USER, "tool": Note.LEFT_TOOL}
+# Fields that are read whatever the template: they are part of what it always gets.
+_ALWAYS = {"role", "content", "tool_calls"}
+_TAGS = re.compile("</?think>")
+_OF_CALL, _OF_FUNCTION = {"function"}, {"name", "arguments"}
 
 
-def telling_rows(data: Any, columns: list[str]) -> list[dict[str, Any]]:
-    """Return the first rows, and each later one that has a field which none of these has.
-
-    Args:
-        data: rows that can be counted, or a stream, of which only the first rows are looked at.
-        columns: those that hold conversations.
-    """
-    first = list(islice(data, ROWS_TRIED))
-    if not isinstance(data, datasets.Dataset) or len(data) <= len(first):
-        return first
-    columns = [name for name in columns if data.features[name] == datasets.Value("string")]
-    table = data.select_columns(columns).with_format("arrow")[:] if columns else None
-    later = [] if table is None else _rows_with_new_keys(table, len(first))
-    return first + data.select(later).to_list()
+# ------------------------------------------------------------------------------------------------ fields
 
 
-def _rows_with_new_keys(table: pa.Table, begin: int) -> list[int]:
-    """Return the numbers of rows from `begin` on whose JSON has a key that no row before has.
+def unread_fields(chat: ChatFormat, talk: Conversation, text: str) -> tuple[str, ...]:
+    """Return the fields of a conversation that its text does not depend on; with `READ` before it, one that it does.
 
-    At most `CHARS_SCANNED` are read, in rows at equal distances, so that large data do not delay the start.
-    """
-    size = sum(pc.sum(pc.binary_length(column)).as_py() or 0 for column in table.columns)
-    step = max(1, -(-size // CHARS_SCANNED))
-    known: set[str] = set()
-    found: list[int] = []
-    for column in table.columns:
-        for text in column.slice(0, begin).to_pylist():
-            known.update(_KEY.findall(text or ""))
-    for column in table.columns:
-        for start in range(begin, len(column), ROWS_AT_ONCE):
-            texts = column.slice(start, ROWS_AT_ONCE).to_pylist()
-            for number in range(0, len(texts), step):
-                if len(found) < ROWS_TRIED and (new := set(_KEY.findall(texts[number] or "")) - known):
-                    known |= new
-                    found.append(start + number)
-    return sorted(set(found))
-
-
-def look_at(chat: ChatFormat, talks: list[Conversation], unused: list[str]) -> list[str]:
-    """Return lines on what the format leaves out of these conversations.
+    A field is taken away to see whether the text changes, until it does once; from then on the field counts as read.
 
     Args:
-        unused: columns that are read by nothing.
+        text: the conversation as the format renders it.
     """
-    try:
-        texts = [render_raw(chat, *talk) for talk in talks]
-    except UserError:
-        return []  # a row that is refused ends the run with its place
-    names = [*unused, *_unused_fields(chat, talks, texts)]
-    lines = [f"not used: {', '.join(names)}"] if names else []
-    left_out: Counter[str] = Counter()
-    for talk, text in zip(talks, texts, strict=True):
-        left_out.update({kind for message in talk.messages for kind in _left_out(message, text)})
-    if left_out:
-        counts = ", ".join(f"{kind} (in {count} of {len(talks)} rows tried)" for kind, count in left_out.items())
-        lines.append(f"{chat.origin} leaves out {counts}")
-    developers = any(message["role"] == "developer" for talk in talks for message in talk.messages)
-    if developers and (chat.developer_as_system or not chat.is_template):
-        lines.append(f"{chat.origin} has no place for the role developer: written as system")
-    return lines
+    fields = _fields_of(talk)
+    if not fields:
+        return ()
+    tried, unread = _rows_tried(chat), []
+    for field in sorted(fields):
+        if field not in tried and len(tried) >= FIELDS_TRIED:
+            unread.append(OTHERS)
+            continue
+        rows = tried.setdefault(field, 0)
+        if rows is None:
+            continue
+        tried[field] = rows + 1
+        if rows < ROWS_TRIED and _changes(chat, _without(talk, field), text):
+            tried[field] = None
+            unread.append(READ + field)
+        else:
+            unread.append(field)
+    return tuple(dict.fromkeys(unread))
 
 
-def _unused_fields(chat: ChatFormat, talks: list[Conversation], texts: list[str]) -> list[str]:
-    """Return the fields of messages, and `tools`, without which every text stays the same."""
-    seen: dict[str, bool] = {}
-    for talk, text in zip(talks, texts, strict=True):
-        fields = {name for message in talk.messages for name in message} - _READ
-        for name in sorted(fields):
-            if not seen.get(name):
-                bare = [{key: value for key, value in one.items() if key != name} for one in talk.messages]
-                seen[name] = _changes(chat, talk._replace(messages=bare), text)
-        if talk.tools and not seen.get("tools"):
-            seen["tools"] = _changes(chat, talk._replace(tools=None), text)
-    return [name for name, is_used in seen.items() if not is_used]
+@lru_cache(maxsize=8)
+def _rows_tried(chat: ChatFormat) -> dict[str, int | None]:
+    """Return in how many rows of this process each field was tried; None for those that are read. It is written to."""
+    return {}
+
+
+def _fields_of(talk: Conversation) -> set[str]:
+    """Return the names of what may be read by nothing, by the role whose turns have it."""
+    found = {"tools"} if talk.tools else set()
+    for message in talk.messages:
+        if not message.keys() <= _ALWAYS:
+            role = message["role"]
+            others = message.keys() - _ALWAYS - (MARKS if role == "assistant" else set())
+            found.update(f"{name} of {role} turns" for name in others)
+        for call in message.get("tool_calls", ()):
+            others = (call.keys() - _OF_CALL) | (call["function"].keys() - _OF_FUNCTION)
+            if call.get("type") == "function":  # says nothing: there is no other type
+                others.discard("type")
+            found.update(f"{name} of tool_calls" for name in others)
+    return found
+
+
+def _without(talk: Conversation, field: str) -> Conversation:
+    """Return the conversation without a field that `_fields_of` names."""
+    if field == "tools":
+        return talk._replace(tools=None)
+    name, _, where = field.rpartition(" of ")
+    if where == "tool_calls":
+        messages = [
+            message | {"tool_calls": [_bare_call(call, name) for call in message["tool_calls"]]}
+            if "tool_calls" in message
+            else message
+            for message in talk.messages
+        ]
+    else:
+        role = where.removesuffix(" turns")
+        messages = [_bare(message, name) if message["role"] == role else message for message in talk.messages]
+    return talk._replace(messages=messages)
+
+
+def _bare(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key != name}
+
+
+def _bare_call(call: dict[str, Any], name: str) -> dict[str, Any]:
+    function = call["function"] if name in _OF_FUNCTION else _bare(call["function"], name)
+    return _bare(call, name) | {"function": function}
 
 
 def _changes(chat: ChatFormat, talk: Conversation, text: str) -> bool:
     try:
-        return render_raw(chat, *talk) != text
+        return render(chat, *talk) != text
     except UserError:
         return True
 
 
-def _left_out(message: Message, text: str) -> list[str]:
-    """Name the parts of a message that are not in the text."""
+# ------------------------------------------------------------------------------------------------- words
+
+
+def left_out(chat: ChatFormat, talk: Conversation, text: str) -> set[Note]:
+    """Return what the format leaves out of a conversation, or writes in another role.
+
+    Turns are looked for in their order, each from where the one before it was found, so that long conversations take
+    no longer than their length.
+    """
+    found: set[Note] = set()
+    at = 0
+    escapes: dict[str, bool] = {}  # by role, whether the last text was found in the escaped form
+    for message in talk.messages:
+        role = message["role"]
+        for words, note in _parts(message):
+            if note in found:
+                continue
+            forms = [words, _escaped(words)]
+            for form in reversed(forms) if escapes.get(role) else forms:
+                place = text.find(form, at)
+                if place < 0:
+                    place = text.find(form)
+                else:
+                    at = place
+                if place >= 0:
+                    escapes[role] = form is not words
+                    break
+            else:
+                found.add(note)
+    developers = chat.developer_as_system or not chat.is_template
+    if developers and any(message["role"] == "developer" for message in talk.messages):
+        found.add(Note.DEVELOPER)
+    return found
+
+
+def _parts(message: Message) -> Iterator[tuple[str, Note]]:
+    """Yield the texts of a message, and what is to be said where one of them is missing."""
     role, content = message["role"], message["content"].strip()
-    kinds = []
-    thought, tag, said = content.rpartition("</think>")
-    if content and content not in text:
-        if tag and said.strip() in text:
-            words = thought.replace("<think>", "").strip()
-            kinds += ["reasoning"] if words and words not in text else []
-        elif not _is_escaped(content, text):
-            kinds.append(f"{'answers' if role == 'assistant' else f'{role} turns'}")
-    reasoning: Any = next((message[name] for name in REASONING if isinstance(message.get(name), str)), "")
-    if reasoning.strip() and reasoning.strip() not in text:
-        kinds.append("reasoning")
-    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
-    if any(name not in text for name in names):
-        kinds.append("calls of tools")
-    return kinds
+    if role == "assistant":
+        for name in REASONING:
+            if isinstance(message.get(name), str) and message[name].strip():
+                yield message[name].strip(), Note.LEFT_REASONING
+        thought, tag, said = content.rpartition("</think>")
+        if tag:
+            yield from ((words.strip(), Note.LEFT_REASONING) for words in _TAGS.split(thought) if words.strip())
+            content = said.strip()
+        for call in message.get("tool_calls", ()):
+            yield call["function"]["name"], Note.LEFT_CALL
+    if content:
+        yield content, _WHERE.get(role, Note.LEFT_ANSWER)
 
 
-def _is_escaped(content: str, text: str) -> bool:
-    """Whether the text holds the content as a string of JSON."""
-    return content.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") in text
+def _escaped(words: str) -> str:
+    """Return the words as they stand in a string of JSON."""
+    return words.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

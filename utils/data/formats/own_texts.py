@@ -10,6 +10,7 @@ from utils.data.formats.base import PromptRawDataset, RowTexts
 from utils.data.formats.chat_template import AS_IS, AUTO, ChatFormat, resolve_chat_format
 from utils.data.formats.column_text import Sample, Span
 from utils.data.formats.conversations import (
+    MARKS,
     PROMPT_ROLES,
     REASONING,
     TALK_ROLES,
@@ -19,6 +20,7 @@ from utils.data.formats.conversations import (
     is_blank,
     is_trained,
 )
+from utils.data.formats.findings import left_out, unread_fields
 from utils.data.formats.labels import answer_spans, last_answer
 from utils.data.formats.rendered import MARKED, Rendering, rendering_of
 from utils.data.formats.roles import BESIDE
@@ -90,9 +92,15 @@ class OwnTexts(PromptRawDataset):
 
     def rendering(self, sample: Sample) -> Rendering | None:
         """Return how the row's prompt meets its answer where both are used as they stand; None for rows to render."""
-        if self.chat.kind == AS_IS:
+        if "text" in self.roles or self.has_ids:
             return MARKED
-        prompt = self.rows.prompt_text(sample) if self.may_be_rendered else None
+        if self.chat.kind != AS_IS and not self.may_be_rendered:
+            return None
+        prompt = self.rows.prompt_text(sample)
+        if self.chat.kind == AS_IS:
+            if isinstance(prompt, list) or isinstance(self.rows.answer(sample), (list, dict)):
+                raise UserError(f"it holds messages, which need a format: --chat_template {AS_IS} has none.")
+            return MARKED
         return rendering_of(prompt, *self._special) if isinstance(prompt, str) else None
 
     def adds_special(self, sample: Sample) -> bool:
@@ -176,12 +184,16 @@ class OwnTexts(PromptRawDataset):
             return RowTexts([], dropped=self.why_no_text(sample))
         if not labels:
             _refuse_unlabelled(talk)
-        found = self._labelled(talk) if labels else [(chat_format.render(self.chat, *talk), [])]
-        notes = _notes_on(talk, unanswered, len(found))
+        text = chat_format.render(self.chat, *talk)
+        found = self._labelled(talk, text) if labels else [(text, [])]
+        shown = text if len(found) == 1 else "\n".join(part for part, _ in found)
+        has_others, fields = self.rows.beside_answer(sample)
+        notes = _notes_on(talk, unanswered, len(found), has_others) + tuple(sorted(left_out(self.chat, talk, shown)))
+        unread = (*unread_fields(self.chat, talk, text), *fields)
         texts, spans = [(text,) for text, _ in found], [ranges for _, ranges in found]
         if labels and not any(spans):
-            return RowTexts([], dropped=Reason.NO_LABEL)
-        return RowTexts(texts, spans if labels else [], 0, notes, _words(talk), not self.chat.is_template)
+            return RowTexts([], dropped=Reason.NO_LABEL, unread=unread)
+        return RowTexts(texts, spans if labels else [], 0, notes, _words(talk), not self.chat.is_template, unread)
 
     def _as_it_stands(self, sample: Sample, labels: bool) -> RowTexts:
         row = super().read_row(sample, 1, labels)
@@ -198,10 +210,9 @@ class OwnTexts(PromptRawDataset):
         prompt = self.rows.prompt_text(sample) if is_pair else None
         return Reason.NO_TEXT if is_pair and is_blank(prompt) else Reason.NO_ANSWER
 
-    def _labelled(self, talk: Conversation) -> list[tuple[str, list[Span]]]:
+    def _labelled(self, talk: Conversation, text: str) -> list[tuple[str, list[Span]]]:
         """Return the text with the ranges the assistant wrote; a text an answer where these can't be found in one."""
         wanted = self._wanted(talk)
-        text = chat_format.render(self.chat, *talk)
         spans = answer_spans(self.chat, talk, text, wanted) if wanted else []
         if spans is not None:
             return [(text, spans)]
@@ -241,19 +252,19 @@ def _refuse_unlabelled(talk: Conversation) -> None:
     """Raise UserError where a message says that it is not to be learned: without spans all of a text is."""
     for place, message in enumerate(talk.messages):
         if message["role"] == "assistant" and not is_trained(message):
-            name = "weight" if not message.get("weight", 1) else "train"
+            name = next(mark for mark in sorted(MARKS) if not message.get(mark, 1))
             raise UserError(
                 f"message {place + 1} has {name} {message[name]}, so it is not to be learned: give "
                 "--completion_only_loss, which labels the other answers alone."
             )
 
 
-def _notes_on(talk: Conversation, unanswered: int, samples: int) -> tuple[int, ...]:
+def _notes_on(talk: Conversation, unanswered: int, samples: int, has_others: bool) -> tuple[int, ...]:
     """Return what is to be said of a conversation that gives so many samples."""
     blank = [message["role"] == "assistant" for message in talk.messages if not has_words(message)]
     found = {
         Note.BLANK_ANSWER: any(blank), Note.BLANK_TURN: not all(blank), Note.UNANSWERED: unanswered > 0,
-        Note.SPLIT_ROW: samples > 1,
+        Note.SPLIT_ROW: samples > 1, Note.OTHER_ANSWERS: has_others,
     }  # fmt: skip
     return tuple(note for note, holds in found.items() if holds)
 

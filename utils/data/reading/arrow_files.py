@@ -6,6 +6,7 @@ noticed, and processes that need the same data share one copy.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -13,12 +14,10 @@ from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
 
+from utils.data.reading.data_files import column_names, is_csv, is_parquet, iter_records
 from utils.data.reading.find_files import (
-    CSV_SUFFIXES,
-    PARQUET_SUFFIXES,
     find_data_files,
     name_parts,
     pick_split,
@@ -28,20 +27,16 @@ from utils.data.reading.parquet_files import ROWS_PER_BATCH, check_rows, check_t
 from utils.data.reading.records import (
     CSV_ADVICE,
     SHAPE_ADVICE,
-    csv_columns,
     csv_has_spaces,
-    iter_csv_records,
-    iter_json_records,
 )
-from utils.data.reading.schema import Schema, arrow_type, check_dataset, record_fault
-from utils.data.reading.whole_values import encoded
+from utils.data.reading.schema import Schema, TextOrValue, arrow_type, check_dataset, record_fault
+from utils.data.reading.whole_values import encoded, marked
 from utils.errors import UserError
 from utils.files import checksum, write_aside
 from utils.logging.console import say
 
 ARROW_FOLDER = "arrow"
-ARROW_FORM = 2  # of the columns in an Arrow file; another form has files of other names
-RECORDS_TRIED = 1000  # of each file, to learn which columns its records have
+ARROW_FORM = 3  # of the columns in an Arrow file; another form has files of other names
 
 
 class SplitData(NamedTuple):
@@ -51,6 +46,7 @@ class SplitData(NamedTuple):
     fingerprint: str  # a hash of the content, the same in every process and run; empty for a stream
     files: tuple[str, ...] = ()  # that rows are read from later on; those of a converted data set are read at once
     root: str = ""  # folder of these files
+    columns: tuple[str, ...] = ()  # all that the files have, also those that are not read
 
 
 def load_from_path(
@@ -96,12 +92,13 @@ def load_files(files: list[str], schema: Schema, output_path: str, root: str, no
         with FileLock(f"{target}.lock"):
             if not _is_whole(target):
                 say(f"{root}: new or changed data, converted to {target}{_spaces_note(files)}{note}")
-                _write_arrow(target, files, schema)
+                columns = _write_arrow(target, files, schema)
                 if hash_files(files, root) != content:
                     os.remove(target)
                     raise UserError(changed_message(root))
                 with write_aside(f"{target}.crc") as file:
-                    file.write(str(checksum(target)).encode())
+                    file.write(json.dumps([checksum(target), columns]).encode())
+            columns = tuple(_about(target)[1])
     except OSError as err:
         raise UserError(
             f"{target} cannot be written: {err}. Make the folder writable or free some space, or choose "
@@ -109,7 +106,7 @@ def load_files(files: list[str], schema: Schema, output_path: str, root: str, no
         ) from err
     dataset = datasets.Dataset.from_file(target)
     check_dataset(dataset, schema, root)
-    return SplitData(dataset, content)
+    return SplitData(dataset, content, columns=columns)
 
 
 def hash_files(files: list[str], root: str) -> str:
@@ -140,94 +137,70 @@ def changed_message(root: str) -> str:
 def _is_whole(path: str) -> bool:
     """Whether the Arrow file exists and has the content that was written."""
     try:
-        with open(f"{path}.crc", encoding="ascii") as file:
-            return int(file.read()) == checksum(path)
-    except (OSError, ValueError):
+        return _about(path)[0] == checksum(path)
+    except (OSError, ValueError, TypeError):
         return False
 
 
-def read_batches(files: list[str], schema: Schema) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """Return schema and batches of parquet, JSON or CSV files; reading a bad record raises UserError."""
+def _about(path: str) -> tuple[int, list[str]]:
+    """Return the checksum with which an Arrow file was written, and the columns of the files it was made from."""
+    with open(f"{path}.crc", encoding="ascii") as file:
+        sum_of_bytes, columns = json.load(file)
+    return sum_of_bytes, columns
+
+
+def read_batches(
+    files: list[str], schema: Schema, names: dict[str, None] | None = None
+) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """Return schema and batches of parquet, JSON or CSV files; reading a bad record raises UserError.
+
+    Args:
+        names: while records of JSON or CSV are read, every column that they have is added.
+    """
     if is_parquet(files[0]):
         return parquet_batches(files, schema)
-    return _record_batches(files, schema)
+    return _record_batches(files, schema, {} if names is None else names)
 
 
-def is_parquet(file: str) -> bool:
-    """Whether a data file's name says that it is parquet."""
-    return file.lower().endswith(PARQUET_SUFFIXES)
-
-
-def is_csv(file: str) -> bool:
-    """Whether a data file's name says that it is CSV."""
-    return file.lower().endswith(CSV_SUFFIXES)
-
-
-def _write_arrow(target: str, files: list[str], schema: Schema) -> None:
-    arrow_schema, batches = read_batches(files, schema)
+def _write_arrow(target: str, files: list[str], schema: Schema) -> list[str]:
+    """Write the files' rows; return all columns that the files have."""
+    names = dict.fromkeys(column_names(files))
+    arrow_schema, batches = read_batches(files, schema, names)
     with write_aside(target) as sink, pa.ipc.new_stream(sink, arrow_schema) as writer:
         for batch in batches:
             writer.write(batch)
+    return list(names)
 
 
-def _record_batches(files: list[str], schema: Schema) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+def _record_batches(
+    files: list[str], schema: Schema, names: dict[str, None]
+) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     arrow_schema = pa.schema([(name, arrow_type(kind)) for name, kind in schema.columns.items()])
-    whole = [name for name, kind in schema.columns.items() if kind is object]
+    forms = {object: encoded, TextOrValue: marked}
+    whole = [(name, forms[kind]) for name, kind in schema.columns.items() if kind in (object, TextOrValue)]
 
     def batches() -> Iterator[pa.RecordBatch]:
         for file in files:
-            records = _checked_records(file, schema)
+            records = _checked_records(file, schema, names)
             while rows := list(islice(records, ROWS_PER_BATCH)):
-                rows = [row | {name: encoded(row.get(name)) for name in whole} for row in rows] if whole else rows
+                rows = [row | {name: form(row.get(name)) for name, form in whole} for row in rows] if whole else rows
                 yield pa.RecordBatch.from_pylist(rows, schema=arrow_schema)
 
     return arrow_schema, batches()
 
 
-def _iter_records(file: str) -> Iterator[tuple[int, int, dict]]:
-    return iter_csv_records(file) if is_csv(file) else iter_json_records(file)
-
-
-def _checked_records(file: str, schema: Schema) -> Iterator[dict[str, Any]]:
+def _checked_records(file: str, schema: Schema, names: dict[str, None]) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file; every column that they have is added to `names`."""
     advice = CSV_ADVICE if is_csv(file) else SHAPE_ADVICE
-    for number, line, record in _iter_records(file):
+    for number, line, record in iter_records(file):
+        if not record.keys() <= names.keys():
+            names.update(dict.fromkeys(record))
         fault = record_fault(record, schema)
         if fault:
             raise UserError(
                 f"{file}, record {number} (line {line}): {fault}. Correct or remove the record; in all, {advice}."
             )
         yield record
-
-
-def column_names(files: str | list[str]) -> list[str]:
-    """Return the columns that any of the files has; of JSON, those of the first thousand records of each.
-
-    Raises:
-        UserError: a file can't be read, or none holds a record.
-    """
-    files = [files] if isinstance(files, str) else files
-    names: dict[str, None] = {}
-    for file in files:
-        if is_parquet(file):
-            names |= dict.fromkeys(parquet_schema(file).names)
-        elif is_csv(file):
-            names |= dict.fromkeys(csv_columns(file))
-        else:
-            for *_, record in islice(iter_json_records(file), RECORDS_TRIED):
-                names |= dict.fromkeys(record)
-    if not names:
-        raise UserError(f"{', '.join(files)} holds no records: at least one is needed.")
-    return list(names)
-
-
-def place_of_row(files: list[str], row: int) -> str:
-    """Name the file and record of row `row` (from 0) of a split made of `files`, for a message."""
-    for file in files:
-        rows = pq.read_metadata(file).num_rows if is_parquet(file) else sum(1 for _ in _iter_records(file))
-        if row < rows:
-            return f"{file}, record {row + 1}"
-        row -= rows
-    raise IndexError(f"no such row in {', '.join(files)}")
 
 
 def is_saved(path: str) -> bool:
@@ -260,7 +233,9 @@ def load_saved(path: str, splits: Iterable[str], schema: Schema) -> dict[str, Sp
             check_rows(dataset.with_format("arrow")[start : start + ROWS_PER_BATCH], schema, f"{path}, record", start)
         files = [entry["filename"] for entry in dataset.cache_files]
         # `save_to_disk` flattens rows selected by an index, so the bytes of the Arrow files are the content.
-        loaded[split] = SplitData(only_columns(dataset, schema), hash_files(files, path), tuple(files), path)
+        found_columns = tuple(dataset.column_names)
+        content = hash_files(files, path)
+        loaded[split] = SplitData(only_columns(dataset, schema), content, tuple(files), path, found_columns)
     return loaded
 
 

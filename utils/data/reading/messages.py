@@ -7,6 +7,7 @@ of them become one: a list of dicts without nulls, whose `content` is a string a
 
 import ast
 import json
+import re
 from typing import Any
 
 from utils.data.reading.whole_values import without_nulls
@@ -14,13 +15,17 @@ from utils.data.reading.whole_values import without_nulls
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_SPEAKERS = {
-    "system": "system", "developer": "developer", "human": "user", "user": "user", "gpt": "assistant",
-    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant", "assistant": "assistant",
-    "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool",
+# The names of roles in the data of others, in lower case and with underscores.
+_SPEAKERS = {role: role for role in ROLES} | {
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant", "ai": "assistant",
+    "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool",
     "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
 _CALLERS = ("function_call", "tool_call")
+_APART = re.compile(r"[\s_-]+")
+# Fields that say whether an answer is to be learned: OpenAI's, axolotl's (two), ms-swift's (two), LLaMA-Factory's.
+MARKS = frozenset(("weight", "train", "training", "loss", "loss_scale", "loss_weight"))
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 
 
@@ -84,6 +89,11 @@ def to_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     return value
 
 
+def is_message(value: Any) -> bool:
+    """Whether a value says who speaks, as a message does."""
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
 def kind_of(value: Any) -> str:
     """Name the kind of a value for a message: "a list", "a number", ..."""
     return _KINDS.get(type(value), "a number")
@@ -100,31 +110,33 @@ def _message(message: Any, where: str) -> Message:
         if not message["tool_calls"]:
             del message["tool_calls"]
     message["content"] = _content(message, where)
-    for name in ("weight", "train"):
-        if message.get(name, 1) not in (0, 1):
-            raise Malformed(f'"{where}.{name}" is {message[name]!r}: it must be 0 or 1 (false or true)')
+    if message["role"] == "assistant":
+        for name in MARKS & message.keys():
+            if message[name] not in (0, 1):
+                raise Malformed(f'"{where}.{name}" is {message[name]!r}: it must be 0 or 1 (false or true)')
     return message
 
 
 def _with_role(message: Message, where: str) -> Message:
-    """Return a copy that has `role` and `content`."""
-    if "role" in message or "from" not in message:
-        role = message.get("role")
-        if role == "function":  # the result of a call in OpenAI's first version
-            return message | {"role": "tool"}
-        if role not in ROLES:
-            raise Malformed(f'"{where}.role" is {role!r}: it must be one of {", ".join(ROLES)}')
+    """Return a copy that has `role`, one of `ROLES`, and `content`."""
+    if message.get("role") in ROLES:
         return dict(message)
-    speaker = message["from"]
+    if not is_message(message):
+        raise Malformed(f'"{where}" has neither "role" nor "from" (it has {", ".join(message) or "nothing"})')
+    named, said = ("role", "content") if "role" in message else ("from", "value")
+    given = message[named]
+    speaker = _APART.sub("_", given.strip().lower()) if isinstance(given, str) else ""
     if speaker not in _SPEAKERS:
-        raise Malformed(f'"{where}.from" is {speaker!r}: it must be one of {", ".join(_SPEAKERS)}')
-    others = {name: value for name, value in message.items() if name not in ("from", "value")}
+        raise Malformed(f'"{where}.{named}" is {given!r}: it must be one of {", ".join(_SPEAKERS)}')
+    others = {name: value for name, value in message.items() if name not in (named, said)}
+    if said in message and message.get("content", message[said]) != message[said]:
+        raise Malformed(f'"{where}" holds different texts in "{said}" and "content": remove one of them')
     changed = {"role": _SPEAKERS[speaker]}
-    if "value" in message or "content" not in message:
-        changed["content"] = message.get("value")
+    if said in message or "content" not in message:
+        changed["content"] = message.get(said)
     if speaker in _CALLERS and "tool_calls" not in message:
-        changed |= {"content": "", "tool_calls": message.get("value")}
-    return changed | others
+        changed |= {"content": "", "tool_calls": message.get(said)}
+    return others | changed
 
 
 def _content(message: Message, where: str) -> str:

@@ -4,14 +4,15 @@ Writers and shards differ: texts are large strings, views, categories, bytes or 
 a column or a field may be missing. The result is the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from utils.data.reading.schema import Schema, arrow_type, check_columns, conversation_fault
-from utils.data.reading.whole_values import encoded
+from utils.data.reading.schema import Kind, Schema, TextOrValue, arrow_type, check_columns, conversation_fault
+from utils.data.reading.whole_values import encoded, marked
 from utils.errors import UserError
 
 ROWS_PER_BATCH = 1000
@@ -70,12 +71,19 @@ def checked_batch(
     for field in target:
         if field.name not in batch.schema.names:
             columns.append(pa.nulls(len(batch), field.type))
-        elif schema.columns[field.name] is object:
+        elif form := _form_of(schema.columns[field.name], batch.column(field.name).type):
             values = batch.column(field.name).to_pylist()
-            columns.append(pa.array(map(encoded, values), field.type, size=len(values)))
+            columns.append(pa.array(map(form, values), field.type, size=len(values)))
         else:
             columns.append(_converted(batch.column(field.name), field.type))
     return pa.RecordBatch.from_arrays(columns, schema=target)
+
+
+def _form_of(kind: Kind, found: pa.DataType) -> Callable[[Any], str | None] | None:
+    """Return how values of a column are written as text where they are kept whole."""
+    if kind is TextOrValue and pa.types.is_nested(found) and not pa.types.is_dictionary(found):
+        return marked
+    return encoded if kind is object else None
 
 
 def _converted(column: pa.Array, wanted: pa.DataType) -> pa.Array:

@@ -5,7 +5,7 @@ object. `{"question": {"full_text": str}, "labels": int}` describes two columns.
 columns that a data set names as not null.
 
 `object` is a value that is kept whole, with every field it has, whatever fields other rows have: see
-`utils.data.reading.whole_values`.
+`utils.data.reading.whole_values`. `TextOrValue` is a text in one row and a list or an object, kept whole, in another.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,16 @@ from utils.data.reading.messages import conversation_fault
 from utils.data.reading.records import json_kind
 from utils.errors import UserError
 
+
+class TextOrValue:
+    """The kind of a column whose rows hold texts, or lists or objects."""
+
+
 Kind = type | list | dict
 Columns = dict[str, Kind]
+
+
+LATE = "columns that came late"  # of a stream: columns that the records read so far have and its first ones have not
 
 
 class Schema(NamedTuple):
@@ -33,9 +41,19 @@ class Schema(NamedTuple):
 
 CONVERSATION: Kind = [{"role": str, "content": str}]
 
-_NAMES = {str: "a string", int: "a whole number", float: "a number", object: "any value"}
-_JSON: dict[type, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
-_ARROW: dict[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), object: pa.string()}
+_NAMES = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    object: "any value",
+    TextOrValue: "a text or a list",
+}
+_JSON: dict[type, tuple[type, ...]] = {
+    str: (str,), int: (int,), float: (int, float), TextOrValue: (str, list, dict),
+}  # fmt: skip
+_ARROW: dict[type, pa.DataType] = {
+    str: pa.string(), int: pa.int64(), float: pa.float64(), object: pa.string(), TextOrValue: pa.string(),
+}  # fmt: skip
 _ARROW_CHECKS: dict[type, tuple[Callable[[pa.DataType], bool], ...]] = {
     # Writers without a type for texts leave bytes; whether they are UTF-8 is checked row by row.
     str: (
@@ -53,6 +71,7 @@ _ARROW_LISTS = (
     pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view,
     pa.types.is_large_list_view,
 )  # fmt: skip
+_ARROW_CHECKS[TextOrValue] = (*_ARROW_CHECKS[str], *_ARROW_LISTS, pa.types.is_struct)
 
 
 def arrow_type(kind: Kind) -> pa.DataType:
@@ -86,7 +105,7 @@ def value_fault(value: Any, kind: Kind, where: str) -> str | None:
             faults = (_field_fault(value, name, inner, where) for name, inner in kind.items())
             return next(filter(None, faults), None)
     elif isinstance(value, _JSON[kind]) and not isinstance(value, bool):
-        if kind is str and not _is_encodable(value):
+        if kind in (str, TextOrValue) and not _is_encodable(str(value)):
             return f'"{where}" holds half of a two-part character (a lone surrogate)'
         return None
     return f'"{where}" is {json_kind(value)} where {kind_name(kind)} is needed'

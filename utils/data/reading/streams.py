@@ -10,9 +10,10 @@ from typing import Any
 import datasets
 
 from utils.data.reading.arrow_files import SplitData, is_saved, only_columns, open_saved, read_batches
+from utils.data.reading.data_files import column_names
 from utils.data.reading.find_files import find_data_files, pick_split
 from utils.data.reading.hub import open_on_hub
-from utils.data.reading.schema import Schema, record_fault
+from utils.data.reading.schema import LATE, Schema, record_fault
 from utils.errors import UserError
 
 
@@ -30,28 +31,43 @@ def stream_from_path(
     return {split: stream_files(files_of[pick_split(files_of, split, path)], schema) for split in splits}
 
 
-def stream_files(files: list[str], schema: Schema) -> SplitData:
+def stream_files(files: list[str], schema: Schema, names_late: bool = False) -> SplitData:
     """Stream the records of parquet, JSON or CSV files, one file after the other; each is checked as it is read.
+
+    Args:
+        names_late: add the column `LATE`.
 
     Raises:
         UserError: there is no record, or the first does not fit the schema.
     """
     arrow_schema, _ = read_batches(files, schema)
-    arguments = {"files": files, "schema": schema, "names": tuple(arrow_schema.names)}
+    columns = tuple(column_names(files))
+    arguments = {
+        "files": files, "schema": schema, "names": tuple(arrow_schema.names), "known": columns if names_late else None,
+    }  # fmt: skip
     rows = datasets.IterableDataset.from_generator(_rows_of, gen_kwargs=arguments)
-    return _checked_start(rows, files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files", files)
+    name = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
+    return _checked_start(rows, name, files, columns)
 
 
-def _rows_of(files: list[str], schema: Schema, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of some of the files with the columns that any of them all has.
+def _rows_of(
+    files: list[str], schema: Schema, names: tuple[str, ...], known: tuple[str, ...] | None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of some of the files with the columns that any of them all has, and with `LATE`.
 
     Args:
         files: a list, of which `datasets` gives a part.
+        known: columns that need not be named in `LATE`; None: there is no such column.
     """
+    found = dict.fromkeys(known or ())
     for file in files:
-        _, batches = read_batches([file], schema)
+        _, batches = read_batches([file], schema, found)
         for batch in batches:
-            yield from ({name: row.get(name) for name in names} for row in batch.to_pylist())
+            rows = [{name: row.get(name) for name in names} for row in batch.to_pylist()]
+            if known is not None:
+                late = [name for name in found if name not in known and name not in names]
+                rows = [row | {LATE: late if late and at == 0 else None} for at, row in enumerate(rows)]
+            yield from rows
 
 
 def stream_saved(path: str, splits: Iterable[str], schema: Schema) -> dict[str, SplitData]:
@@ -59,9 +75,11 @@ def stream_saved(path: str, splits: Iterable[str], schema: Schema) -> dict[str, 
     found = open_saved(path)
     streams = {}
     for split in splits:
-        rows = only_columns(found[pick_split(found, split, path)], schema).to_iterable_dataset()
-        files = [entry["filename"] for entry in found[pick_split(found, split, path)].cache_files]
-        streams[split] = _checked_start(_checked(rows, schema, f'{path}, split "{split}"'), path, files)
+        dataset = found[pick_split(found, split, path)]
+        rows = only_columns(dataset, schema).to_iterable_dataset()
+        files = [entry["filename"] for entry in dataset.cache_files]
+        rows = _checked(rows, schema, f'{path}, split "{split}"')
+        streams[split] = _checked_start(rows, path, files, dataset.column_names)
     return streams
 
 
@@ -91,8 +109,10 @@ def _checked_row(row: dict[str, Any], number: int, schema: Schema, origin: str) 
     return {name: row.get(name) for name in schema.columns}
 
 
-def _checked_start(rows: datasets.IterableDataset, origin: str, files: Iterable[str] = ()) -> SplitData:
+def _checked_start(
+    rows: datasets.IterableDataset, origin: str, files: Iterable[str] = (), columns: Iterable[str] = ()
+) -> SplitData:
     """Return the stream once its first row can be read, so that a bad source is found before the run starts."""
     if next(iter(rows), None) is None:
         raise UserError(f"{origin} holds no records: at least one is needed.")
-    return SplitData(rows, "", tuple(files))
+    return SplitData(rows, "", tuple(files), columns=tuple(columns))

@@ -2,10 +2,14 @@
 
 Rows of one column may have different fields (a tool call's arguments), which no type of Arrow holds without filling in
 nulls. So a column of kind `object` is text; `utils.data.reading.messages` reads such text as conversations and tools.
+In a column of kind `TextOrValue`, where a text may look like JSON and be a text all the same, other values begin with
+`VALUE`.
 """
 
 import json
 from typing import Any
+
+VALUE = "\x00json:"
 
 
 def encoded(value: Any) -> str | None:
@@ -13,6 +17,16 @@ def encoded(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     return json.dumps(without_nulls(value), ensure_ascii=False, default=str)
+
+
+def marked(value: Any) -> str | None:
+    """Return a text as it is, and any other value so that `unmarked` tells them apart."""
+    return value if value is None or isinstance(value, str) else f"{VALUE}{encoded(value)}"
+
+
+def unmarked(value: Any) -> Any:
+    """Return what `marked` was given."""
+    return json.loads(value[len(VALUE) :]) if isinstance(value, str) and value.startswith(VALUE) else value
 
 
 def without_nulls(value: Any) -> Any:

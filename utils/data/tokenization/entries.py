@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 from utils.data.formats.column_text import Span
-from utils.data.outcomes import BOOKS, Note, Reason
+from utils.data.outcomes import BOOKS, UNREAD, Note, Reason
 from utils.data.prompt_dataset import ID_COLUMNS
 from utils.data.tokenization.sample_form import ERROR, TRUNCATE, Rule, sample_features
 from utils.errors import UserError
 
 _PLAIN: list[int] = []  # the books of most entries
+_NONE: list[str] = []  # the fields that most entries name
 
 
 class Entries:
@@ -22,6 +23,18 @@ class Entries:
         }  # fmt: skip
         self.ids = [self.columns[name] for name in ID_COLUMNS[rule.phase]]
         self.books, self.spans = self.columns[BOOKS], self.columns.get("label_spans")
+
+    def name_unread(self, names: Sequence[str]) -> None:
+        """Name the fields of the next entry's row that nothing reads."""
+        unread = self.columns[UNREAD]
+        unread += [_NONE] * (len(self.books) - len(unread))
+        if names:
+            unread.append(list(names))
+
+    def finished(self) -> dict[str, list]:
+        """Return the columns, of one length."""
+        self.name_unread(())
+        return self.columns
 
     def drop(self, reason: int, notes: Sequence[int] = ()) -> None:
         """Add an entry for what gives no sample; how many samples its row became is still to be counted."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from utils.data.outcomes import BOOKS, BOOKS_FEATURE
+from utils.data.outcomes import BOOKS, BOOKS_FEATURE, UNREAD, UNREAD_FEATURE
 from utils.data.prompt_dataset import ID_COLUMNS
 from utils.errors import UserError
 
@@ -74,9 +74,9 @@ def end_of_conversation_token(tokenizer: PreTrainedTokenizerBase, eot_token: str
 
 
 def sample_features(phase: int, completion_only: bool) -> datasets.Features:
-    """Return the columns of tokenized rows, `BOOKS` among them."""
+    """Return the columns of tokenized rows, `BOOKS` and `UNREAD` among them."""
     ids = {name: datasets.List(datasets.Value("int32")) for name in ID_COLUMNS[phase]}
-    features = datasets.Features(ids | {BOOKS: BOOKS_FEATURE})
+    features = datasets.Features(ids | {BOOKS: BOOKS_FEATURE, UNREAD: UNREAD_FEATURE})
     if completion_only:
         features["label_spans"] = datasets.List(datasets.Value("int32"))
     return features

@@ -10,6 +10,7 @@ from utils.data.formats.base import PromptRawDataset, RowTexts
 from utils.data.formats.column_text import Span
 from utils.data.formats.rendered import begins_with, pattern_of
 from utils.data.outcomes import FIRST_TOKEN, Note
+from utils.data.reading.schema import LATE
 from utils.data.tokenization.byte_bpe import ByteBpe, quick_tokenizer
 from utils.data.tokenization.entries import Entries
 from utils.data.tokenization.sample_form import (
@@ -65,7 +66,7 @@ def map_arguments(
 def tokenize(
     columns: dict[str, list], source: PromptRawDataset, tokenizer: PreTrainedTokenizerBase | ByteBpe, rule: Rule
 ) -> dict[str, list]:
-    """Turn one batch of rows into the phase's id columns and the column `BOOKS`.
+    """Turn one batch of rows into the phase's id columns and the columns `BOOKS` and `UNREAD`.
 
     With completion-only loss, `label_spans` holds starts and ends of responses in turn. Prompt and responses are
     encoded together, so the ids are the same with and without it.
@@ -81,8 +82,9 @@ def tokenize(
     labels = rule.sample.completion_only
     if source.has_ids and rule.phase == 1:
         for row in rows:
+            entries.name_unread(row.get(LATE) or ())
             entries.add_given(*source.given_ids(row, labels))
-        return entries.columns
+        return entries.finished()
     read = [source.read_row(row, rule.phase, labels) for row in rows]
     own_bos = [has_own_bos(row.samples[0][0], rule.bos) if row.samples else False for row in read]
     ids, offsets = _encoded(read, own_bos, tokenizer, rule)
@@ -90,7 +92,10 @@ def tokenize(
     # Once for all rows: hardly any has a special token, and looking for a plain word is far quicker.
     pattern = pattern_of(tuple(rule.special)) if any(token in words for token in rule.special) else None
     at = 0
-    for row, is_own in zip(read, own_bos, strict=True):
+    late = columns.get(LATE) or [None] * len(rows)
+    for row, is_own, names in zip(read, own_bos, late, strict=True):
+        if row.unread or names:
+            entries.name_unread((*row.unread, *(names or ())))
         if not row.samples:
             entries.drop(row.dropped)
             continue
@@ -105,7 +110,7 @@ def tokenize(
                 entries.add(parts, books)
             at += len(texts)
             books = []  # said once for a row
-    return entries.columns
+    return entries.finished()
 
 
 def has_own_bos(text: str, bos: str | None) -> bool:
