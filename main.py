@@ -49,6 +49,7 @@ from utils.model.layout_check import choose_layout
 from utils.model.learning_rate import advise_rate
 from utils.model.model_utils import count_parameters
 from utils.model.special_tokens import stop_where_answers_end
+from utils.model.stored_masters import restore_stored_masters
 from utils.model.tokenizer import create_tokenizer
 from utils.module.neftune import add_embedding_noise
 from utils.module.router_loss import describe_routers
@@ -90,6 +91,7 @@ def main(args: Namespace) -> None:
     advise_rate(count_parameters(model)[1], args.learning_rate, args.lora_learning_rate, args.lora_dim)
     begin("preparing DeepSpeed")
     engine = create_engine(config, model, ds_config, groups)
+    restore_stored_masters(engine, args.model_name_or_path)
     begin("trying to save")
     rehearse_saving(config, engine, tokenizer)
     begin("checking the layout of batches")

@@ -39,11 +39,10 @@ def restore_masters(engine: DeepSpeedEngine, held: Held) -> int:
 
 def flat_masters(engine: DeepSpeedEngine) -> dict[int, torch.Tensor]:
     """Return the master weight of each parameter, by its id, without ZeRO, where one flat tensor holds a group's."""
-    optimizer = engine.optimizer
-    masters = {}
-    for flat, group in zip(
-        getattr(optimizer, "fp32_groups_flat", []), getattr(optimizer, "fp16_groups", []), strict=True
-    ):
+    masters: dict[int, torch.Tensor] = {}
+    if engine.zero_optimization() or not hasattr(engine.optimizer, "fp32_groups_flat"):
+        return masters
+    for flat, group in zip(engine.optimizer.fp32_groups_flat, engine.optimizer.fp16_groups, strict=True):
         start = 0
         for parameter in group:
             masters[id(parameter)] = flat.data.narrow(0, start, parameter.numel()).view(parameter.shape)
