@@ -31,7 +31,7 @@ from utils.arguments.preflight import check_run
 from utils.checkpoint.checkpointer import Checkpointer, Run
 from utils.checkpoint.final_model import save_final_model
 from utils.checkpoint.rehearsal import rehearse_saving
-from utils.checkpoint.resume import date_of_run
+from utils.checkpoint.resume import date_of_run, decisions_of_run, newest_checkpoint
 from utils.data.batching.batches import collate_for
 from utils.data.training_data import TrainingData, load_training_data
 from utils.distributed.failures import end_run
@@ -39,6 +39,8 @@ from utils.distributed.launchers import adopt_launcher, launched_rank
 from utils.distributed.process_group import leave_process_group
 from utils.distributed.ranks import print_rank_0
 from utils.dry_run.dry_run import dry_run
+from utils.dry_run.fit import fit_to_memory
+from utils.dry_run.step_down import run_stepping_down
 from utils.ds_utils import build_ds_config
 from utils.engine.engine import create_engine
 from utils.engine.nvme_swap import remove_swap_folders
@@ -58,7 +60,7 @@ from utils.run_config import RunConfig
 from utils.train.epoch import finish_step, open_epoch
 from utils.train.nonfinite_steps import NonfiniteSteps
 from utils.train.perplexity import measure_perplexity
-from utils.train.plan import fit_micro_batches, is_checkpoint_due, is_evaluation_due
+from utils.train.plan import is_checkpoint_due, is_evaluation_due
 from utils.train.progress import Progress
 from utils.train.run_file import recorded_run
 from utils.train.start import start_run
@@ -79,14 +81,15 @@ def main(args: Namespace) -> None:
     tokenizer = create_tokenizer(args.model_name_or_path, config.eot_token)
     begin("preparing the data")
     data = load_training_data(config, tokenizer)
-    config = replace(config, batches=fit_micro_batches(config, data.train))
+    config = fit_to_memory(config, data.train, tokenizer, decisions_of_run(args))
     ds_config = build_ds_config(config)
     if args.dry_run:
         dry_run(config, ds_config, tokenizer, data, groups)
         return
 
     begin("loading the model")
-    model = create_model(args.model_name_or_path, model_form(args), tokenizer, ds_config)
+    form = model_form(args, config.gradient_checkpointing)
+    model = create_model(args.model_name_or_path, form, tokenizer, ds_config)
     stop_where_answers_end(model, tokenizer, data.train)
     advise_rate(count_parameters(model)[1], args.learning_rate, args.lora_learning_rate, args.lora_dim)
     begin("preparing DeepSpeed")
@@ -170,7 +173,7 @@ def run(argv: list[str] | None = None) -> None:
     try:
         adopt_launcher()
         with quiet_libraries():
-            main(parse_args(argv))
+            run_stepping_down(main, parse_args(argv), newest_checkpoint, release_output_folder)
             leave_process_group()
     except BaseException as err:
         end_run(err, launched_rank())

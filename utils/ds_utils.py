@@ -161,7 +161,7 @@ def build_ds_config(config: RunConfig) -> dict[str, Any]:
     """
     args, overrides = config.args, config.overrides
     ds_config = get_train_ds_config(
-        args.offload, config.zero_stage, config.dtype, enable_tensorboard=args.enable_tensorboard,
+        config.flag_offload, config.zero_stage, config.dtype, enable_tensorboard=args.enable_tensorboard,
         tb_path=args.tensorboard_path, tb_name="step1_model",
     )  # fmt: skip
     ds_config = merge_config(ds_config, monitor_blocks(args.report_to, args.enable_tensorboard))

@@ -35,6 +35,20 @@ def parse_gpus(text: str | None) -> Gpus | None:
     return Gpus(int(match[1]), float(match[2]))
 
 
+def parse_fit(text: str | None) -> float | None:
+    """Parse `--fit 24`: gigabytes of each device; None where the device's own memory counts.
+
+    Raises:
+        UserError: the text is no number above 0.
+    """
+    if text in (None, HERE):
+        return None
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise UserError(f"--fit {text}: write gigabytes of each device, as in 24, or nothing for its free memory.")
+
+
 def is_date(text: str) -> bool:
     """Whether a text is a date in the form YYYY-MM-DD."""
     with suppress(ValueError):

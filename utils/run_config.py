@@ -51,6 +51,8 @@ class RunConfig:
     batches: BatchCut
     layout: str  # of a batch: "free" (samples end to end in one row), "longest" or "max_length" (padded)
     packing: bool  # batches are counted in packed rows, not in samples
+    gradient_checkpointing: bool
+    fitted_offload: str | None = None  # what --fit chose beside flags and file
     template_date: str | None = None  # what a chat template that asks for the date sees; None: today
 
     @classmethod
@@ -73,7 +75,8 @@ class RunConfig:
                 "--offload with ZeRO 0: DeepSpeed offloads only what ZeRO shards, so stage 1 is used (same mathematics)"
             )
         print_rank_0(f"Precision: {dtype} ({reason})")
-        print_rank_0(f"DeepSpeed: ZeRO stage {zero_stage}, offload {offload or 'off'}, {ranks} rank(s)")
+        if args.fit is None:
+            print_rank_0(f"DeepSpeed: ZeRO stage {zero_stage}, offload {offload or 'off'}, {ranks} rank(s)")
         groups = ranks // args.sequence_parallel_size
         batches = BatchCut(
             args.per_device_train_batch_size, args.gradient_accumulation_steps, groups,
@@ -84,11 +87,29 @@ class RunConfig:
             args=args, device=device, local_rank=local_rank_of(args.local_rank), gpus=gpus, ranks=ranks, dtype=dtype,
             zero_stage=zero_stage, offload=offload, save_only_model=args.save_only_model or offload == "nvme",
             overrides=file.settings, batches=batches, layout=args.padding, packing=args.packing,
+            gradient_checkpointing=args.gradient_checkpointing,
         )  # fmt: skip
 
     def with_layout(self, layout: str) -> "RunConfig":
         """Return the configuration for a layout that the model can do; packed rows exist in layout "free" alone."""
         return replace(self, layout=layout, packing=self.packing and layout == "free")
+
+    def with_zero(self, stage: int, offload: str | None) -> "RunConfig":
+        """Return the configuration for a ZeRO stage and offload that `--fit` chose."""
+        size = self.args.sequence_parallel_size
+        batches = replace(self.batches, averaged_over=averaged_over(self.batches.ranks, size, stage))
+        fitted = None if offload == self.offload else offload
+        return replace(self, zero_stage=stage, offload=offload, fitted_offload=fitted, batches=batches)
+
+    def with_cut(self, micro_batch: int, accumulation: int, gradient_checkpointing: bool) -> "RunConfig":
+        """Return the configuration for a cut of the same step, with checkpointing or without."""
+        batches = replace(self.batches, micro_batch=micro_batch, accumulation=accumulation)
+        return replace(self, batches=batches, gradient_checkpointing=gradient_checkpointing)
+
+    @property
+    def flag_offload(self) -> str | None:
+        """Return the offload of the generated DeepSpeed configuration, which the user's file is laid over."""
+        return self.args.offload or self.fitted_offload
 
     @property
     def eot_token(self) -> str | None:
@@ -124,7 +145,8 @@ class RunConfig:
     @property
     def plain_arguments(self) -> dict[str, Any]:
         """Return every argument as typed, as a JSON file holds it."""
-        values = {key: getattr(value, "value", value) for key, value in vars(self.args).items()}
+        given = {name: value for name, value in vars(self.args).items() if name != "typed"}
+        values = {key: getattr(value, "value", value) for key, value in given.items()}
         plain = (str, int, float, bool, list, type(None))
         return {key: value if isinstance(value, plain) else str(value) for key, value in values.items()}
 
@@ -134,7 +156,8 @@ class RunConfig:
         return {
             "dtype": self.dtype, "zero_stage": self.zero_stage, "offload": self.offload,
             "per_device_train_batch_size": self.batches.micro_batch,
-            "gradient_accumulation_steps": self.batches.accumulation, "padding": self.layout, "packing": self.packing,
+            "gradient_accumulation_steps": self.batches.accumulation,
+            "gradient_checkpointing": self.gradient_checkpointing, "padding": self.layout, "packing": self.packing,
             "save_only_model": self.save_only_model, "local_rank": self.local_rank, "template_date": self.template_date,
         }  # fmt: skip
 

@@ -213,6 +213,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--offload", nargs="?", const="cpu", default=None, choices=["cpu", "nvme"],
         help="keep optimizer states, and weights at ZeRO 3, in CPU memory, or with nvme in files below --nvme_path; "
         "None, since both are slower")
+    add("--fit", nargs="?", const=HERE, default=None, metavar="GB",
+        help="choose micro batch, accumulation, gradient checkpointing, ZeRO stage and offload: the fastest that are "
+        "estimated to fit the free memory of each device, or GB gigabytes of it; the samples of a step stay, and so "
+        "does what is typed (--gradient_accumulation_steps: the cut); None takes the arguments as they are")
     add("--local_rank", type=int, default=-1, metavar="N",
         help="this process's rank on its node, set by the launcher; -1 for a plain start")
     add("--ddp_timeout", type=int, default=1800, metavar="SECONDS",

@@ -21,12 +21,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _typed(words: list[str]) -> list[str]:
+    """Return the names of the arguments that stand in `words`, with their default or not."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return sorted(vars(parser.parse_args(words)).keys() - {"config", "like"})  # whose arguments stand in `words` too
+
+
 def parse_args(
     argv: list[str] | None = None, description: str | None = None, announce: bool = True
 ) -> argparse.Namespace:
     """Parse the command line of main.py, or of a program (`description`) that takes the same arguments.
 
-    `utils.arguments.preflight.check_run` checks it.
+    `utils.arguments.preflight.check_run` checks it. `typed` of the result names what was given.
 
     Args:
         announce: print what came from `--like` and `--config`.
@@ -41,6 +49,7 @@ def parse_args(
         for line in lines:
             say(line)
     args = parser.parse_args(words)
+    args.typed = _typed(words)
     if args.save_strategy is None:
         args.save_strategy = "no" if args.save_steps is None else "steps"
     return args

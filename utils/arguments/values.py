@@ -12,6 +12,7 @@ from utils.notation import (
     check_evaluation_source,
     is_date,
     parse_data_split,
+    parse_fit,
     parse_gpus,
     parse_size,
     parse_source,
@@ -71,6 +72,7 @@ def check_values(args: argparse.Namespace) -> list[str]:
         problems.append("--eot_token is empty: name the token, or leave --add_eot_token out.")
     checks = [(parse_data_split, args.data_split)] if args.data_split is not None else []
     checks += [(parse_columns, args.columns), (parse_gpus, args.dry_run), (parse_steps, args.profile_steps)]
+    checks += [(parse_fit, args.fit)]
     checks += [(parse_source, name) for name in (*args.data_path, *args.sft_only_data_path)]
     checks += [(check_evaluation_source, name) for name in args.eval_data_path]
     for check, value in checks:

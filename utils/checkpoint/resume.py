@@ -8,7 +8,7 @@ from typing import Any
 
 import deepspeed
 
-from utils.checkpoint.checkpoint_folder import Checkpoint, find_checkpoint
+from utils.checkpoint.checkpoint_folder import Checkpoint, checkpoints_folder, find_checkpoint, list_checkpoints
 from utils.checkpoint.universal import load_full_states
 from utils.data.cache import content_sum
 from utils.data.mixture import divided_as
@@ -85,6 +85,20 @@ def date_of_run(args: Namespace) -> str:
     if begun not in (None, today):
         print_rank_0(f"Date, for a chat template that asks for it: {begun}, when the run that is resumed began")
     return answer_of_rank_0(args.template_date or begun or today)
+
+
+def decisions_of_run(args: Namespace) -> dict[str, Any] | None:
+    """Return the decisions of the run that is resumed, for one that chooses anew with `--fit`; None for others."""
+    if args.fit is None or (checkpoint := find_checkpoint(args.output_dir, args.resume_from_checkpoint)) is None:
+        return None
+    return checkpoint.info.get("decisions")
+
+
+def newest_checkpoint(args: Namespace) -> str | None:
+    """Return what `--resume_from_checkpoint` is to be after a failure: this run's last checkpoint, else as it was."""
+    complete, _ = list_checkpoints(checkpoints_folder(args.output_dir)) if args.output_dir else ([], [])
+    folders = [checkpoint.folder for checkpoint in complete if checkpoint.info["kind"] == "full"]
+    return folders[-1] if folders else args.resume_from_checkpoint
 
 
 def data_record(train_data: PromptDataset, args: Namespace) -> dict[str, Any]:

@@ -23,7 +23,7 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pi
 MEMORY_ADVICE = (
     "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much), add "
     "--gradient_checkpointing, raise --zero_stage, add --offload, or train with --lora_dim; with long rows add "
-    "--tiled_mlp or --sequence_parallel_size; --dry_run shows what each needs."
+    "--tiled_mlp or --sequence_parallel_size; --dry_run shows what each needs, and --fit chooses."
 )
 SCALE_ADVICE = (
     "fp16 can't hold this model's gradients: the loss scale reached its minimum and every step was skipped. Use "

@@ -61,7 +61,8 @@ def dry_run(
     print_rank_0(f"Schedule: {args.lr_scheduler_type}, {warmup}")
     print_rank_0("First sample as the model sees it, tokens that are labels " + first_sample(data.train, tokenizer))
     estimate = estimate_memory(
-        args.model_name_or_path, model_form(args), ds_config, largest_micro_batch(config, data.train),
+        args.model_name_or_path, model_form(args, config.gradient_checkpointing), ds_config,
+        largest_micro_batch(config, data.train),
         token_rows(tokenizer), config.ranks, config.layout != "max_length",
     )  # fmt: skip
     advise_rate(estimate.counts.trainable, args.learning_rate, args.lora_learning_rate, args.lora_dim)
@@ -207,7 +208,8 @@ def measure_time(
 ) -> str:
     """Train a few micro batches of an untrained model, as slow as a trained one, and return what the run will take."""
     args = config.args
-    model = create_model(args.model_name_or_path, model_form(args), tokenizer, ds_config, untrained=True)
+    form = model_form(args, config.gradient_checkpointing)
+    model = create_model(args.model_name_or_path, form, tokenizer, ds_config, untrained=True)
     engine = create_engine(config, model, ds_config, groups)
     layout = choose_layout(
         engine.module, config.layout, len(tokenizer), config.device, config.sequence_part, args.max_seq_len

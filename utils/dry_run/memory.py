@@ -59,20 +59,19 @@ def estimate_memory(
     """
     dtype = enabled_precision(ds_config)
     config = load_model_config(model_name_or_path)
-    packed = quantized_sizes(config, form)
-    counts = count(simulated_model(config, form, dtype, entries), layout, fused)
-    counts = counts._replace(quantized=sum(packed), largest_quantized=max(packed, default=0))
+    packed = quantized_counts(config, form)
+    counts = count(simulated_model(config, form, dtype, entries), layout, fused)._replace(**packed)
     setting = setting_from_config(ds_config, ranks, 4 if dtype == "fp32" else 2, layout.on_cpu)
     return MemoryEstimate(estimate(Sizes(*counts), setting), counts, setting, layout)
 
 
-def quantized_sizes(config: PretrainedConfig, form: ModelForm) -> list[int]:
-    """Return the number of parameters of each weight that `--quantize_base` turns into 4 bits."""
+def quantized_counts(config: PretrainedConfig, form: ModelForm) -> dict[str, int]:
+    """Return what `Counts` holds of the weights that `--quantize_base` turns into 4 bits."""
     if form.quantize_base is None:
-        return []
-    plain = ModelForm(dropout=form.dropout)
-    model = create_meta_model(config, plain, "fp32")
-    return [model.get_submodule(name).weight.numel() for name in quantized_names(model)]
+        return {}
+    model = create_meta_model(config, ModelForm(dropout=form.dropout), "fp32")
+    sizes = [model.get_submodule(name).weight.numel() for name in quantized_names(model)]
+    return {"quantized": sum(sizes), "largest_quantized": max(sizes)}
 
 
 def memory_budget(gpus: Gpus | None, device: torch.device) -> MemoryBudget:

@@ -50,10 +50,11 @@ class ModelForm(NamedTuple):
     tiled_mlp: bool = False
 
 
-def model_form(args: Namespace) -> ModelForm:
-    """Read the form of the model off main.py's arguments."""
+def model_form(args: Namespace, gradient_checkpointing: bool | None = None) -> ModelForm:
+    """Read the form of the model off main.py's arguments; `gradient_checkpointing`, if given, in place of theirs."""
     fields = {name: getattr(args, name) for name in ModelForm._fields if name != "dropout"}
-    return ModelForm(dropout=0.0 if args.disable_dropout else args.dropout, **fields)
+    form = ModelForm(dropout=0.0 if args.disable_dropout else args.dropout, **fields)
+    return form if gradient_checkpointing is None else form._replace(gradient_checkpointing=gradient_checkpointing)
 
 
 def create_model(

@@ -49,6 +49,7 @@ class Progress:
         """Follow `state`, the position of the run, which its owner advances after every optimizer step."""
         self.engine, self.plan, self.state = engine, plan, state
         self.args, self.device, self.batches = config.args, config.device, config.batches
+        self.is_checkpointed = config.gradient_checkpointing
         self.metrics = MetricsFile(config.args.output_dir, is_rank_0(), state.metrics_bytes)
         self.device_name = device_label()
         self.losses = StepLosses(config.device)
@@ -105,7 +106,7 @@ class Progress:
             seconds = time.perf_counter() - self.start
             work = Work(self.tokens, self.samples, seconds)
             rates = measure_throughput(
-                self.engine.module, self.args.gradient_checkpointing, work, world_size=world_size(),
+                self.engine.module, self.is_checkpointed, work, world_size=world_size(),
                 device_name=self.device_name,
             )  # fmt: skip
             padding = 1 - self.tokens / all_reduce_sum([self.slots], self.device)[0]

@@ -1,0 +1,187 @@
+"""`--fit`: what it chooses fits and is the fastest, leaves what was typed, and changes no step."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from fork_runs import finished_run, losses
+
+from tools.memory_table import opt_config
+from utils.arguments.parser import parse_args
+from utils.arguments.values import check_values
+from utils.dry_run import step_down
+from utils.dry_run.fit import Choice, LastFit, Row, divisors
+from utils.dry_run.step_down import run_stepping_down
+from utils.dry_run.step_time import ADAM_BYTES, Load, Machine, sent_bytes, step_seconds
+from utils.errors import UserError
+
+ROW = re.compile(
+    r"^  (?P<mark>[* ]) micro batch (?P<micro>\d+) x (?P<accumulation>\d+) accumulation, checkpointing (?P<on>on|off), "
+    r"ZeRO (?P<stage>\d)(?P<offload> \+ offload)?: (?P<size>[\d.]+) (?P<unit>[MG]B).*, time (?P<time>[\d.]+), "
+    r"(?P<fits>fits|too much)$",
+    re.MULTILINE,
+)
+BYTES = {"MB": 1e6, "GB": 1e9}
+
+
+def rows_of(printed: str) -> list[dict]:
+    rows = [match.groupdict() for match in ROW.finditer(printed)]
+    return [{**row, "bytes": float(row["size"]) * BYTES[row["unit"]], "time": float(row["time"])} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory):
+    """OPT-1.3b without its weights."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("large") / "model"
+    opt_config("1.3b").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "demo" / "tiny_opt").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def planned(run_inside, large_model, json_data, cache_folder):
+    def plan(*further, status: int = 0) -> tuple[str, list[dict]]:
+        places = ["--model_name_or_path", large_model, "--data_path", json_data, "--data_output_path", cache_folder]
+        ended, out, err = run_inside([*places, "--data_split", "10,0,0", "--max_seq_len", "64", *further])
+        assert ended == status, err
+        return out + err, rows_of(out)
+
+    return plan
+
+
+def test_the_fastest_that_fits_is_chosen(planned):
+    """ZeRO 0 needs 18 bytes a weight, 23.7 GB; shared by 8 GPUs the same step fits and is as fast."""
+    printed, rows = planned("--fit", "--dry_run", "8x24")
+    (chosen,) = [row for row in rows if row["mark"] == "*"]
+    assert {row["stage"] for row in rows} == set("0123") and {row["on"] for row in rows} == {"on", "off"}
+    for row in rows:
+        assert (row["fits"] == "fits") == (row["bytes"] <= 0.92 * 24e9)
+        assert int(row["micro"]) * int(row["accumulation"]) == 16
+        assert row["micro"] == "16" or row["fits"] != "fits" or row["stage"] == "0"
+    assert chosen["time"] == min(row["time"] for row in rows if row["fits"] == "fits")
+    assert (chosen["stage"], chosen["on"], chosen["offload"]) == ("1", "off", None)
+    assert "Fit: micro batch 16 x 1 accumulation, checkpointing off, ZeRO 1, the fastest" in printed
+    # The plan is that of the choice, with its own estimate.
+    assert f"most at once {chosen['size']} {chosen['unit']}" in printed
+    assert '"stage": 1' in printed and '"zero_stage": 0' in printed, "arguments stay as typed"
+
+
+def test_what_was_typed_stays(planned):
+    cut = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2"]
+    _, rows = planned("--fit", "--dry_run", "8x24", *cut, "--zero_stage", "3", "--gradient_checkpointing")
+    assert rows and {(row["micro"], row["accumulation"], row["stage"], row["on"]) for row in rows} == {
+        ("8", "2", "3", "on")
+    }
+    _, rows = planned("--fit", "40", "--dry_run", "8x24", "--zero_stage", "0")
+    assert {row["stage"] for row in rows} == {"0"}, "typed, though it is the default"
+    assert all(row["fits"] == "fits" for row in rows), "in 40 GB, as --fit says"
+    printed, rows = planned("--fit", "20", "--dry_run", "8x24", "--zero_stage", "0", status=2)
+    assert "error: --fit: no setting fits 20 GB (--fit): the smallest, micro batch" in printed
+    assert not any(row["mark"] == "*" for row in rows)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "much", "inf", "nan"])
+def test_a_limit_is_a_number(text):
+    problems = check_values(parse_args(["--model_name_or_path", "a", f"--fit={text}"]))
+    assert any("--fit" in problem and "write gigabytes" in problem for problem in problems)
+
+
+def test_cuts():
+    assert divisors(16) == [16, 8, 4, 2, 1] and divisors(12) == [12, 6, 3, 1] and divisors(1) == [1]
+    assert divisors(9) == [9, 3, 1]
+
+
+def test_times_by_hand():
+    """2 operations a weight, token and pass; 3 passes, 4 with checkpointing; rings send (n - 1) / n of each payload."""
+    machine = Machine(operations=1e12, memory=1e12, in_node=1e9, to_host=1e9, host_memory=1e9)
+    plain = Load(1000, 1000, 2, 500.0, 4, 1, 0, False, False)
+    products, reading = 2 * 3 * 1000 * 500 / 1e12, 3 * 2 * 1000 * 4 / 1e12
+    assert step_seconds(plain, machine) == pytest.approx(products + reading)
+    again = plain._replace(checkpointing=True)
+    assert step_seconds(again, machine) == pytest.approx((products + reading) * 4 / 3)
+    frozen = plain._replace(trainable=0)
+    assert step_seconds(frozen, machine) == pytest.approx((products + reading) * 2 / 3)
+    four = plain._replace(ranks=4)
+    sent = {stage: sent_bytes(four._replace(stage=stage)) / (3 / 4) / 2000 for stage in range(4)}
+    assert sent == pytest.approx({0: 2, 1: 2, 2: 5, 3: 12})
+    away = plain._replace(stage=2, offload=True)
+    assert step_seconds(away, machine) - step_seconds(plain, machine) == pytest.approx((4 + ADAM_BYTES) * 1000 / 1e9)
+    hidden = Machine(operations=1e12, memory=1e12, in_node=1e12)
+    sending = sent_bytes(four) / 1e12
+    assert step_seconds(four, hidden) == pytest.approx(products + reading + sending / 2), "half hides"
+    slow = machine._replace(in_node=1e8)
+    assert step_seconds(four, slow) == pytest.approx(reading + sent_bytes(four) / 1e8), "at most what products cover"
+
+
+def test_only_a_fitted_run_on_one_rank_steps_down(monkeypatch):
+    calls = []
+
+    def main(args):
+        calls.append((args.fit, args.resume_from_checkpoint))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(LastFit, "row", Row(Choice(4, 4, False, 2, None), int(20e9), 0, 1.0, True))
+    plain, fitted = (parse_args(["--model_name_or_path", "a", *more]) for more in ([], ["--fit"]))
+    with pytest.raises(torch.OutOfMemoryError):
+        run_stepping_down(main, plain, lambda args: "new", lambda: None)
+    calls.clear()
+    run_stepping_down(main, fitted, lambda args: "new", lambda: None)
+    assert calls == [("here", None), ("16", "new")] and fitted.fit == "here"
+    calls.clear()
+    monkeypatch.setattr(step_down, "world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"micro batch 4 x 4 .* start again with --fit 16, and with --resume"):
+        run_stepping_down(main, fitted, lambda args: "new", lambda: None)
+    assert len(calls) == 1
+
+
+# ------------------------------------------------------------------------------------------ whole runs
+
+
+def out_of_memory_once(argv: list[str]) -> None:
+    """main.py whose device runs out of memory once, in the third step."""
+    import main
+
+    micro_step, steps, failed = main.micro_step, [], []
+
+    def failing(engine, batch, device):
+        steps.append(batch.is_last)
+        if sum(steps) == 3 and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return micro_step(engine, batch, device)
+
+    main.micro_step = failing
+    main.run(argv)
+
+
+def test_a_run_that_runs_out_of_memory_steps_down_once(tmp_path, run_arguments):
+    """It goes on from its last checkpoint by smaller micro batches, and its steps are those of a plain run."""
+    arguments = [*run_arguments, "--max_steps", "6", "--logging_steps", "1"]
+    finished_run([*arguments, "--output_dir", tmp_path / "plain"])
+    # The whole batch without checkpointing is estimated to take 8.6 MB, at ZeRO 0, the only one on one CPU.
+    fitted = [*arguments, "--fit", "0.009", "--save_steps", "2", "--output_dir", tmp_path / "fitted"]
+    printed = finished_run(fitted, program=out_of_memory_once)
+    first, second = re.findall(r"^  \* (.*?): ", printed, re.MULTILINE)
+    assert first == "micro batch 16 x 1 accumulation, checkpointing off, ZeRO 0"
+    assert re.search(
+        r"Fit: the device ran out of memory \(CUDA out of memory.*\) with micro batch 16 x 1 .*; once, it goes on with "
+        rf"--fit 0.00\d+, a fifth less than estimated, from {tmp_path}/fitted/checkpoints/step-000002",
+        printed,
+    )
+    assert "chosen anew" in printed and second != first
+    assert "step 2 of 6 is done" in printed
+    assert losses(tmp_path / "fitted") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    run = json.loads((tmp_path / "fitted" / "run.json").read_text())
+    assert run["status"] == "finished" and [start["status"] for start in run["starts"]] == ["failed", "finished"]
+    assert run["arguments"]["per_device_train_batch_size"] == 16 and not run["arguments"]["gradient_checkpointing"]
+    decided = run["decisions"]
+    cut = f"{decided['per_device_train_batch_size']} x {decided['gradient_accumulation_steps']}"
+    checkpointing = "on" if decided["gradient_checkpointing"] else "off"
+    assert second == f"micro batch {cut} accumulation, checkpointing {checkpointing}, ZeRO {decided['zero_stage']}"
+    again = finished_run([*fitted, "--resume_from_checkpoint"])
+    assert f"Fit: {second}, as the run that is resumed" in again
