@@ -55,6 +55,11 @@ def test_a_run_with_workers_ends_by_itself(run_setting, tmp_path):
     assert losses(tmp_path / "workers") == losses(tmp_path / "plain")
 
 
+def test_the_time_of_a_run_is_measured_with_its_workers(run_setting):
+    printed = finished_run([*run_setting, "--dry_run"], program=with_workers)
+    assert "Time: about" in printed and "Dry run: everything is checked" in printed
+
+
 def test_a_process_ends_though_its_reader_is_still_open():
     """Python terminates workers at its exit and waits for them: that SIGTERM must not be ignored."""
     code = (

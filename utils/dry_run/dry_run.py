@@ -219,7 +219,7 @@ def measure_time(
     timed = TimedRun(engine, data, units, replace(config, layout=layout))
     cut = config.batches
     # On a CPU one sample a rank tells how many samples can be measured in the time there is.
-    first = replace(cut, micro_batch=1 if cut.on_cpu else cut.micro_batch, accumulation=1, on_cpu=True)
+    first = replace(cut, micro_batch=1 if cut.on_cpu else cut.micro_batch, accumulation=1)
     seconds, tokens = _timed(timed, first, tokenizer.pad_token_id, 1)
     micro = first.micro_batch
     if cut.on_cpu:
@@ -238,18 +238,21 @@ def measure_time(
 
 
 def _timed(timed: TimedRun, cut: BatchCut, pad_token_id: int, steps: int) -> tuple[float, float]:
-    """Return (seconds, real tokens over all ranks) of some optimizer steps of one micro batch each."""
+    """Return (seconds, real tokens over all ranks) of some optimizer steps of one micro batch each.
+
+    Batches are read as in a run, by a worker process where a GPU trains: the clock starts at the first one, and runs
+    while the next ones are waited for.
+    """
     config = timed.config
     collate = collate_for(config.layout, pad_token_id, config.args.max_seq_len, config.sequence_part)
     batches = train_batches(timed.data, timed.units, collate, cut)
-    seconds = tokens = 0.0
+    start, tokens = None, 0.0
     for _, batch in zip(range(steps), batches, strict=False):
-        start = time.perf_counter()
+        start = start or time.perf_counter()
         micro_step(timed.engine, batch, config.device)
-        get_accelerator().synchronize()
-        seconds += time.perf_counter() - start
         tokens += batch.step.tokens
-    return seconds, tokens
+    get_accelerator().synchronize()
+    return time.perf_counter() - (start or 0.0), tokens
 
 
 def _words(seconds: float) -> str:
