@@ -112,6 +112,28 @@ def one_step(
     }
 
 
+def figures_of_steps() -> dict[str, Any]:
+    """Note two steps and send their figures to the host, as a run does after a step; return how often values moved."""
+    import torch
+
+    from utils.distributed.ranks import sum_on_device
+    from utils.machine.later import OnItsWay
+    from utils.module.fused_loss import BatchFigures
+    from utils.train.step_losses import StepLosses
+
+    loss, hits = torch.ones((), device="cuda"), torch.ones((), dtype=torch.int64, device="cuda")
+    experts = torch.ones(3, 4, device="cuda")
+    with Operations() as operations:
+        losses = StepLosses(torch.device("cuda"))
+        for _ in range(2):
+            losses.add(loss, True, BatchFigures(hits, loss, experts), labels=7)
+            losses.finish_step(7)
+        losses.begin_collecting()
+        losses.begin_collecting_load()
+        OnItsWay([sum_on_device(5, "cuda")])
+    return {"copies": [operations.count["copy_to_cuda"], operations.count["copy_to_cpu"]]}
+
+
 def all_steps(argv: list[str]) -> None:
     """Print the result of every family and case; an error is a result."""
     import torch
@@ -131,6 +153,7 @@ def all_steps(argv: list[str]) -> None:
                 except Exception as err:
                     found = {"error": f"{type(err).__name__}: {err}"}
                 print("FOUND " + json.dumps([family, case, found]), flush=True)
+        print("FIGURES " + json.dumps(figures_of_steps()), flush=True)
         value = torch.ones(2, device="cuda")
         for fault in (value.sum().item, value.nonzero, lambda: value + torch.ones(2), lambda: value.to("cpu").tolist()):
             try:
@@ -176,6 +199,12 @@ def test_documents_go_through_the_kernel(case, found):
         expected = {f"_{name}_attention_forward": forwards, f"_{name}_attention_backward": layers}
         expected = expected if family in WITH_KERNEL else {}
         assert result["kernels"] == expected, family
+
+
+def test_figures_of_steps_are_sent_without_a_wait(printed):
+    """Losses, hits, router losses, the load of experts and the padding, each once however many steps there are."""
+    (line,) = [line for line in printed.splitlines() if line.startswith("FIGURES ")]
+    assert json.loads(line[8:]) == {"copies": [0, 5]}
 
 
 def test_the_fake_gpu_notices_waits_and_wrong_devices(printed):

@@ -226,7 +226,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="check everything, prepare the data, print the plan with its memory and time, and train nothing; 64x80 "
         "plans for 64 GPUs of 80 GB instead of this machine; None trains")
     add("--logging_steps", type=int, default=10, metavar="N",
-        help="log every N optimizer steps; 10, since each log synchronizes with the device")
+        help="log every N optimizer steps; 10, since more lines are hard to read; on a GPU a line comes one step late, "
+        "so that none waits for the device")
     add("--profile_steps", default=None, metavar="A:B",
         help="write a trace of optimizer steps A to B on rank 0, and a table of where their time goes, to "
         "OUTPUT_DIR/profile; 11:13 leaves out the first steps, which are slower; None, since watching takes time")

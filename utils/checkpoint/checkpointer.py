@@ -111,6 +111,7 @@ class Checkpointer:
         output_dir = self.config.args.output_dir
         why = f"Stopped at step {progress.state.step}" + (f" by {received}" if received else "")
         if output_dir is None:
+            progress.deliver()
             raise Interrupted(f"{why}. Nothing is saved: there is no --output_dir.")
         folder = self.save(progress)
         if is_rank_0():

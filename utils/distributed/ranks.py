@@ -62,6 +62,15 @@ def gather_from_all(value: Any) -> list[Any]:
     return values
 
 
+def sum_on_device(value: float, device: torch.device | str) -> torch.Tensor:
+    """Return the sum of `value` over all ranks as a scalar on the device, without waiting for it."""
+    dtype = torch.float32 if get_accelerator().device_name() == "mps" else torch.float64
+    tensor = torch.full((), value, dtype=dtype, device=device)  # a kernel's argument: no copy that would wait
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
 def all_reduce_sum(values: Iterable[float], device: torch.device | str) -> list[float]:
     """Return the sum of each of `values` over all ranks (float64 where the device has it)."""
     dtype = torch.float32 if get_accelerator().device_name() == "mps" else torch.float64

@@ -28,6 +28,7 @@ class NonfiniteSteps:
         if self.engine.was_step_applied():
             self.step_taken()
         else:
+            progress.deliver()  # the lines of earlier steps come before this one's, also where it ends the run
             self.check(progress.state.step, progress.losses.of_last_step(), samples, last_checkpoint)
 
     def step_taken(self) -> None:

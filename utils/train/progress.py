@@ -1,16 +1,16 @@
 """Progress of training: the figures of its steps, printed live or in lines, and recorded in metrics.jsonl."""
 
 import math
-import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
 from utils.data.batching.batches import TrainBatch
 from utils.data.batching.sampler import StepSize
-from utils.distributed.ranks import all_reduce_sum, global_rank, is_rank_0, print_rank_0, world_size
+from utils.distributed.ranks import global_rank, is_rank_0, print_rank_0, sum_on_device, world_size
 from utils.logging.console import (
     advance_run_bar,
     close_run_bar,
@@ -24,6 +24,7 @@ from utils.logging.loss_curve import draw_losses
 from utils.logging.metrics_file import MetricsFile
 from utils.logging.trackers import send_record
 from utils.machine.device import device_label, peak_memory_gb
+from utils.machine.later import Moment, OnItsWay, can_run_ahead
 from utils.module.attention import clear_documents
 from utils.module.fused_loss import last_figures
 from utils.notation import parse_steps
@@ -36,8 +37,22 @@ from utils.train.step_losses import StepLosses
 from utils.train.step_profile import StepProfile
 
 
+class Span(NamedTuple):
+    """The steps that a speed record is about, and the position at their end."""
+
+    epoch: int
+    step: int
+    steps: int
+    tokens: int
+    samples: int
+
+
 class Progress:
-    """Follows the optimizer steps; the device is waited for only every `--logging_steps`."""
+    """Follows the optimizer steps, and never waits for the step just given to a GPU.
+
+    There the figures of a step are recorded and printed when the next step has been given to it, or before anything
+    else is: an evaluation, a checkpoint, the end. A CPU has taken the step by then, and they come at once.
+    """
 
     def __init__(
         self,
@@ -59,7 +74,9 @@ class Progress:
         # Of the steps since the losses were last collected: learning rate, and the gradient norm as DeepSpeed has it.
         self.rates: list[float] = []
         self.norms: list[torch.Tensor | float | None] = []
-        self.last: dict[str, float | None] = {}  # the record of the step collected last
+        self.last: dict[str, float | None] = {}  # the record of the step delivered last
+        self.pending: list[Callable[[], None]] = []  # figures that are on their way from the device
+        self.runs_ahead = can_run_ahead(config.device)
         self.restart_clock()
         open_run_bar(plan.steps, state.step)
 
@@ -95,34 +112,58 @@ class Progress:
         self.samples += step.samples
         advance_run_bar(self.state.epochs_begun, self.plan.epochs)
         self.profile.follow(self.state.step)
+        self.deliver()
         if self.state.step % self.args.logging_steps == 0:
-            self.report()
+            self._take_report()
+            if not self.runs_ahead:
+                self.deliver()
 
     def report(self) -> None:
         """Record and print the figures of the steps since the last report. Every rank must call it."""
-        self.record_losses()
+        self._take_report()
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Wait for the figures that are on their way, record and print them."""
+        pending, self.pending = self.pending, []
+        for write in pending:
+            write()
+
+    def _take_report(self) -> None:
+        """Send the figures of the steps since the last report on their way."""
+        self._take_losses()
         if self.samples:
-            get_accelerator().synchronize()
-            seconds = time.perf_counter() - self.start
-            work = Work(self.tokens, self.samples, seconds)
+            self._take_speed()
+        self.restart_clock()
+
+    def _take_speed(self) -> None:
+        """Send what the speed record and the printed line need on its way."""
+        state, ended = self.state, Moment(self.device)
+        span = Span(state.epochs_begun, state.step, self.steps, self.tokens, self.samples)
+        memory, began = peak_memory_gb(self.device), self.began
+        slots = OnItsWay([sum_on_device(self.slots, self.device)])
+        load = self.losses.begin_collecting_load()
+
+        def write() -> None:
+            seconds = began.seconds_until(ended)
             rates = measure_throughput(
-                self.engine.module, self.is_checkpointed, work, world_size=world_size(),
-                device_name=self.device_name,
+                self.engine.module, self.is_checkpointed, Work(span.tokens, span.samples, seconds),
+                world_size=world_size(), device_name=self.device_name,
             )  # fmt: skip
-            padding = 1 - self.tokens / all_reduce_sum([self.slots], self.device)[0]
-            memory = peak_memory_gb(self.device)
-            routers = {} if (load := self.losses.collect_load()) is None else {"expert_load": load}
+            padding = 1 - span.tokens / slots.get()[0].item()
+            routers = {} if (of_experts := load()) is None else {"expert_load": of_experts}
             self.record(
-                epoch=self.state.epochs_begun, step=self.state.step, tokens_per_second=rates.tokens_per_second,
+                epoch=span.epoch, step=span.step, tokens_per_second=rates.tokens_per_second,
                 samples_per_second=rates.samples_per_second, tflops_per_device=rates.tflops,
                 peak_share=rates.peak_share, padding_share=padding, memory_gb=memory, seconds=seconds,
                 **routers,
             )  # fmt: skip
             if is_rank_0():
-                self._show(rates, padding, memory, seconds)
-        self.restart_clock()
+                self._show(span, rates, padding, memory, seconds)
 
-    def _show(self, rates: Throughput, padding: float, memory: float, seconds: float) -> None:
+        self.pending.append(write)
+
+    def _show(self, span: "Span", rates: Throughput, padding: float, memory: float, seconds: float) -> None:
         loss, rate, norm, accuracy = (
             self.last[name] for name in ("loss", "learning_rate", "grad_norm", "token_accuracy")
         )
@@ -143,10 +184,10 @@ class Progress:
                 f"pad {padding:.1%}, peak {peak}, {memory:.1f} GB"
             )
         else:
-            state, plan = self.state, self.plan
-            left = (plan.steps - state.step) * seconds / self.steps
+            plan = self.plan
+            left = (plan.steps - span.step) * seconds / span.steps
             say(
-                f"Step {state.step}/{plan.steps}, epoch {state.epochs_begun}/{plan.epochs}: loss {loss:.4f}, token "
+                f"Step {span.step}/{plan.steps}, epoch {span.epoch}/{plan.epochs}: loss {loss:.4f}, token "
                 f"accuracy {accuracy:.1%}, learning rate {rate:.2e}, gradient norm {_short(norm)}, padding "
                 f"{padding:.1%}, memory {memory:.2f} GB, {_clock(left)} left. {throughput}"
             )
@@ -172,13 +213,26 @@ class Progress:
 
     def record_losses(self) -> None:
         """Read the figures of all steps so far from the device and write them. Every rank must call it."""
-        recent = self.losses.collect()
-        epoch, first = self.state.epochs_begun, self.state.step - len(recent) + 1
-        for number, (figures, rate, norm) in enumerate(zip(recent, self.rates, self.norms, strict=True), first):
-            norm = None if norm is None else float(norm)
-            self.last = {**figures, "learning_rate": rate, "grad_norm": norm}
-            self.record(epoch=epoch, step=number, **self.last)
+        self._take_losses()
+        self.deliver()
+
+    def _take_losses(self) -> None:
+        """Send the figures of all steps so far on their way."""
+        means, rates = self.losses.begin_collecting(), self.rates
+        epoch, first = self.state.epochs_begun, self.state.step - len(rates) + 1
+        on_device = [norm for norm in self.norms if torch.is_tensor(norm)]
+        places, norms, coming = [torch.is_tensor(norm) for norm in self.norms], self.norms, OnItsWay(on_device)
         self.rates, self.norms = [], []
+
+        def write() -> None:
+            arrived = iter(coming.get())
+            values = [next(arrived) if there else norm for there, norm in zip(places, norms, strict=True)]
+            for number, (figures, rate, norm) in enumerate(zip(means(), rates, values, strict=True), first):
+                norm = None if norm is None else float(norm)
+                self.last = {**figures, "learning_rate": rate, "grad_norm": norm}
+                self.record(epoch=epoch, step=number, **self.last)
+
+        self.pending.append(write)
 
     def record(self, **record: float | list[float] | dict[str, dict[str, float]] | None) -> None:
         """Write one record to metrics.jsonl and send it to the services of `--report_to`."""
@@ -187,6 +241,7 @@ class Progress:
 
     def close(self) -> None:
         """End the live line and the row layout of the last batch, and draw the loss curve."""
+        self.deliver()
         close_run_bar()
         self.profile.finish(self.state.step)
         clear_documents()
@@ -196,7 +251,7 @@ class Progress:
     def restart_clock(self) -> None:
         """Start measuring anew: evaluating and saving are no part of the training speed."""
         self.tokens, self.samples, self.steps, self.slots = 0, 0, 0, 0
-        self.start = time.perf_counter()
+        self.began = Moment(self.device)
 
 
 def _figures_of(result: Evaluation) -> dict[str, float]:

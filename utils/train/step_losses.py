@@ -1,8 +1,11 @@
 """The figures of optimizer steps: summed on the device, and read from it all at once when they are asked for."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
+from utils.machine.later import OnItsWay
 from utils.module.fused_loss import BatchFigures
 
 
@@ -51,34 +54,55 @@ class StepLosses:
         self._begin_step()
 
     def collect(self) -> list[dict[str, float]]:
-        """Return the means per label token of every step since the last call. Every rank must call it.
+        """Return what `begin_collecting` returns, at once. Every rank must call it."""
+        return self.begin_collecting()()
+
+    def begin_collecting(self) -> Callable[[], list[dict[str, float]]]:
+        """Send the figures of every step since the last call to the host, without waiting. Every rank must call it.
 
         Returns:
-            `loss` and `token_accuracy` of each step; `router_loss` too in a model with routers.
+            a function that waits for them and returns the means per label token of each step: `loss` and
+            `token_accuracy`, and `router_loss` in a model with routers.
         """
         if not self.sums:
-            return []
-        figures = {"loss": _over_ranks(self.sums), "token_accuracy": _over_ranks(self.hits)}
+            return list
+        names, sums = ["loss", "token_accuracy"], [self.sums, self.hits]
         if self.has_routers:
-            figures["router_loss"] = _over_ranks(self.router_sums)
-        steps = [
-            {name: sums[number] / tokens for name, sums in figures.items()} for number, tokens in enumerate(self.tokens)
-        ]
+            names, sums = [*names, "router_loss"], [*sums, self.router_sums]
+        coming, tokens = OnItsWay([_over_ranks(torch.stack(of_steps)) for of_steps in sums]), self.tokens
         self.sums, self.hits, self.router_sums, self.tokens = [], [], [], []
-        return steps
+
+        def means() -> list[dict[str, float]]:
+            figures = dict(zip(names, (values.tolist() for values in coming.get()), strict=True))
+            return [
+                {name: values[number] / count for name, values in figures.items()}
+                for number, count in enumerate(tokens)
+            ]
+
+        return means
 
     def collect_load(self) -> list[float] | None:
-        """Return the busiest expert's tokens of each layer, over the mean of its experts, since the last call.
+        """Return what `begin_collecting_load` returns, at once. Every rank must call it."""
+        return self.begin_collecting_load()()
 
-        1 is an even load. Every rank must call it; None for a model without routers.
+    def begin_collecting_load(self) -> Callable[[], list[float] | None]:
+        """Send the load of experts since the last call to the host, without waiting. Every rank must call it.
+
+        Returns:
+            a function that waits for it and returns the busiest expert's tokens of each layer over the mean of its
+            experts, 1 for an even load; None for a model without routers.
         """
         if not self.has_routers:
-            return None
+            return lambda: None
         tokens = torch.zeros((), device=self.device) if self.expert_tokens is None else self.expert_tokens
         self.expert_tokens = None
-        if dist.is_initialized():
-            dist.all_reduce(tokens)
-        return [round(value, 4) for value in (tokens.amax(-1) / tokens.mean(-1)).tolist()]
+        coming = OnItsWay([_over_ranks(tokens)])
+
+        def load() -> list[float]:
+            whole = coming.get()[0]
+            return [round(value, 4) for value in (whole.amax(-1) / whole.mean(-1)).tolist()]
+
+        return load
 
     def of_last_step(self) -> float:
         """Return the mean loss per label token of the last step. Waits for the device; every rank must call it."""
@@ -88,8 +112,8 @@ class StepLosses:
         return total.item() / self.last[1]
 
 
-def _over_ranks(sums: list[torch.Tensor]) -> list[float]:
-    stacked = torch.stack(sums)
+def _over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Add `values`, which nobody else holds, over all ranks, in place; return them."""
     if dist.is_initialized():
-        dist.all_reduce(stacked)
-    return stacked.tolist()
+        dist.all_reduce(values)
+    return values
