@@ -66,6 +66,8 @@ CASES = [
      ["# Tools", '"name": "open_door", "parameters"', "<tool_response>\nok"]),
     ("a call, content null", talk(ASK, call(content=None), DONE, SAY, tools=[OPEN]), [CALLED + END, *PAIR], TOOLS),
     ("a call without it", talk(ASK, call(), DONE, SAY, tools=[OPEN]), [CALLED + END, *PAIR], TOOLS),
+    ("results that are no texts", talk(ASK, call(), DONE | {"content": {"ok": 1}}, DONE | {"content": [{"ok": 2}]},
+        DONE | {"content": 3}, SAY), [CALLED + END, *PAIR], ['{"ok": 1}', '[{"ok": 2}]', "<tool_response>\n3\n"]),
     ("a call as the end", talk(ASK, call(content=None), tools=[OPEN]), [CALLED + END], ["# Tools"]),
     ("words and a call", talk(ASK, call(content="Wait."), tools=[OPEN]), ["Wait.\n" + CALLED + END], []),
     ("arguments as JSON text", talk(ASK, call('{"door": "red"}'), tools=json.dumps([OPEN])), [CALLED + END], TOOLS),
@@ -126,8 +128,10 @@ CASES = [
 ]  # fmt: skip
 
 # Arrow has one type a column, and no file of it holds these beside the others.
-NOT_BESIDE_OTHERS = {"parts of text", "arguments as JSON text", "history as messages", "marks of no answer", "loss 0",
-                     "TriviaQA", "answers as objects", "SQuAD", "answers like JSON"}  # fmt: skip
+NOT_BESIDE_OTHERS = {
+    "results that are no texts", "parts of text", "arguments as JSON text", "history as messages",
+    "marks of no answer", "loss 0", "TriviaQA", "answers as objects", "SQuAD", "answers like JSON",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "labels", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
@@ -178,6 +182,7 @@ REFUSED = [
     ("qwen", {"question": "q", "answer": {"label": "a", "id": 1}}, "record 1.*object with label, id.*--columns resp"),
     ("qwen", talk(ASK, call() | {"tool_calls": [{"id": "c1"}]}), r"record 1.*tool_calls\[0\]. is no call"),
     ("qwen", talk(ASK, SAY, tools="door"), "no list of functions"),
+    ("qwen", {"prompt": "<|im_start|>user\nq", "response": [SAY]}, "record 1.*rendered already, .*in one form"),
     ("qwen", {"chosen": "Human: q Assistant: a"}, "record 1.*no prompt beside it.*--columns text=chosen"),
     ("qwen", {"prompt": "q", "response": "a", "history": [["x"]]}, "no earlier turn"),
     ("qwen", talk({"role": "system", "content": "x"}, ASK, SAY, system="y"), "hold different texts"),

@@ -80,6 +80,21 @@ def test_tools_that_the_template_has_no_place_for(tmp_path):
     assert lines_on(path, tmp_path, chat_template=str(tmp_path / "t.jinja"))[0].endswith(" of tool turns, tools")
 
 
+def test_what_parts_of_text_hold_beside_it(tmp_path):
+    parts = [{"type": "text", "text": "q", "cache_control": {"type": "ephemeral"}}]
+    path = write(tmp_path / "t.jsonl", [{"messages": [Q | {"content": parts}, A]}] * 2)
+    assert lines_on(path, tmp_path) == ["not used: cache_control of parts"]
+
+
+def test_other_answers_beside_a_prompt_that_is_rendered_already(tmp_path):
+    rows = [{"question": "Human: q Assistant:", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}}] * 2
+    assert lines_on(write(tmp_path / "t.jsonl", rows), tmp_path) == [
+        "not used: answer_start of answers",
+        "2 of 2 rows have a prompt that is rendered already: prompt and answer are used as they stand",
+        "2 of 2 rows have other answers than the first: not used",
+    ]
+
+
 def test_what_an_answer_holds_beside_its_words(tmp_path):
     answers = {"text": ["a", "b"], "answer_start": [0, 1]}
     rows = [{"question": "q", "context": "c", "answers": answers, "title": "t"}] * 3

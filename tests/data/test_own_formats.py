@@ -247,6 +247,13 @@ TALK = {"messages": conversation("p", "r")}
         ("a.jsonl", '{"body": "t"}', "none of these formats"),
         ("a.jsonl", '{"body": "t"}', "give --columns text=body; if conversations, messages=body"),
         ("a.jsonl", '{"words": "t", "reply": "r"}', "--columns prompt=words,response=reply"),
+        (
+            "a.jsonl", '{"id": 1, "context": {}, "long_answer": "a", "question": "q"}',
+            "--columns prompt=question,response=long_answer",
+        ),
+        ("a.jsonl", '{"id": 1, "talk": []}', "--columns text=talk; if conversations, messages=talk"),
+        ("a.json", '[{"prompt": "p", "response": "r"},\n]', "(line 2) is not valid JSON: remove the comma before it"),
+        ("a.jsonl", "{'prompt': 'p', 'response': 'r'}", "texts stand in double quotes there"),
         ("a.jsonl", json.dumps(TALK) + '\n{"messages": []}', 'record 2 (line 2): "messages" holds no message'),
         (
             "a.jsonl", json.dumps(TALK) + '\n{"messages": [{"role": "robot", "content": "p"}]}',

@@ -1,5 +1,6 @@
 """Decides from the columns of the user's own data, and from their first rows, what each column is."""
 
+import re
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,14 @@ from utils.data.reading.schema import Kind, Schema, TextOrValue
 from utils.errors import UserError
 
 ROWS_TRIED = 100
+# What the names of columns tell, for advice alone.
+_ABOUT_ROW = re.compile(
+    r"^(.*_)?(id|idx|index|uuid|source|url|context|lang|language|score|split|title)$|^$", re.IGNORECASE
+)
+_ASKS = re.compile(r"prompt|instruct|question|query|task|input|human|user|problem", re.IGNORECASE)
+_ANSWERS = re.compile(
+    r"answer|response|output|completion|reply|chosen|target|solution|assistant|summary", re.IGNORECASE
+)
 _TALKS = tuple(((role,), ("tools", "system")) for role in TALK_ROLES)
 
 
@@ -67,12 +76,15 @@ def _advice(found: list[str], given: dict[str, str]) -> str:
     absent = [column for column in given.values() if column not in found]
     if absent:
         return f"There is no column {', '.join(absent)}: correct --columns."
-    if len(found) >= 2:
-        return f"Name them with --columns, for example --columns prompt={found[0]},response={found[1]}."
-    if found:
-        return (
-            f"If {found[0]} holds whole texts, give --columns text={found[0]}; if conversations, messages={found[0]}."
-        )
+    telling = [column for column in found if not _ABOUT_ROW.search(column)] or found
+    if len(telling) >= 2:
+        prompt = next((column for column in telling if _ASKS.search(column)), telling[0])
+        others = [column for column in telling if column != prompt]
+        answer = next((column for column in others if _ANSWERS.search(column)), others[0])
+        return f"Name them with --columns, for example --columns prompt={prompt},response={answer}."
+    if telling:
+        name = telling[0]
+        return f"If {name} holds whole texts, give --columns text={name}; if conversations, messages={name}."
     return "Write columns with one of these names."
 
 

@@ -46,7 +46,7 @@ class Rows(NamedTuple):
         text = self.value(sample, self.role_of(PROMPT_ROLES) or "")
         for role in INPUT_ROLES:
             extra = self.value(sample, role)
-            if isinstance(text, list) or is_blank(extra):
+            if isinstance(text, (list, dict)) or is_blank(extra):
                 continue
             text = extra if is_blank(text) else f"{text}\n{extra}"
         return text
@@ -60,6 +60,13 @@ class Rows(NamedTuple):
         role = self.role_of(ANSWER_ROLES) or ""
         answers, fields = _answers_in(self.value(sample, role))[1:]
         return any(answer != answers[0] for answer in answers), [f"{name} of {self.roles[role]}" for name in fields]
+
+    def is_talk(self, sample: Sample, whole: bool = False) -> bool:
+        """Whether the answer is no text; `whole`: whether it is a conversation, with the prompt in it."""
+        answer = self.answer(sample)
+        if not whole:
+            return isinstance(answer, (list, dict))
+        return isinstance(answer, list) and to_messages(answer[:1], "answer")[0]["role"] not in ("assistant", "tool")
 
     def read(self, sample: Sample, rejected: bool = False) -> tuple[Conversation | None, int]:
         """Return the row as a conversation, None where there is nothing to learn; and the turns after its last answer.

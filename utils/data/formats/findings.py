@@ -8,7 +8,7 @@ from typing import Any
 from utils.data.formats.chat_template import ChatFormat, render
 from utils.data.formats.conversations import MARKS, REASONING, Conversation
 from utils.data.outcomes import READ, Note
-from utils.data.reading.messages import Message
+from utils.data.reading.messages import Message, PartsText
 from utils.errors import UserError
 
 # Rows, in each process, in which a field is taken away to see whether the text changes, and fields this is done for.
@@ -33,10 +33,11 @@ def unread_fields(chat: ChatFormat, talk: Conversation, text: str) -> tuple[str,
     Args:
         text: the conversation as the format renders it.
     """
+    unread = [f"{name} of parts" for name in sorted(_fields_of_parts(talk))]
     fields = _fields_of(talk)
     if not fields:
-        return ()
-    tried, unread = _rows_tried(chat), []
+        return tuple(unread)
+    tried = _rows_tried(chat)
     for field in sorted(fields):
         if field not in tried and len(tried) >= FIELDS_TRIED:
             unread.append(OTHERS)
@@ -73,6 +74,10 @@ def _fields_of(talk: Conversation) -> set[str]:
                 others.discard("type")
             found.update(f"{name} of tool_calls" for name in others)
     return found
+
+
+def _fields_of_parts(talk: Conversation) -> set[str]:
+    return {name for one in talk.messages if isinstance(one["content"], PartsText) for name in one["content"].fields}
 
 
 def _without(talk: Conversation, field: str) -> Conversation:

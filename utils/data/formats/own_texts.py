@@ -97,11 +97,17 @@ class OwnTexts(PromptRawDataset):
         if self.chat.kind != AS_IS and not self.may_be_rendered:
             return None
         prompt = self.rows.prompt_text(sample)
+        is_text = isinstance(prompt, str)
+        rendering = MARKED if self.chat.kind == AS_IS else rendering_of(prompt, *self._special) if is_text else None
+        if rendering is None or not (isinstance(prompt, (list, dict)) or self.rows.is_talk(sample)):
+            return rendering
         if self.chat.kind == AS_IS:
-            if isinstance(prompt, list) or isinstance(self.rows.answer(sample), (list, dict)):
-                raise UserError(f"it holds messages, which need a format: --chat_template {AS_IS} has none.")
-            return MARKED
-        return rendering_of(prompt, *self._special) if isinstance(prompt, str) else None
+            raise UserError(f"it holds messages, which need a format: --chat_template {AS_IS} has none.")
+        if self.rows.is_talk(sample, whole=True):
+            return None
+        raise UserError(
+            "its prompt is a text that is rendered already, and its answer holds messages: write both in one form."
+        )
 
     def adds_special(self, sample: Sample) -> bool:
         """Whether the tokenizer adds its special tokens to the row's text: a template writes them itself."""
@@ -200,7 +206,11 @@ class OwnTexts(PromptRawDataset):
         notes = [] if self.chat.kind == AS_IS or row.dropped else [Note.RENDERED]
         if notes and any(not is_blank(self.rows.value(sample, role)) for role in BESIDE):
             notes.append(Note.BESIDE)
-        return row._replace(notes=tuple(notes), adds_special=True)
+        if "text" in self.roles or row.dropped:
+            return row._replace(notes=tuple(notes), adds_special=True)
+        has_others, fields = self.rows.beside_answer(sample)
+        notes += [Note.OTHER_ANSWERS] * has_others
+        return row._replace(notes=tuple(notes), adds_special=True, unread=tuple(fields))
 
     def why_no_text(self, sample: Sample) -> Reason:
         """Return why a row has no text with its answer."""

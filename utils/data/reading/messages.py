@@ -33,6 +33,17 @@ class Malformed(ValueError):
     """A value that is no conversation; the text says which part of it and why."""
 
 
+class PartsText(str):
+    """The text of a message whose parts have fields beside it, which are in no text."""
+
+    fields: frozenset[str] = frozenset()
+
+    def with_fields(self, fields: set[str]) -> "PartsText":
+        """Return the text itself, with the names of these fields."""
+        self.fields = frozenset(fields)
+        return self
+
+
 def parsed(value: Any) -> Any:
     """Return what a text of JSON (or of Python's notation, as pandas writes it to CSV) holds; other values as given."""
     if not isinstance(value, str):
@@ -146,13 +157,19 @@ def _content(message: Message, where: str) -> str:
             return ""  # how OpenAI writes a message that is a call alone
         state = "null or missing" if "content" not in message else "null"
         raise Malformed(f'"{where}.content" is {state} where a string is needed')
-    if isinstance(content, list):
-        return "".join(_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
-    if isinstance(content, dict) and message["role"] == "tool":
+    if isinstance(content, list) and (message["role"] != "tool" or _are_parts(content)):
+        text = "".join(_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
+        fields = {name for part in content if isinstance(part, dict) for name in part if name not in ("type", "text")}
+        return PartsText(text).with_fields(fields) if fields else text
+    if message["role"] == "tool" and not isinstance(content, str):  # what a function returned
         return json.dumps(content, ensure_ascii=False)
     if not isinstance(content, str):
         raise Malformed(f'"{where}.content" is {kind_of(content)} where a string is needed')
     return content
+
+
+def _are_parts(content: list[Any]) -> bool:
+    return all(isinstance(part, str) or (isinstance(part, dict) and {"type", "text"} & part.keys()) for part in content)
 
 
 def _part(part: Any, where: str) -> str:

@@ -18,6 +18,7 @@ from utils.errors import UserError
 
 BLOCK_CHARS = 1 << 20
 LONGEST_FIELD = 1 << 30  # of CSV; the csv module's default limit, 128 KiB, is less than a long document
+_GZIP = b"\x1f\x8b"
 _LARGEST_BLANK = 4096  # bytes
 CSV_ADVICE = "write one record per line below a line of column names, texts with commas or line breaks in double quotes"
 SHAPE_ADVICE = 'write a list of objects, [{"...": "..."}, ...], or one object per line (JSON Lines)'
@@ -92,6 +93,9 @@ def is_blank(path: str) -> bool:
 def _not_utf8(path: str, err: UnicodeDecodeError) -> str:
     """Return the message for a file that is not UTF-8, with the first line that is not."""
     place, encoding = "", "another encoding"
+    with open(path, "rb") as stream:
+        if stream.read(2) == _GZIP and not path.lower().endswith(".gz"):
+            return f"{path} is compressed by gzip: end its name in .gz."
     with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as stream:
         for number, line in enumerate(stream, 1):
             if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -155,7 +159,8 @@ class _Reader:
 
     def line_of(self, err: json.JSONDecodeError) -> int:
         """Return the line of the file at which `value` failed."""
-        return self.line + self.text.count("\n", self.place, err.pos)
+        begin = len(err.doc) - (len(self.text) - self.place)  # what was read before may be forgotten since
+        return self.line + err.doc.count("\n", begin, err.pos)
 
 
 def _records(reader: _Reader, path: str) -> Iterator[tuple[int, int, dict]]:
@@ -203,9 +208,15 @@ def _value(reader: _Reader, path: str, number: int) -> Any:
     try:
         return reader.value()
     except json.JSONDecodeError as err:
+        where = f"{path}, record {number} (line {reader.line_of(err)}) is not valid JSON"
+        found = err.doc[err.pos : err.pos + 1]
+        if found == "'":
+            raise UserError(f"{where}: texts stand in double quotes there, not in single ones as in Python.") from err
+        if found == "]":
+            raise UserError(f"{where}: remove the comma before it, which follows the last record.") from err
         raise UserError(
-            f"{path}, record {number} (line {reader.line_of(err)}) is not valid JSON: {err.msg}. Correct "
-            "that line; if it is the last one, the file was cut off and must be copied again."
+            f"{where}: {err.msg}. Correct that line; if it is the last one, the file was cut off and must be copied "
+            "again."
         ) from err
     except RecursionError as err:
         raise UserError(f"{path}, record {number} (line {reader.line}) is nested too deeply: flatten it.") from err
