@@ -107,18 +107,26 @@ MARKED = (
 )
 
 
-@pytest.mark.parametrize("kind", ["qwen", "llama", "gemma", "marked", "last turn"])
+ESCAPED = (
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{{ m.content | tojson }}<|im_end|>{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["qwen", "llama", "gemma", "marked", "last turn", "escaped"])
 def test_a_conversation_twice_as_long_takes_twice_the_work(tmp_path, monkeypatch, kind):
     """Work is the number of messages rendered: at most three renderings of a conversation, however long it is."""
     base = kind if kind in KINDS else "qwen"
-    (tmp_path / "marked.jinja").write_text(MARKED)
-    more = {"marked": {"chat_template": str(tmp_path / "marked.jinja")}, "last turn": {"train_turns": "last"}}
+    more = {"last turn": {"train_turns": "last"}}
+    for name, template in (("marked", MARKED), ("escaped", ESCAPED)):
+        (tmp_path / f"{name}.jinja").write_text(template)
+        more[name] = {"chat_template": str(tmp_path / f"{name}.jinja")}
     rendered = []
     as_read = chat_template._as_read
     monkeypatch.setattr(chat_template, "_as_read", lambda chat, said: rendered.append(len(said)) or as_read(chat, said))
     work = {}
     for turns in (200, 400):
-        said = [{"role": ("user", "assistant")[place % 2], "content": f"word {place}"} for place in range(turns)]
+        said = [{"role": ("user", "assistant")[place % 2], "content": f'a "word"\n{place}'} for place in range(turns)]
         path = write(tmp_path / f"{turns}.jsonl", [{"messages": said}] * 2)
         rendered.clear()
         samples = samples_of(path, tmp_path / "cache", base, max_seq_len=100_000, **more.get(kind, {}))
