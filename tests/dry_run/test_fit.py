@@ -159,10 +159,28 @@ def out_of_memory_once(argv: list[str]) -> None:
     main.run(argv)
 
 
-def test_a_run_that_runs_out_of_memory_steps_down_once(tmp_path, run_arguments):
+@pytest.fixture(scope="module")
+def plain_losses(tmp_path_factory, run_arguments) -> dict[int, float]:
+    """Of six steps of 16 samples."""
+    folder = tmp_path_factory.mktemp("plain")
+    finished_run([*run_arguments, "--max_steps", "6", "--output_dir", folder])
+    return losses(folder)
+
+
+def test_two_ranks_take_the_same_steps_as_one(tmp_path, run_arguments, plain_losses):
+    """In 4.5 MB the estimate has room for ZeRO 2 with a quarter of each rank's samples at once, and not for ZeRO 0."""
+    arguments = [*run_arguments, "--max_steps", "6", "--per_device_train_batch_size", "8", "--fit", "0.0045"]
+    printed = finished_run([*arguments, "--output_dir", tmp_path], ranks=2)
+    assert "Fit: micro batch 2 x 4 accumulation, checkpointing off, ZeRO 2, the fastest that fits" in printed
+    assert losses(tmp_path) == pytest.approx(plain_losses, rel=1e-4)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["starts"][0]["zero_stage"] == run["decisions"]["zero_stage"] == 2
+    assert run["arguments"]["zero_stage"] == 0 and run["arguments"]["fit"] == "0.0045"
+
+
+def test_a_run_that_runs_out_of_memory_steps_down_once(tmp_path, run_arguments, plain_losses):
     """It goes on from its last checkpoint by smaller micro batches, and its steps are those of a plain run."""
     arguments = [*run_arguments, "--max_steps", "6", "--logging_steps", "1"]
-    finished_run([*arguments, "--output_dir", tmp_path / "plain"])
     # The whole batch without checkpointing is estimated to take 8.6 MB, at ZeRO 0, the only one on one CPU.
     fitted = [*arguments, "--fit", "0.009", "--save_steps", "2", "--output_dir", tmp_path / "fitted"]
     printed = finished_run(fitted, program=out_of_memory_once)
@@ -175,7 +193,7 @@ def test_a_run_that_runs_out_of_memory_steps_down_once(tmp_path, run_arguments):
     )
     assert "chosen anew" in printed and second != first
     assert "step 2 of 6 is done" in printed
-    assert losses(tmp_path / "fitted") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    assert losses(tmp_path / "fitted") == pytest.approx(plain_losses, rel=1e-4)
     run = json.loads((tmp_path / "fitted" / "run.json").read_text())
     assert run["status"] == "finished" and [start["status"] for start in run["starts"]] == ["failed", "finished"]
     assert run["arguments"]["per_device_train_batch_size"] == 16 and not run["arguments"]["gradient_checkpointing"]

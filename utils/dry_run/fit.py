@@ -251,9 +251,12 @@ def trial_ds_config(config: RunConfig) -> dict[str, Any]:
 
 
 def describe(rows: list[Row], best: Row | None, limits: Limits) -> list[str]:
-    """Return the table, its fastest settings first: of each kind the largest micro batch that fits, else the last."""
+    """Return the table, its fastest settings first: of each kind the largest micro batch that fits, else the last.
+
+    Times are relative to the fastest setting that was looked at, in the table or not.
+    """
     shown = list({row.choice[2:]: row for row in rows}.values())
-    fastest = min(row.seconds for row in shown)
+    fastest = min(row.seconds for row in rows)
     lines = [f"Fit: settings of the same optimizer steps, for {limits.words}"]
     for row in sorted(shown, key=_order):
         mark = "*" if row == best else " "
