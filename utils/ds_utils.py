@@ -201,8 +201,11 @@ def check_ds_file(args: Namespace, settings: dict[str, Any]) -> None:
         raise UserError(f"--deepspeed_config {args.deepspeed_config}: DeepSpeed can't use it: {reason}") from err
 
 
-def scale_settings(config: RunConfig) -> dict[str, Any]:
-    """Return what the arguments of big models add to DeepSpeed's block `zero_optimization`."""
+def scale_settings(config: RunConfig, is_trial: bool = False) -> dict[str, Any]:
+    """Return what the arguments of big models add to DeepSpeed's block `zero_optimization`.
+
+    With `--offload nvme` this opens the process's folder for swap files; not with `is_trial`.
+    """
     args = config.args
     settings: dict[str, Any] = {}
     if args.zero_hpz_partition_size > 1:
@@ -211,7 +214,7 @@ def scale_settings(config: RunConfig) -> dict[str, Any]:
         settings["zero_quantized_nontrainable_weights"] = True
     if args.offload == "nvme":
         # A plan for other GPUs needs no files on this machine.
-        path = open_swap_folder(args.nvme_path) if config.gpus is None else args.nvme_path
+        path = args.nvme_path if is_trial or config.gpus is not None else open_swap_folder(args.nvme_path)
         folder = {"device": "nvme", "nvme_path": path}
         # No weights are to stay in CPU memory; buffers are sized when the model is known.
         settings["offload_param"] = {**folder, "buffer_count": SWAP_BUFFERS, "max_in_cpu": 0}

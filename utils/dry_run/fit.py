@@ -21,7 +21,7 @@ from utils.dry_run.memory import USABLE, memory_budget, quantized_counts, size_w
 from utils.dry_run.step_time import CPU, Load, Machine, step_seconds
 from utils.dry_run.zero_memory import Sizes, estimate, setting_from_config
 from utils.ds_file.read import merge_config
-from utils.ds_utils import get_train_ds_config
+from utils.ds_utils import get_train_ds_config, scale_settings
 from utils.engine.device_settings import zero_settings_of_device
 from utils.errors import UserError
 from utils.machine.device import free_memory
@@ -243,6 +243,7 @@ def trial_ds_config(config: RunConfig) -> dict[str, Any]:
     ds_config = get_train_ds_config(config.flag_offload, config.zero_stage, config.dtype)
     device = zero_settings_of_device(config, say=lambda line: None)
     ds_config = merge_config(ds_config, {"zero_optimization": device})
+    ds_config["zero_optimization"] |= scale_settings(config, is_trial=True)
     ds_config["gradient_accumulation_steps"] = config.batches.accumulation
     ds_config = merge_config(ds_config, config.overrides)
     ds_config["zero_optimization"]["stage"] = config.zero_stage
