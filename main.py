@@ -53,6 +53,7 @@ from utils.model.model_utils import count_parameters
 from utils.model.special_tokens import stop_where_answers_end
 from utils.model.stored_masters import restore_stored_masters
 from utils.model.tokenizer import create_tokenizer
+from utils.module.compiled import compile_blocks
 from utils.module.neftune import add_embedding_noise
 from utils.module.router_loss import describe_routers
 from utils.prompt_eval.samples import answerer
@@ -104,6 +105,8 @@ def main(args: Namespace) -> None:
     config = config.with_layout(layout)
     describe_routers(engine.module)
     add_embedding_noise(engine.module, args.neftune_noise_alpha)
+    if args.torch_compile:
+        compile_blocks(engine.module, config.compiled_shape)
 
     begin("reading the checkpoint")
     checkpointer = Checkpointer(config, engine, tokenizer, data)

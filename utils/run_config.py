@@ -132,6 +132,14 @@ class RunConfig:
         return self.args.max_seq_len if self.packing else None
 
     @property
+    def compiled_shape(self) -> tuple[int, int] | None:
+        """Return [rows, tokens] of a full training batch with `--torch_compile`; None where it has no fixed size."""
+        size, length = self.batches.micro_batch, self.args.max_seq_len
+        if not self.args.torch_compile or self.layout == "longest" or (self.layout == "free" and not self.packing):
+            return None
+        return (1, size * length) if self.packing else (size, length)
+
+    @property
     def window_size(self) -> int:
         """Return the samples of a window of a stream: whole optimizer steps, where steps are counted in samples."""
         size, step = self.args.streaming, self.batches.global_batch

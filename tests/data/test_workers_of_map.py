@@ -1,8 +1,8 @@
 """Rows are mapped in several processes; an error of one of them is the run's, and none is ended by force."""
 
-import multiprocess.pool
 import pytest
 from datasets import Dataset, Features, Value
+from datasets.utils.py_utils import multiprocess
 
 from utils.data.tokenization.workers import map_rows
 from utils.errors import UserError

@@ -76,6 +76,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tf32", action="store_true",
         help="compute float32 matrix products of fp32 on a GPU in TF32, several times faster; off, since its 10 bits "
         "change results in the fourth digit")
+    add("--torch_compile", action="store_true",
+        help="compile the transformer blocks by torch.compile, for training batches of one size (--packing, whose rows "
+        "are then filled up, or --padding max_length) and ZeRO 0 to 2; off, as the first step waits for the compiler")
     add("--compute_fp32_loss", action="store_true",
         help="accepted for old command lines and without effect: the loss is always computed in float32")
     add_shared(add, "add_eot_token",

@@ -170,6 +170,12 @@ def _check_long_context_values(args: argparse.Namespace) -> list[str]:
             f"--sequence_parallel_size cuts rows of samples that lie end to end and needs --padding free, not "
             f"{args.padding}."
         )
+    if args.torch_compile and not args.packing and args.padding != "max_length":
+        problems.append("--torch_compile needs training batches of one size: give --packing, or --padding max_length.")
+    if args.torch_compile and (args.tiled_mlp or args.sequence_parallel_size > 1):
+        problems.append(
+            "--torch_compile compiles whole blocks of whole rows: leave out --tiled_mlp and --sequence_parallel_size."
+        )
     if args.tiled_mlp and args.lora_dropout > 0:
         problems.append(
             "--tiled_mlp computes MLPs again in the backward, where --lora_dropout would draw anew: leave one of them "
@@ -241,6 +247,8 @@ def check_zero(args: Namespace, zero: Zero) -> list[str]:
         problems.append(f"--zero_hpz_partition_size needs --zero_stage 3, not {found}.")
     if zero.eight_bits and zero.stage != 3:
         problems.append(f"--enable_mixed_precision_lora needs --zero_stage 3, not {found}.")
+    if args.torch_compile and zero.stage == 3:
+        problems.append("--torch_compile needs --zero_stage 0 to 2: ZeRO 3 fetches weights within the blocks.")
     if args.sequence_parallel_size > 1 and zero.stage == 3 and not zero.reduce_scatter:
         problems.append(
             f"--deepspeed_config {args.deepspeed_config}: reduce_scatter false at ZeRO 3 scales some gradients of "

@@ -193,6 +193,11 @@ def use_document_attention(model: transformers.PreTrainedModel) -> str:
     return before
 
 
+def keep_attention_uncompiled() -> None:
+    """Have torch's compiler leave document attention as it is: the layout it reads changes with every row."""
+    transformers.AttentionInterface.register(NAME, torch.compiler.disable(row_attention))
+
+
 @contextmanager
 def own_attention(model: transformers.PreTrainedModel) -> Iterator[None]:
     """Have `model` use the attention it had before document attention, which knows no cache, within the block."""

@@ -1,9 +1,11 @@
 """The batches of one epoch, or of one window of a stream, from the run's position on."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from utils.data.batching.batches import Collate, TrainBatch, train_batches
+from utils.data.batching.collate import collate_filled
 from utils.data.batching.sampler import StepSize, Units, remaining_units, step_members
 from utils.data.prompt_dataset import PromptDataset
 from utils.run_config import RunConfig
@@ -22,6 +24,8 @@ class Epoch(NamedTuple):
 def open_epoch(config: RunConfig, train_data: PromptDataset, plan: RunPlan, state: RunState, collate: Collate) -> Epoch:
     """Return the epoch that the run is in; a stream reads the window that it is in."""
     units = units_in_use(config, train_data, state)
+    if config.packing and config.compiled_shape is not None:
+        collate = partial(collate_filled, tokens=config.compiled_shape[1])
     batches = train_batches(train_data, remaining_units(units, state.units_done), collate, config.batches)
     return Epoch(units, micro_batches_of_epoch(plan, config.batches, units), batches)
 

@@ -51,16 +51,31 @@ def collate_slice(samples: Sequence[Sample], part: tuple[int, int]) -> dict[str,
     index, parts = part
     tokens = batch["input_ids"].shape[1]
     width = -(-tokens // parts)
-    padding, start = width * parts - tokens, index * width
-    fill = {"input_ids": 0, "position_ids": 0, "labels": IGNORE_INDEX}
-    for name, value in fill.items():
-        batch[name] = F.pad(batch[name], (0, padding), value=value)[:, start : start + width]
-    if padding:
-        batch["document_lengths"] = [*batch["document_lengths"], padding]
-        batch["cu_seqlens"] = F.pad(batch["cu_seqlens"], (0, 1), value=width * parts)
+    batch, start = _filled(batch, width * parts), index * width
+    for name in ("input_ids", "position_ids", "labels"):
+        batch[name] = batch[name][:, start : start + width]
     mine = (batch["positions"] >= start) & (batch["positions"] < start + width)
     labels = {"positions": batch["positions"][mine] - start, "targets": batch["targets"][mine]}
     return {**batch, **labels, "part": part}
+
+
+def collate_filled(samples: Sequence[Sample], tokens: int) -> dict[str, Any]:
+    """Return the row `collate_free` makes, filled up to so many tokens with one more document without labels."""
+    return _filled(collate_free(samples), tokens)
+
+
+def _filled(batch: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Fill a row up to so many tokens; its last document then has no label and the positions of a first token."""
+    padding = tokens - batch["input_ids"].shape[1]
+    if padding <= 0:
+        return batch
+    fill = {"input_ids": 0, "position_ids": 0, "labels": IGNORE_INDEX}
+    return {
+        **batch,
+        **{name: F.pad(batch[name], (0, padding), value=value) for name, value in fill.items()},
+        "document_lengths": [*batch["document_lengths"], padding],
+        "cu_seqlens": F.pad(batch["cu_seqlens"], (0, 1), value=tokens),
+    }
 
 
 def collate_padded(samples: Sequence[Sample], pad_token_id: int, pad_to: int | None = None) -> dict[str, torch.Tensor]:
