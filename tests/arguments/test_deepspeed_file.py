@@ -126,6 +126,11 @@ def test_precision_is_the_flags_unless_the_file_says_it(arguments, content, flag
         ({"fp16": {"loss_scale_window": 0, "enabled": True}}, "loss_scale_window must be > 0"),
         ({"gradient_clipping": "1.0"}, 'gradient_clipping must be a number, not "1.0"'),
         ({"gradient_clipping": -1}, "gradient_clipping must be at least 0"),
+        ({"steps_per_print": 0}, "steps_per_print must be at least 1, not 0"),
+        ({"aio": {"block_size": "big"}}, 'aio.block_size must be a whole number, not "big"'),
+        ({"flops_profiler": {"enabled": "yes"}}, 'flops_profiler.enabled must be true or false, not "yes"'),
+        ({"flops_profiler": {"step": 5}}, "flops_profiler.step is no setting of DeepSpeed's"),
+        ({"data_types": {"grad_accum_dtype": "fp64"}}, "grad_accum_dtype must be one of fp32, bf16, fp16, not "),
         ({"wall_clock_breakdown": 1}, "wall_clock_breakdown must be true or false, not 1"),
         ({"aio": {"queue_dept": 8}}, "aio.queue_dept is no setting of DeepSpeed's (do you mean queue_depth?)"),
         ({"amp": {"enabled": "auto"}}, "amp: DeepSpeed has no such setting any more"),
@@ -198,6 +203,11 @@ def test_a_file_that_no_run_can_use_is_refused_at_the_start(run_inside, run_argu
         ({"fp16": {"enabled": True}}, "turns fp16 on: --dtype fp16 can't be trained on cpu"),
         ({"checkpoint": {"tag_validation": "sometimes"}}, "DeepSpeed can't use it: Checkpoint config contains"),
         ({"communication_data_type": "int8"}, "DeepSpeed can't use it: Invalid communication_data_type"),
+        ({"comet": {"enabled": True}}, "turns comet on, which is not installed: pip install comet_ml"),
+        (
+            {"csv_monitor": {"enabled": True, "output_path": "/proc/x"}},
+            "csv_monitor can't write to output_path /proc/x",
+        ),
         (
             {"zero_optimization": {"zero_hpz_partition_size": 2}},
             "--zero_hpz_partition_size needs --zero_stage 3, not 0",

@@ -69,6 +69,12 @@ def test_rank_alone(run_arguments, tmp_path):
         ({"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is 'one', not a number"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT is 'x', not a number"),
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4 and RANK is not set"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is empty and RANK is not set"),
+        ({"RANK": ""}, "RANK is empty and WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set"),
+        ({"MASTER_PORT": "port"}, "MASTER_PORT is 'port', not a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "99999"}, "ports go up to 65535"),
+        ({"SLURM_STEP_NUM_TASKS": ""}, "SLURM_STEP_NUM_TASKS is '', not a number"),
+        ({"PMI_SIZE": "two"}, "PMI_SIZE is 'two', not a number"),
     ],
 )
 def test_variables_that_are_no_launchers(environment, words):

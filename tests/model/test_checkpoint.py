@@ -93,6 +93,7 @@ WEIGHTS = {
         lambda w: {k: torch.zeros(900, 32) if v.shape[0] == 1816 else v for k, v in w.items()},
         ["2 have other shapes", "lm_head.weight is [900, 32] in the files and [1816, 32] in the model"],
     ),
+    "8 bits": (lambda w: {k: v.to(torch.float8_e4m3fn) for k, v in w.items()}, ["21 weights of", "stored in 8 bits"]),
     "lora": (with_lora, ["12 weights have no place", "lora_left_weight", "tools.merge_lora"]),
 }
 
@@ -111,7 +112,7 @@ def test_weights_that_do_not_fit(kind, llama, json_data, cache_folder, run_insid
     printed = capfd.readouterr()
     assert all(word in printed.err for word in words) and "Assistant:" not in printed.out
     # Also for scripts of their own, which call neither program.
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match=r"does not fit|in 8 bits"):
         create_hf_model(AutoModelForCausalLM, str(folder), load_hf_tokenizer(str(folder)))
 
 
@@ -140,6 +141,12 @@ def test_a_bin_file_is_read_as_well(llama, tmp_path):
     torch.save({f"module.{name}": tensor for name, tensor in weights.items()}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"begin with 'module\.'"):
         check_weights(str(folder), config)
+    for content in (AutoModelForCausalLM.from_pretrained(llama), None):  # a whole model, and no file of torch's
+        torch.save(content, folder / "pytorch_model.bin")
+        if content is None:
+            (folder / "pytorch_model.bin").write_bytes(b"garbage" * 99)
+        with pytest.raises(UserError, match=r"no file of weights, or holds more than weights"):
+            check_weights(str(folder), config)
     (folder / "pytorch_model.bin").unlink()
     index = {"weight_map": {"a": "pytorch_model-1-of-2.bin", "b": "pytorch_model-2-of-2.bin"}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
@@ -149,6 +156,13 @@ def test_a_bin_file_is_read_as_well(llama, tmp_path):
 
 def pointer(folder: Path) -> Path:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    return folder
+
+
+def written(base: Path, folder: Path, name: str, text: str) -> Path:
+    """A copy of a model folder with this content in one of its files."""
+    shutil.copytree(base, folder)
+    (folder / name).write_text(text)
     return folder
 
 
@@ -176,6 +190,15 @@ FOLDERS = {
     ),
     "t5": (lambda base, folder: edited(base, folder, **T5Config(**VOCABULARY).to_dict()), ["encoder with a decoder"]),
     "bart": (lambda base, folder: edited(base, folder, **BartConfig().to_dict()), ["encoder with a decoder"]),
+    "list": (lambda base, folder: written(base, folder, "config.json", "[]"), ["no usable model configuration"]),
+    "text for a size": (lambda base, folder: edited(base, folder, hidden_size="32"), ["'hidden_size' expected int"]),
+    "no heads": (lambda base, folder: edited(base, folder, num_attention_heads=0), ["ZeroDivisionError"]),
+    "no such dtype": (lambda base, folder: edited(base, folder, dtype="float17"), ["'float17'"]),
+    "activation": (lambda base, folder: edited(base, folder, hidden_act="none"), ["no llama model that can be built"]),
+    "generation": (
+        lambda base, folder: written(base, folder, "generation_config.json", "{x"),
+        ["can't be read as JSON"],
+    ),
     "clip": (lambda base, folder: edited(base, folder, model_type="vit"), ["not a causal language model"]),
 }
 

@@ -50,6 +50,10 @@ def test_a_dropout_anywhere_in_the_configuration_is_set():
     assert config.own[0]["deep"]["dropped"] is True and config.layerdrop == 0 and config.router_jitter_noise == 0
     set_dropouts(config, 0.25)
     assert config.own[0]["deep"]["my_dropout_prob"] == 0.25 and config.resid_pdrop == 0.25
+    llama = tiny_config("llama")
+    llama.attention_dropout = None  # null in the file, which the family reads as a number
+    set_dropouts(llama, 0.0)
+    assert llama.attention_dropout == 0
     assert config.layerdrop == 0, "whole layers are only ever switched on by the model's own configuration"
 
 

@@ -10,7 +10,7 @@ from utils.distributed.launchers import launched_rank
 from utils.errors import UserError
 from utils.files import similar_folder
 from utils.logging.console import say
-from utils.model.checkpoint import check_files
+from utils.model.model_folder import check_files
 from utils.model.model_utils import has_weights, load_model_config
 
 TEMPORARY_BYTES = 50 * 10**6

@@ -9,8 +9,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -37,16 +35,17 @@ from utils.errors import UserError, join_problems
 from utils.export.peft_adapter import check_adapter
 from utils.files import check_place
 from utils.logging.console import say
-from utils.logging.trackers import check_reports, wanted_reports
+from utils.logging.trackers import check_monitors, check_reports, wanted_reports
 from utils.model.build import create_meta_model, model_form
 from utils.model.checkpoint import check_weights
 from utils.model.config_values import check_length, check_rope
 from utils.model.model_utils import configure_dropout
 from utils.model.special_tokens import token_rows
 from utils.model.tokenizer import load_hf_tokenizer
+from utils.module.empty_model import empty_model
 from utils.module.lora_names import check_lora_module_name
 from utils.module.quantized import check_quantization, check_quantized_model
-from utils.module.remote_code import is_trusted, trust_remote_code
+from utils.module.remote_code import trust_remote_code
 from utils.module.sequence_parallel import check_sequence_parallel
 from utils.module.tiled_mlp import check_tiled_mlp
 from utils.notation import Gpus, asked_eot_token, parse_data_split, parse_gpus, parse_source
@@ -150,6 +149,7 @@ def _check_deepspeed_file(args: Namespace, ranks: int) -> dict[str, Any]:
     settings = read_deepspeed_file(args, ranks).settings
     if args.deepspeed_config:
         check_ds_file(args, settings)
+        check_monitors(settings)
     return settings
 
 
@@ -173,9 +173,7 @@ def _check_resume(args: Namespace) -> None:
 
 
 def _check_lora_names(config: PretrainedConfig, module_name: str) -> None:
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted())
-    check_lora_module_name(model, module_name)
+    check_lora_module_name(empty_model(config), module_name)
 
 
 def _check_adapter_base(args: Namespace, config: PretrainedConfig, entries: int) -> None:

@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 
 from utils.errors import UserError
 from utils.logging.console import say
@@ -15,6 +15,7 @@ MPI_NAMES = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
 )
 DEFAULT_PORT = 29500  # torch's and DeepSpeed's default too
+LAST_PORT = 65535
 SLURM_PORTS = 15000  # ports to choose from by the job's number: jobs that share a node must not share a port
 
 
@@ -33,6 +34,7 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
     if "RANK" in environment:
         _check_variables(environment)
         return
+    _check_numbers(environment, ("SLURM_STEP_NUM_TASKS", *(names[1] for names in MPI_NAMES), "MASTER_PORT"))
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         launcher = "srun"
         _adopt_slurm(environment)
@@ -42,8 +44,9 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
     else:
         if environment.get("WORLD_SIZE", "1") != "1":
             raise UserError(
-                f"WORLD_SIZE is {environment['WORLD_SIZE']} and RANK is not set: each process would be a run of its "
-                "own. Start with deepspeed, torchrun, srun or mpirun, or unset WORLD_SIZE for a run of one process."
+                f"WORLD_SIZE is {environment['WORLD_SIZE'] or 'empty'} and RANK is not set: each process would be a "
+                "run of its own. Start with deepspeed, torchrun, srun or mpirun, or unset WORLD_SIZE for a run of one "
+                "process."
             )
         return
     if environment["RANK"] == "0":
@@ -57,18 +60,25 @@ def _check_variables(environment: MutableMapping[str, str]) -> None:
     missing = [name for name in needed if not environment.get(name)]
     if missing:
         raise UserError(
-            f"RANK is {environment['RANK']} and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: "
-            "start with deepspeed, torchrun, srun or mpirun, which set them all, or unset RANK for a run of one "
-            "process."
+            f"RANK is {environment['RANK'] or 'empty'} and {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set: start with deepspeed, torchrun, srun or mpirun, which "
+            "set them all, or unset RANK for a run of one process."
         )
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        if not environment.get(name, "0").isdecimal():
-            raise UserError(f"{name} is {environment[name]!r}, not a number: a launcher sets it, or you do.")
+    _check_numbers(environment, ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     if int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
         raise UserError(
             f"RANK is {environment['RANK']} and WORLD_SIZE {environment['WORLD_SIZE']}: ranks count from 0, so the "
             f"last is {int(environment['WORLD_SIZE']) - 1}."
         )
+
+
+def _check_numbers(environment: MutableMapping[str, str], names: Iterable[str]) -> None:
+    """Check that these variables are numbers where they are set, and the port one of a machine's."""
+    for name in names:
+        if not environment.get(name, "0").isdecimal():
+            raise UserError(f"{name} is {environment[name]!r}, not a number: a launcher sets it, or you do.")
+    if int(environment.get("MASTER_PORT", 0)) > LAST_PORT:
+        raise UserError(f"MASTER_PORT is {environment['MASTER_PORT']}: ports go up to {LAST_PORT}.")
 
 
 def free_port() -> int:

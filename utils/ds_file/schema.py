@@ -29,9 +29,16 @@ OPEN_BLOCKS = {
                    "checkpoint_serialization"),
     "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
     "timers": ("throughput",),
+    "flops_profiler": ("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed",
+                       "output_file"),
     "activation_checkpointing": ("partition_activations", "number_checkpoints", "contiguous_memory_optimization",
                                  "synchronize_checkpoint_boundary", "profile", "cpu_checkpointing"),
 }  # fmt: skip
+WHOLE_NUMBERS = {
+    *(("aio", name) for name in ("block_size", "queue_depth", "intra_op_parallelism", "thread_count")),
+    *(("flops_profiler", name) for name in ("profile_step", "top_modules")),
+}  # fmt: skip
+GRADIENT_DTYPES = ("fp32", "bf16", "fp16")
 # Parts of DeepSpeed that train in another way than this program does.
 OTHER_WAYS = (
     "autotuning", "data_efficiency", "datastates", "expert_parallel", "hybrid_engine", "pipeline", "tensor_parallel",
@@ -44,14 +51,13 @@ def block_models() -> dict[str, Any]:
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
     from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
-    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     return {
         "zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config,
         "tensorboard": TensorBoardConfig, "wandb": WandbConfig, "csv_monitor": CSVConfig, "comet": CometConfig,
-        "flops_profiler": DeepSpeedFlopsProfilerConfig, "comms_logger": CommsLoggerConfig, "compile": CompileConfig,
+        "comms_logger": CommsLoggerConfig, "compile": CompileConfig,
     }  # fmt: skip
 
 
@@ -76,6 +82,20 @@ def check_settings(config: dict[str, Any]) -> list[str]:
             problems += _check_model(models[name], value, name)
         elif name in OPEN_BLOCKS:
             problems += [_unknown(key, OPEN_BLOCKS[name], name) for key in value if key not in OPEN_BLOCKS[name]]
+            problems += _check_open_values(name, value)
+    return problems
+
+
+def _check_open_values(name: str, block: dict[str, Any]) -> list[str]:
+    """List the values of a block without a model that DeepSpeed would read when the engine is made, or later."""
+    problems = []
+    for key, value in block.items():
+        if key == "enabled":
+            problems += _check_plain(f"{name}.{key}", value, SWITCH)
+        elif (name, key) in WHOLE_NUMBERS:
+            problems += _check_plain(f"{name}.{key}", value, WHOLE)
+        elif key == "grad_accum_dtype" and value not in (*GRADIENT_DTYPES, None):
+            problems.append(f"{name}.{key} must be one of {', '.join(GRADIENT_DTYPES)}, not {_shown(value)}")
     return problems
 
 
@@ -90,7 +110,8 @@ def _check_plain(name: str, value: Any, types: tuple[type, ...]) -> list[str]:
     fits = isinstance(value, types) and (types == SWITCH or not isinstance(value, bool))
     if not fits:
         return [f"{name} must be {WORDS[types]}, not {_shown(value)}"]
-    return [] if types in (SWITCH, TEXT) or value >= 0 else [f"{name} must be at least 0, not {value}"]
+    least = 1 if name == "steps_per_print" else 0
+    return [] if types in (SWITCH, TEXT) or value >= least else [f"{name} must be at least {least}, not {value}"]
 
 
 def _check_model(model: Any, block: dict[str, Any], place: str) -> list[str]:

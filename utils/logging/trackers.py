@@ -2,6 +2,7 @@
 
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,31 @@ def check_reports(report_to: Sequence[str], enable_tensorboard: bool) -> None:
                if find_spec(PACKAGES[name]) is None]  # fmt: skip
     if missing:
         raise UserError(f"{given}: not installed: pip install {' '.join(missing)}")
+
+
+def check_monitors(settings: dict[str, Any]) -> None:
+    """Check the services that a file of `--deepspeed_config` turns on: their packages, and the folders they write.
+
+    Raises:
+        UserError: a package is missing, or a folder can't be made.
+    """
+    for name in (*PACKAGES, "csv_monitor"):
+        block = settings.get(name, {})
+        if not block.get("enabled"):
+            continue
+        if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+            raise UserError(f"--deepspeed_config turns {name} on, which is not installed: pip install {PACKAGES[name]}")
+        folder = block.get("output_path")
+        existing = os.path.abspath(folder) if folder else os.getcwd()
+        while not os.path.exists(existing):
+            existing = os.path.dirname(existing)
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as err:
+            raise UserError(
+                f"--deepspeed_config: {name} can't write to output_path {folder} ({err}): give another folder."
+            ) from err
 
 
 def monitor_blocks(report_to: Sequence[str], enable_tensorboard: bool) -> dict[str, Any]:

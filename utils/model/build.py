@@ -21,6 +21,7 @@ from utils.model.model_utils import (
     grow_embeddings,
     training_dtype,
 )
+from utils.module.empty_model import empty_model
 from utils.module.experts import describe_joined_experts
 from utils.module.lora import (
     convert_linear_layer_to_lora,
@@ -30,7 +31,6 @@ from utils.module.lora import (
 )
 from utils.module.lora_names import describe_unreached
 from utils.module.quantized import describe_quantized, quantize_layers
-from utils.module.remote_code import is_trusted
 from utils.module.tiled_mlp import tile_mlps
 
 
@@ -94,10 +94,8 @@ def create_meta_model(
         entries: of the tokenizer, for which the embeddings may grow.
     """
     configure_dropout(config, form.dropout)
+    model = empty_model(config, dtype=DTYPES[dtype])
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[dtype], trust_remote_code=is_trusted()
-        )
         if entries is not None:
             grow_embeddings(model, entries)
         model = _shape(model, form, lambda line: None)

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from utils.distributed.ranks import print_rank_0
 from utils.errors import UserError
 from utils.logging.console import say
 from utils.model.loading_report import Report, check_report
+from utils.module.empty_model import empty_model
 from utils.module.remote_code import is_trusted
 
 # In the order in which transformers looks for them: one file, or the index of several.
@@ -35,48 +37,6 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "BOOL": torch.bool,
 }  # fmt: skip
-ADAPTER_CONFIG = "adapter_config.json"
-LFS_POINTER = b"version https://git-lfs"
-
-
-def check_files(name: str) -> None:
-    """Check what can be seen of a folder without reading its configuration; a name on the hub is not looked up.
-
-    Raises:
-        UserError: files are git-lfs pointers, or the folder is an adapter.
-    """
-    if not os.path.isdir(name):
-        return
-    pointers = [file for file in sorted(os.listdir(name)) if _is_lfs_pointer(os.path.join(name, file))]
-    if pointers:
-        raise UserError(
-            f"{len(pointers)} of the files in {name} are git-lfs pointers, a few lines of text in place of their "
-            f"content ({_first(pointers)}): run `git lfs install && git lfs pull` in that folder."
-        )
-    if os.path.isfile(os.path.join(name, ADAPTER_CONFIG)):
-        raise adapter_error(name, os.path.join(name, ADAPTER_CONFIG))
-
-
-def adapter_error(name: str, path: str) -> UserError:
-    """Return the error for an adapter given as a model; `path` is its configuration."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            base = json.load(file).get("base_model_name_or_path") or "its base model"
-    except (OSError, ValueError, AttributeError):
-        base = "its base model"
-    return UserError(
-        f"{name} is a PEFT adapter of {base}, not a model: merge it into a folder of its own and give that. "
-        f"`pip install peft`, then in Python: from peft import AutoPeftModelForCausalLM as M; "
-        f'M.from_pretrained("{name}").merge_and_unload().save_pretrained("MERGED"); and copy the tokenizer there.'
-    )
-
-
-def adapter_on_hub(name: str) -> str | None:
-    """Return the local path of a hub repository's adapter configuration; None where it has none or can't be asked."""
-    try:
-        return cached_file(name, ADAPTER_CONFIG, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):
-        return None
 
 
 def check_is_causal(name: str, config: PretrainedConfig) -> None:
@@ -159,11 +119,25 @@ def _stamps(name: str, config: PretrainedConfig) -> tuple:
 def _compare(name: str, config: PretrainedConfig, stamps: tuple) -> FoundRight:
     """Compare names, shapes and dtypes in the files with the model's; UserError where they do not fit."""
     stored = stored_weights(name)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted())
+    model = empty_model(config)
     report = _loading_report(model, stored)
     lines = [] if report is None else check_report(name, model, report, stored)
+    _check_dtypes(name, stored, [] if report is None else report.unexpected)
     return FoundRight(stamps, stored, lines)
+
+
+def _check_dtypes(name: str, stored: dict[str, torch.Tensor], left_out: list[str]) -> None:
+    """Refuse weights in 8 bits, whose scales nobody knows: they would be read as if they were plain numbers.
+
+    Args:
+        left_out: weights in the files that are not read, such as old masks.
+    """
+    small = [key for key, weight in stored.items() if weight.dtype not in DTYPES.values() and key not in left_out]
+    if small:
+        raise UserError(
+            f"{len(small)} weights of {name} are stored in 8 bits ({_first(small)}), without a quantization_config "
+            "that says how: only whole weights can be trained. Give the model they were made from."
+        )
 
 
 def _loading_report(model: transformers.PreTrainedModel, stored: dict[str, torch.Tensor]) -> Report | None:
@@ -208,7 +182,12 @@ def stored_weights(name: str) -> dict[str, torch.Tensor]:
     for path in weight_paths(name):
         try:
             stored.update(_read_safetensors(path) if path.endswith(".safetensors") else _read_bin(path))
-        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as err:
+        except UnpicklingError as err:
+            raise UserError(
+                f"{path} is no file of weights, or holds more than weights (a whole pickled model, say), which can run "
+                "any code and is not loaded: save the weights with model.save_pretrained(FOLDER) where it was made."
+            ) from err
+        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, EOFError) as err:
             reason = " ".join(str(err).split())[:200]
             raise UserError(f"the weights in {path} can't be loaded ({reason}): is the file complete?") from err
     return stored
@@ -267,14 +246,6 @@ def _read_bin(path: str) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict):
         raise ValueError("it holds no dictionary of weights")
     return {key: value for key, value in content.items() if torch.is_tensor(value)}
-
-
-def _is_lfs_pointer(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:
-        return False
 
 
 def _first(names: list[str], most: int = 3) -> str:

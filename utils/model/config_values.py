@@ -58,7 +58,7 @@ def set_value(holder: Any, name: str, value: float) -> None:
     A configuration whose own check refuses the value keeps what it has: the modules are set as well.
     """
     before = holder[name] if isinstance(holder, dict) else getattr(holder, name)
-    value = type(before)(value) if float(value).is_integer() else value
+    value = type(before)(value) if float(value).is_integer() and before is not None else value
     if isinstance(holder, dict):
         holder[name] = value
         return
@@ -69,6 +69,8 @@ def set_value(holder: Any, name: str, value: float) -> None:
 def set_dropouts(config: PretrainedConfig, dropout: float) -> None:
     """Set every dropout of the configuration; 0 also turns off the dropping of whole layers and a router's noise."""
     for holder, name, value in list(values(config)):
+        if value is None and DROPOUT.search(name) and is_probability(getattr(type(holder), name, None)):
+            value = 0.0  # null in the file, where the family has a number
         if not is_probability(value):
             continue
         if OTHER_RANDOMNESS.search(name):

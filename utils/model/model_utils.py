@@ -18,16 +18,15 @@ from utils.distributed.zero3 import whole_numel, whole_shape
 from utils.errors import UserError
 from utils.machine.precision import DTYPES
 from utils.model.checkpoint import (
-    adapter_error,
-    adapter_on_hub,
-    check_files,
     check_is_causal,
     check_weights,
     remote_code_error,
 )
 from utils.model.config_values import DROPOUT, OTHER_RANDOMNESS, is_probability, set_dropouts
 from utils.model.loading_report import Report, check_report
+from utils.model.model_folder import adapter_error, adapter_on_hub, check_files
 from utils.model.special_tokens import end_ids, stop_at, token_rows
+from utils.module.empty_model import empty_model
 from utils.module.quantized import quantized_loading, settle_quantized
 from utils.module.remote_code import is_trusted
 
@@ -44,13 +43,14 @@ def load_model_config(model_name_or_path: str) -> PretrainedConfig:
     check_files(model_name_or_path)
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=is_trusted())
-    except (OSError, ValueError, KeyError, ImportError) as err:
+    except Exception as err:  # transformers raises many kinds, on values and on content
         if "trust_remote_code" in str(err):
             raise remote_code_error(model_name_or_path) from err
         adapter = None if os.path.isdir(model_name_or_path) else adapter_on_hub(model_name_or_path)
         if adapter is not None:
             raise adapter_error(model_name_or_path, adapter) from err
-        reason = " ".join(str(err).split())[:300]
+        kind = "" if isinstance(err, (OSError, ValueError)) else f"{type(err).__name__}: "
+        reason = kind + " ".join(str(err).split())[:300]
         raise UserError(
             f"no usable model configuration at {model_name_or_path} ({reason}). "
             "Give a folder with config.json, or a hub name while the hub can be reached."
@@ -192,8 +192,7 @@ def rounded_rows(entries: int) -> int:
 
 def largest_weight(config: PretrainedConfig, entries: int) -> int:
     """Count the elements of the model's largest tensor, its embedding grown for a tokenizer of so many entries."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted())
+    model = empty_model(config)
     grown = rounded_rows(entries) * model.get_input_embeddings().weight.shape[1]
     return max(grown, *(parameter.numel() for parameter in model.parameters()))
 

@@ -90,7 +90,7 @@ def _read_tokenizer(path: str, fast: bool) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             path, use_fast=fast, local_files_only=local, trust_remote_code=is_trusted()
         )
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as err:
+    except Exception as err:  # of many kinds, since the model's configuration is read too
         reason = " ".join(str(err).split())[:300]
         if not local:
             advice = "is the name right and the hub reachable? Offline, give the path of a downloaded folder"
@@ -140,7 +140,7 @@ def _adopt_eos_of_config(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         local = os.path.isdir(path)
         config = AutoConfig.from_pretrained(path, local_files_only=local, trust_remote_code=is_trusted())
         eos = config.eos_token_id
-    except (OSError, ValueError):
+    except Exception:  # what is wrong with the configuration is said where the model is checked
         return
     eos = eos[0] if isinstance(eos, list) and eos else eos
     if isinstance(eos, int) and eos < len(tokenizer):

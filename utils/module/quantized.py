@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from utils.distributed.zero3 import is_quantized, whole_numel
 from utils.errors import UserError
 from utils.logging.console import chatter_to_log
-from utils.module.remote_code import is_trusted
+from utils.module.empty_model import empty_model
 from utils.notation import HERE
 
 NF4 = "nf4"
@@ -121,9 +121,7 @@ def check_quantized_model(config: PretrainedConfig, dry_run: str | None) -> None
     Raises:
         UserError: it can't.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted())
-    quantized_names(model, on_cpu=dry_run in (None, HERE) and get_accelerator().device_name() == "cpu")
+    quantized_names(empty_model(config), on_cpu=dry_run in (None, HERE) and get_accelerator().device_name() == "cpu")
 
 
 def quantized_loading(kind: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -11,15 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 from transformers import PretrainedConfig
 
 from utils.errors import UserError
+from utils.module.empty_model import empty_model
 from utils.module.lora_names import find_blocks
-from utils.module.remote_code import is_trusted
 
 NAMES = ("mlp", "feed_forward")  # of a block's MLP, in transformers' families
 
@@ -93,5 +92,4 @@ def check_tiled_mlp(config: PretrainedConfig) -> None:
     Raises:
         UserError: `tile_mlps` would refuse the model.
     """
-    with torch.device("meta"):
-        find_mlps(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted()))
+    find_mlps(empty_model(config))

@@ -21,8 +21,9 @@ from utils.errors import UserError
 from utils.files import check_place
 from utils.machine.device import free_memory as free_host_memory
 from utils.machine.precision import DTYPES
-from utils.model.checkpoint import check_files, check_weights
+from utils.model.checkpoint import check_weights
 from utils.model.layout_check import choose_layout
+from utils.model.model_folder import check_files
 from utils.model.model_utils import grow_embeddings, load_model_config
 from utils.model.special_tokens import token_rows
 from utils.model.tokenizer import load_hf_tokenizer
