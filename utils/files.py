@@ -93,6 +93,7 @@ def replace_folder(work: str, path: str) -> None:
     sync(work)
     replaced = f"{work}-replaced"
     if os.path.isdir(path):
+        shutil.rmtree(replaced, ignore_errors=True)  # of a writer that was killed before it had removed its own
         os.rename(path, replaced)
     os.rename(work, path)
     sync(os.path.dirname(os.path.abspath(path)))

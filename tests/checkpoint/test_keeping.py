@@ -7,6 +7,7 @@ import torch
 from fork_runs import checkpoint_steps
 from transformers import AutoModelForCausalLM
 
+from utils.files import replace_folder
 from utils.train.plan import RunPlan, is_checkpoint_due, is_evaluation_due, plan_run
 from utils.train.state import RunState
 
@@ -132,3 +133,12 @@ def test_models_alone_can_be_saved_on_the_way(run_setting, run_inside, tmp_path)
 def test_contradictions_are_refused(arguments, words, run_arguments, run_inside):
     status, _, error = run_inside([*run_arguments, *arguments])
     assert status == 2 and words in error
+
+
+def test_a_folder_is_replaced_over_what_a_killed_writer_left(tmp_path):
+    """The kill came when the new folder was in place and the old one was not yet removed."""
+    for name, text in ((".incomplete-best", "new"), ("best", "old"), (".incomplete-best-replaced", "older")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").write_text(text)
+    replace_folder(str(tmp_path / ".incomplete-best"), str(tmp_path / "best"))
+    assert {path.name: (path / "model").read_text() for path in tmp_path.iterdir()} == {"best": "new"}
