@@ -79,6 +79,8 @@ def test_what_was_typed_stays(planned):
     _, rows = planned("--fit", "40", "--dry_run", "8x24", "--zero_stage", "0")
     assert {row["stage"] for row in rows} == {"0"}, "typed, though it is the default"
     assert all(row["fits"] == "fits" for row in rows), "in 40 GB, as --fit says"
+    _, rows = planned("--fit", "--dry_run", "8x24", "--torch_compile", "--packing")
+    assert {row["stage"] for row in rows} == set("012"), "what is refused at ZeRO 3 keeps it away"
     printed, rows = planned("--fit", "20", "--dry_run", "8x24", "--zero_stage", "0", status=2)
     assert "error: --fit: no setting fits 20 GB (--fit): the smallest, micro batch" in printed
     assert not any(row["mark"] == "*" for row in rows)

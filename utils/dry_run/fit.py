@@ -167,7 +167,7 @@ def choices(config: RunConfig) -> list[Choice]:
     typed, zero = config.args.typed, config.overrides.get("zero_optimization", {})
     on_cpu = config.gpus is None and config.device.type == "cpu"
     stages = [config.zero_stage] if "zero_stage" in typed or "stage" in zero else [0, 1, 2, 3]
-    if config.args.quantize_base:
+    if config.args.quantize_base or config.args.torch_compile:  # which are refused at stage 3
         stages = [stage for stage in stages if stage < 3]
     is_placed = config.offload is not None or "offload" in typed or any(name.startswith("offload") for name in zero)
     places = [config.offload] if is_placed else [None] if on_cpu else [None, "cpu"]
