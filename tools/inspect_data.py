@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer, sample.end_id, parse_columns(args.columns), args.chat_template, args.train_turns, args.template_date
     )
     sources = DataSources(args.data_path, args.data_split, args.sft_only_data_path, args.eval_data_path)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     with cache_lock(args.data_output_path):
         opened = open_sets(sources, Preparation(0, args.data_output_path, 1, args.seed), own)
     names = [text for text, *_ in sources.of_phase(1)]

@@ -20,7 +20,7 @@ def pair(number: int, name: str = "a") -> dict:
 
 
 TRAIN = [*(pair(number) for number in range(20)), {"prompt": "A  number 3?", "chosen": "IT is\n3"}]
-TRAIN += [{"prompt": "p", "chosen": " "}, {"prompt": "long?", "chosen": "word " * 60}]
+TRAIN += [{"prompt": "p", "chosen": " "}, {"prompt": "long?", "chosen": "word " * 60, "note": 1}]
 EVAL = [pair(5), {**pair(6), "chosen": "another"}, pair(0, "b"), pair(0, "b"), {"prompt": "long " * 60, "chosen": "c"}]
 
 
@@ -53,6 +53,7 @@ def test_counts(report, own, tmp_path):
     assert any("prompt, chosen, rejected; texts: the Human/Assistant form" in line for line in lines)
     assert "train: 23 rows, 1 of them with an empty answer or none (row 22)" in lines
     assert "eval: 5 rows, 0 of them with an empty answer or none" in lines
+    assert "not used: note" in lines
     truncated = [line for line in lines if line.startswith("--max_seq_len")]
     assert truncated == [
         "--max_seq_len 40 truncates 1 rows (4.5%), 0 of them before the last answer",
