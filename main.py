@@ -125,7 +125,7 @@ def train(engine: DeepSpeedEngine, data: TrainingData, config: RunConfig, run: R
     collate = collate_for(config.layout, pad_token_id, args.max_seq_len, config.sequence_part)
     progress = Progress(engine, config, plan, state)
     nonfinite_steps = NonfiniteSteps(engine, args.max_bad_steps)
-    stop = StopRequest(args.ddp_timeout)
+    stop = StopRequest(args.ddp_timeout, checkpointer.is_writing)
     answer_samples = answerer(engine, args, data.train.chat, checkpointer.tokenizer, state)
 
     def evaluate() -> None:
@@ -159,13 +159,15 @@ def train(engine: DeepSpeedEngine, data: TrainingData, config: RunConfig, run: R
             state.evaluation_due = is_evaluation_due(state, plan, args.eval_steps)
             if stop.agreed():
                 checkpointer.interrupt(progress, stop.received)
+            checkpointer.follow(stop.all_idle)
             if state.evaluation_due:
                 progress.report()
                 evaluate()
             if is_checkpoint_due(state, args.save_strategy, args.save_steps):
-                checkpointer.save(progress)
+                checkpointer.save_due(progress)
             if plan.is_done(state) or checkpointer.has_lost_patience(state):
                 break
+    checkpointer.finish()
     stop.close()
     progress.close()
 

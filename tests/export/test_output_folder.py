@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.export.test_saving import contents
 from utils.arguments.output_folder import check_output_folder
 from utils.arguments.parser import parse_args
-from utils.checkpoint.checkpoint_folder import drop_old
+from utils.checkpoint.write_checkpoint import drop_old
 from utils.errors import UserError
 from utils.train.state import RunState
 

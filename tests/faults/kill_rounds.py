@@ -3,7 +3,8 @@
     python tests/faults/kill_rounds.py --kills 200 --ranks 2
 
 The moments are spread over what a run does: reading data and building the cache, evaluating, training, writing
-checkpoints, saving the model. Every start after a kill uses `--resume_from_checkpoint latest`.
+checkpoints (in the background in half of the rounds), saving the model. Every start after a kill uses
+`--resume_from_checkpoint latest`.
 """
 
 import argparse
@@ -41,7 +42,17 @@ def kill_rounds(setting: list[str], folder: Path, kills: int, ranks: int, seed: 
         output, cache = folder / "killed", folder / "cache"
         shutil.rmtree(output, ignore_errors=True)
         shutil.rmtree(cache, ignore_errors=True)
-        resumed = [*command, "--output_dir", output, "--data_output_path", cache, "--resume_from_checkpoint", "latest"]
+        background = chance.choice([[], ["--save_in_background"]])
+        resumed = [
+            *command,
+            *background,
+            "--output_dir",
+            output,
+            "--data_output_path",
+            cache,
+            "--resume_from_checkpoint",
+            "latest",
+        ]
         for _ in range(chance.randint(3, 6)):
             phase = chance.choice(list(PHASES))
             if phase == "cache":

@@ -81,9 +81,10 @@ def test_full_disk_leaves_the_last_checkpoint_usable(ranks, run_setting, small_d
     assert list(losses(small_disk / "run")) == list(range(1, 1 + max(losses(small_disk / "run"))))
 
 
-def test_file_that_may_not_grow_ends_the_run_in_words(run_setting, tmp_path):
+@pytest.mark.parametrize("background", [[], ["--save_in_background"]])
+def test_file_that_may_not_grow_ends_the_run_in_words(background, run_setting, tmp_path):
     """A limit on the size of files strikes in the middle of a shard, as a disk that fills up meanwhile does."""
-    run = start_run([*run_setting, "--output_dir", tmp_path, *SAVING], file_limits={0: 900_000})
+    run = start_run([*run_setting, "--output_dir", tmp_path, *SAVING, *background], file_limits={0: 900_000})
     assert run.wait() == [2], run.output()
     assert f"error: the checkpoint of step 2 can't be written below {tmp_path}/checkpoints" in run.output()
     assert "There is no earlier checkpoint" in run.output() and "Traceback" not in run.output()

@@ -144,6 +144,9 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the newest K checkpoints, 0 keeps all; 2, so that one is left if the newest is damaged")
     add("--save_only_model", action="store_true",
         help="write models instead of checkpoints, a fraction of the size; off, since a run can't resume from them")
+    add("--save_in_background", action="store_true",
+        help="copy a checkpoint into CPU memory and write it while the training goes on; off, since the copy takes as "
+        "much memory as the checkpoint and a run killed meanwhile goes on from the one before")
     add("--resume_from_checkpoint", nargs="?", const="latest", default=None, metavar="PATH",
         help="resume from the checkpoint in PATH; without PATH or with latest, from the newest of --output_dir, or "
         "from the start where there is none; None starts anew")

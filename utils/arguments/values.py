@@ -149,6 +149,8 @@ def _check_checkpoint_values(args: argparse.Namespace) -> list[str]:
         problems.append(
             f"--save_steps {args.save_steps} and --save_strategy {args.save_strategy} contradict each other."
         )
+    if args.save_in_background and (args.save_strategy == "no" or args.save_only_model):
+        problems.append("--save_in_background is for checkpoints: give --save_steps N, and not --save_only_model.")
     if args.save_strategy == "no" and args.save_only_model:
         problems.append("--save_only_model needs --save_steps N or --save_strategy epoch.")
     wanting = {

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, NoReturn
 
 import deepspeed
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from utils.checkpoint.checkpoint_folder import (
-    checkpoints_folder,
-    find_checkpoint,
-    restore_random_states,
-    save_checkpoint,
-)
+from utils.checkpoint.checkpoint_folder import checkpoints_folder, find_checkpoint, restore_random_states
 from utils.checkpoint.resume import data_record, describe_position, follow_schedule, restore, run_record
+from utils.checkpoint.write_checkpoint import Begun, begin_checkpoint, finish_checkpoint, save_checkpoint
 from utils.data.training_data import TrainingData
 from utils.distributed.failures import Interrupted
 from utils.distributed.ranks import answer_of_rank_0, global_rank, is_rank_0, print_rank_0
@@ -59,6 +56,9 @@ class Checkpointer:
         self.config, self.engine, self.tokenizer, self.data = config, engine, tokenizer, data
         self.last_checkpoint: str | None = None
         self._saved: RunState | None = None
+        self._begun: Begun | None = None  # a checkpoint that is being written
+        self._answers = 0  # of all ranks, since it was begun
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._record: dict[str, Any] = {}  # what each checkpoint's marker holds beside the position
 
     def resume(self) -> Run:
@@ -91,16 +91,57 @@ class Checkpointer:
 
     def save(self, progress: Progress) -> str:
         """Write a checkpoint of the run's position, unless it is already written; returns its folder."""
-        state = progress.state
-        progress.record_losses()
-        state.scheduler_steps = self.engine.lr_scheduler.last_epoch
-        state.metrics_bytes = progress.metrics.size()
+        self.finish()
+        state = self._position(progress)
         if self.last_checkpoint is None or self._saved != state:
             with phase("saving a checkpoint"):
-                self.last_checkpoint = save_checkpoint(self.engine, self.tokenizer, state, self.config, self._record)
+                self._published(save_checkpoint(self.engine, self.tokenizer, state, self.config, self._record))
             self._saved = RunState.from_dict(state.to_dict())
-            print_rank_0(f"Checkpoint: {self.last_checkpoint}")
         return self.last_checkpoint
+
+    def save_due(self, progress: Progress) -> None:
+        """Write a checkpoint that is due, or begin to with `--save_in_background`."""
+        if not self.config.args.save_in_background:
+            self.save(progress)
+            return
+        self.finish()
+        state = self._position(progress)
+        with phase("copying a checkpoint"):
+            self._begun = begin_checkpoint(self.engine, state, self.config, self._record, self._writer)
+        self._answers = 0
+        self._saved = RunState.from_dict(state.to_dict())
+
+    def is_writing(self) -> bool:
+        """Whether this rank's files of a checkpoint are still being written."""
+        return self._begun is not None and not self._begun.writing.done()
+
+    def follow(self, all_idle: bool) -> None:
+        """Publish a checkpoint once it is written. Every rank must call it after each step.
+
+        Args:
+            all_idle: no rank was writing one step ago, the same on all ranks.
+        """
+        self._answers += 1  # the first answer is older than the checkpoint
+        if self._begun is not None and all_idle and self._answers > 1:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is being written, and publish it."""
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            with phase("saving a checkpoint"):
+                self._published(finish_checkpoint(begun, self.config))
+
+    def _published(self, folder: str) -> None:
+        self.last_checkpoint = folder
+        print_rank_0(f"Checkpoint: {folder}")
+
+    def _position(self, progress: Progress) -> RunState:
+        """Return the run's position, with what a run that goes on from it needs."""
+        progress.record_losses()
+        progress.state.scheduler_steps = self.engine.lr_scheduler.last_epoch
+        progress.state.metrics_bytes = progress.metrics.size()
+        return progress.state
 
     def interrupt(self, progress: Progress, received: str | None) -> NoReturn:
         """Save and end the run as a signal asked; `received` names the signal, None when another rank got it.

@@ -15,7 +15,7 @@ import deepspeed
 import torch
 import transformers
 
-from utils.checkpoint.checkpoint_folder import checkpoint_bytes
+from utils.checkpoint.write_checkpoint import checkpoint_bytes
 from utils.distributed.ranks import answer_of_rank_0, is_rank_0, print_rank_0
 from utils.errors import UserError
 from utils.export.hf_model import unwrap, write_all_but_weights

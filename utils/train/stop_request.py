@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
 
@@ -17,7 +18,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopRequest:
     """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning) ask the run to stop; a second SIGINT stops it at once."""
 
-    def __init__(self, timeout_seconds: int) -> None:
+    def __init__(self, timeout_seconds: int, is_busy: Callable[[], bool] = lambda: False) -> None:
+        """Begin to note signals.
+
+        Args:
+            timeout_seconds: how long ranks wait for each other.
+            is_busy: asked along with each answer, see `all_idle`.
+        """
+        self.all_idle = True  # whether no rank was busy when the answer of `agreed` was asked for; the same on all
+        self._is_busy = is_busy
         self.received: str | None = None  # the signal this rank got
         self._interrupts = 0
         self._process = os.getpid()
@@ -50,19 +59,22 @@ class StopRequest:
         a message in flight.
         """
         if self._group is None:
+            self.all_idle = not self._is_busy()
             return self.received is not None
         answer = self._collect()
-        flag = torch.tensor([int(self.received is not None)])
-        self._pending = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flag
+        flags = torch.tensor([int(self.received is not None), int(self._is_busy())])
+        self._pending = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flags
         return answer
 
     def _collect(self) -> bool:
         if self._pending is None:
             return False
-        work, flag = self._pending
+        work, flags = self._pending
         work.wait()
         self._pending = None
-        return bool(flag.item())
+        stops, busy = flags.tolist()
+        self.all_idle = not busy
+        return bool(stops)
 
     def close(self) -> None:
         """End the requests: a signal that arrives after the training does not interrupt saving."""
