@@ -181,8 +181,10 @@ def test_fused_loss_equals_plain_cross_entropy(dtype, variant, monkeypatch):
     """Chunked (small chunks forced), against cross-entropy of full float32 logits, with gradients."""
     from utils.module import fused_loss as loss_module
 
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1)  # 64 rows at a time
-    monkeypatch.setattr(loss_module, "CACHE_BYTES", 4 * VOCABULARY * 10)  # of which 10 at a time go through float32
+    monkeypatch.setattr("utils.module.chunk_loss.CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr("utils.module.chunk_loss.CPU_ROW_BYTES", 256)  # 64 rows at a time
+    monkeypatch.setattr("utils.module.chunk_loss.VOCABULARY_BLOCK", 100)
+    monkeypatch.setattr("utils.module.chunk_loss.CACHE_BYTES", 4 * VOCABULARY * 10)  # 10 rows of float32
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(150, 24, generator=generator)
     weight = torch.randn(VOCABULARY, 24, generator=generator) * 0.5

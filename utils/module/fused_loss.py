@@ -16,12 +16,19 @@ import transformers
 from torch import nn
 
 from utils.module.attention import set_documents
+from utils.module.chunk_loss import (
+    HALF_SCALE,
+    LogitTransform,
+    added,
+    chunk_loss,
+    chunk_rows,
+    product,
+    raw_logits,
+    with_weight_gradient,
+)
 from utils.module.router_loss import Router, balance, router_logits_of, router_of
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
-CHUNK_BYTES = 2**27  # of logits held at once: large enough for the matrix kernels, small beside a model
-CACHE_BYTES = 2**22  # of float32 logits processed at once on a CPU, so that they stay in its cache
-HALF_SCALE = 1024.0  # keeps fp16 gradients of the logits of a large vocabulary above the smallest normal number
 
 
 class BatchFigures(NamedTuple):
@@ -30,21 +37,6 @@ class BatchFigures(NamedTuple):
     hits: torch.Tensor  # label tokens that no other token outdid in likelihood, int64
     router_loss: torch.Tensor | None = None  # before its coefficient; None without routers, or outside of training
     expert_tokens: torch.Tensor | None = None  # [layers, experts] tokens that each expert got
-
-
-class LogitTransform(NamedTuple):
-    """What a model family does to the logits of its head."""
-
-    scale: float = 1.0
-    softcap: float | None = None  # logits are bounded to +-softcap by tanh, after scaling
-
-    @classmethod
-    def of(cls, model: transformers.PreTrainedModel) -> LogitTransform:
-        """Read a model's scale (Cohere's logit_scale, Granite's logits_scaling) and soft-cap (Gemma 2)."""
-        config = model.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        return cls(scale, getattr(config, "final_logit_softcapping", None))
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
@@ -162,72 +154,6 @@ def fused_loss(
     return _FusedLoss.apply(hidden, weight, bias, targets, transform, torch.is_grad_enabled())[0]
 
 
-def _block_loss(
-    logits: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, with_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed loss and the hits of raw float32 `logits` [rows, vocabulary], overwritten with their gradient.
-
-    Without a gradient `logits` are overwritten with intermediate values. The softmax is computed in place, relative
-    to the largest logit of each row, without a second tensor of that size.
-    """
-    scale, softcap = transform
-    if scale != 1.0:
-        logits.mul_(scale)
-    if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
-    slope = 1 - (logits / softcap).square_() if softcap is not None and with_gradient else None
-    picked = logits.gather(1, targets[:, None])
-    largest = logits.amax(-1, keepdim=True)
-    sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-    total = (sums.log() + largest - picked).sum()
-    if with_gradient:
-        logits.div_(sums)
-        logits.scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
-        if slope is not None:
-            logits.mul_(slope)
-        if scale != 1.0:
-            logits.mul_(scale)
-    return total, (picked >= largest).sum()
-
-
-def _chunk_loss(
-    logits: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, half_scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed loss and the hits of one chunk of raw logits, overwritten with `half_scale` x their gradient.
-
-    With `half_scale` None no gradient is computed. Logits in 16 bits are converted to float32 a block of rows at a
-    time, on a CPU one that stays in its cache.
-    """
-    total = torch.zeros((), dtype=torch.float32, device=logits.device)
-    hits = torch.zeros((), dtype=torch.int64, device=logits.device)
-    rows = max(CACHE_BYTES // (4 * logits.shape[1]), 1) if logits.device.type == "cpu" else len(targets)
-    for block, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
-        exact = block.float()
-        loss, right = _block_loss(exact, wanted, transform, half_scale is not None)
-        total += loss
-        hits += right
-        if half_scale is not None and exact is not block:
-            block.copy_(exact.mul_(half_scale) if half_scale != 1.0 else exact)
-    return total, hits
-
-
-def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
-    """Return `total` + `part` in float32: in 16 bits the small contributions of many chunks would be lost."""
-    return part.float() if total is None else total.add_(part)
-
-
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return `left @ right`; of fp16 in float32, since the sum over many rows of a frequent token exceeds fp16.
-
-    Such an overflow would come before any loss scale could prevent it.
-    """
-    if left.dtype != torch.float16:
-        return left @ right
-    if left.device.type == "cuda":
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
-
-
 class _FusedLoss(torch.autograd.Function):
     """`fused_loss` and its hits, with the gradients computed in the forward, chunk by chunk.
 
@@ -252,19 +178,19 @@ class _FusedLoss(torch.autograd.Function):
         hits = torch.zeros((), dtype=torch.int64, device=hidden.device)
         grad_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_hidden else None
         grad_weight = grad_bias = None
-        rows = max(CHUNK_BYTES // (hidden.element_size() * weight.shape[0]), 64)
+        rows = chunk_rows(hidden, weight.shape[0])
         for start in range(0, max(len(targets), 1), rows):  # without a label once as well: gradients are 0 then
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight, bias)
-            loss, right = _chunk_loss(logits, targets[part], transform, factor)
+            logits = raw_logits(hidden[part], weight, bias)
+            loss, right = chunk_loss(logits, targets[part], transform, factor)
             total += loss
             hits += right
             if wants_hidden:
-                grad_hidden[part] = _product(logits, weight)
+                grad_hidden[part] = product(logits, weight)
             if wants_weight:
-                grad_weight = _added(grad_weight, _product(logits.t(), hidden[part]))
+                grad_weight = with_weight_gradient(grad_weight, logits, hidden[part])
             if wants_bias:
-                grad_bias = _added(grad_bias, logits.sum(0, dtype=torch.float32))
+                grad_bias = added(grad_bias, logits.sum(0, dtype=torch.float32))
         ctx.half_scale = half_scale
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
