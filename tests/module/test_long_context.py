@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from fork_runs import _context, copy_at_step, finished_run, losses
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.module.test_padding_free import CPU, FAMILIES, LENGTHS, LLAMA, VOCABULARY, documents, make, one_by_one
 from tests.train.test_training import assert_like_reference
@@ -26,6 +26,8 @@ from utils.module.tiled_mlp import tile_mlps
 
 SHARED = {name: {} for name in FAMILIES if name != "bloom"} | {"multi-query llama": {"num_key_value_heads": 1}}
 
+# Not in transformers 5.17, with which --activation_offloading is refused (tests/model/test_model_utils.py).
+MOVES_ACTIVATIONS = hasattr(PreTrainedModel, "activation_checkpointing_enable")
 ENGINES = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (3, "fp32")]
 LABELS = sum(LENGTHS) - len(LENGTHS)
 
@@ -267,6 +269,7 @@ def test_the_last_piece_is_known_as_the_last(tokens):
 # ----------------------------------------------------------------------------- offloaded activations, memory
 
 
+@pytest.mark.skipif(not MOVES_ACTIVATIONS, reason="this transformers can't move activations")
 def test_offloaded_activations_come_back(monkeypatch):
     """transformers' own offloading, with copies in place of pinned memory, which a CPU doesn't have."""
     import transformers.modeling_utils
@@ -314,6 +317,8 @@ def test_memory_of_a_long_row():
     assert plain.activations - tiled.activations >= 4 * 2 * tokens * wide * layers
     assert shared.activations == pytest.approx(plain.activations / 4, rel=0.15)
     kept = counts(gradient_checkpointing=True)
+    if not MOVES_ACTIVATIONS:
+        return
     offloaded = counts(gradient_checkpointing=True, activation_offloading=True)
     assert offloaded.offloaded == 2 * tokens * width * layers and kept.offloaded == 0
     assert kept.activations - offloaded.activations == offloaded.offloaded
@@ -321,13 +326,14 @@ def test_memory_of_a_long_row():
 
 def test_a_plan_counts_the_ranks_that_share_a_row(run_inside, llama_setting):
     plan = [*llama_setting, "--dry_run", "8x80", "--per_device_train_batch_size", "4"]
-    flags = ["--gradient_checkpointing", "--activation_offloading", "--sequence_parallel_size", "2", "--tiled_mlp"]
+    flags = ["--gradient_checkpointing", "--sequence_parallel_size", "2", "--tiled_mlp"]
+    flags += ["--activation_offloading"] * MOVES_ACTIVATIONS
     status, out, err = run_inside([*plan, *flags])
     assert status == 0, err
     assert "in steps of 4 x 1 accumulation x 4 group(s) of 2 ranks" in out
     length = int(re.search(r"the largest micro batch is 1 x (\d+) tokens", out)[1])
     assert 100 < length <= 4 * 64 / 2
-    assert "MB of CPU memory per rank" in out
+    assert ("MB of CPU memory per rank" in out) is MOVES_ACTIVATIONS
 
 
 # ------------------------------------------------------------------------------------------------ refusals
