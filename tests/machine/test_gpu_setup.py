@@ -7,12 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+import main
+import utils.distributed.process_group as process_group
 import utils.engine.device_settings as device_settings
 import utils.engine.engine as engine_file
 import utils.machine.compile_locks as compile_locks
 import utils.machine.gpu_setup as gpu_setup
 from utils.ds_utils import merge_config
+from utils.errors import UserError
 from utils.notation import Gpus
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -105,6 +109,41 @@ def test_the_line_that_names_the_error_is_shown(monkeypatch, capsys):
     assert "Optimizer: torch AdamW, since FusedAdam can't be built here (b.h:5:10: fatal error: cusparse.h" in printed
     assert gpu_setup.first_error("a\n  b") == "a b"
     assert gpu_setup.first_error(str(subprocess.CalledProcessError(1, "ninja"))).startswith("Command 'ninja'")
+
+
+def test_the_fall_back_is_fused_where_all_weights_are_on_a_gpu(monkeypatch, capsys):
+    """Weights of shapes alone: no step is taken. With --offload the weights that AdamW gets are in CPU memory."""
+    monkeypatch.setattr(engine_file, "FusedAdam", lambda *args, **options: (_ for _ in ()).throw(OSError("no nvcc")))
+    monkeypatch.setattr(engine_file, "DeepSpeedCPUAdam", engine_file.FusedAdam)
+    with FakeTensorMode():
+        model = torch.nn.Module()
+        model.weight = torch.nn.Parameter(torch.empty(2, 2, device="cuda"))
+        fused = [engine_file.create_optimizer(model, 1e-3, offload=offload).defaults["fused"] for offload in (0, 1)]
+        model.other = torch.nn.Parameter(torch.empty(2, device="cpu"))
+        fused.append(engine_file.create_optimizer(model, 1e-3).defaults["fused"])
+    assert fused == [True, None, None]
+    lines = [line.split(", since")[0] for line in capsys.readouterr().out.splitlines() if "Optimizer" in line]
+    assert lines == ["Optimizer: torch AdamW, fused", "Optimizer: torch AdamW", "Optimizer: torch AdamW"]
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_the_nccl_group_is_destroyed_where_a_run_succeeds(backend, monkeypatch):
+    """A run that failed leaves it: its ranks may be stuck in a collective, where destroying the group would wait."""
+    calls = []
+    group = SimpleNamespace(
+        is_initialized=lambda: True,
+        get_backend=lambda: backend,
+        destroy_process_group=lambda: calls.append("destroyed"),
+    )
+    monkeypatch.setattr(process_group, "dist", group)
+    monkeypatch.setattr(main, "main", lambda args: calls.append("trained"))
+    main.run(["--model_name_or_path", "a"])
+    assert calls == ["trained", *["destroyed"] * (backend == "nccl")]
+    calls.clear()
+    monkeypatch.setattr(main, "main", lambda args: (_ for _ in ()).throw(UserError("wrong")))
+    with pytest.raises(SystemExit):
+        main.run(["--model_name_or_path", "a"])
+    assert not calls
 
 
 def test_kernels_of_a_gpu_have_a_folder_of_their_own(cuda, monkeypatch):
