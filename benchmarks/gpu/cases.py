@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.processes import REFUSED, RIGHT, WRONG, Finished, Outcome, memory_figures, run_process
-from benchmarks.gpu.random_models import make_dialogues, make_records, make_shape, make_small, read_dialogues
+from benchmarks.gpu.random_models import (
+    make_dialogues,
+    make_records,
+    make_shape,
+    make_small,
+    make_small_llama,
+    read_dialogues,
+)
 
 REFERENCE = "reference: float32 on the CPU"
 # Largest difference of a step's loss from the reference, relative to it, over twenty steps of a small model.
@@ -46,6 +53,10 @@ class Context:
     @cached_property
     def small(self) -> Path:
         return make_small(self.folder / "small", self.device == "cpu")
+
+    @cached_property
+    def small_llama(self) -> Path:
+        return make_small_llama(self.folder / "small_llama", self.device == "cpu")
 
     @cached_property
     def records(self) -> Path:
@@ -111,9 +122,13 @@ def smoke(context: Context) -> Outcome:
 
 
 def curve(
-    context: Context, dtype: str, flags: Sequence[Any] = (), optimizer: str = "FusedAdam", watch: Sequence[str] = ()
-) -> Outcome:
-    """Check that training and evaluation losses are within the precision's tolerance of the float32 reference."""
+    context: Context, dtype: str, flags: Sequence[Any] = (), optimizer: str = "FusedAdam", watch: Sequence[str] = (),
+    said: str = "",
+) -> Outcome:  # fmt: skip
+    """Check that training and evaluation losses are within the precision's tolerance of the float32 reference.
+
+    said: begins a line that the run must print.
+    """
     done = context.train_small("--dtype", dtype, "--disable_dropout", *flags, watch=watch)
     if done.failure():
         return done.failure()
@@ -127,8 +142,10 @@ def curve(
         "loss": falls(done.losses()), "optimizer": done.found("Optimizer: (.*)"), "losses": done.losses(),
     }  # fmt: skip
     kernel_missing = not str(figures["optimizer"]).startswith(optimizer)
-    words = f"{optimizer} is not what ran" if kernel_missing else ""
-    return Outcome(RIGHT if max(differences) < TOLERANCE[dtype] else WRONG, words, figures)
+    faults = [f"{optimizer} is not what ran"] if kernel_missing else []
+    faults += [] if done.found(f"({said})") is not None else [f"no line {said!r}"]
+    right = max(differences) < TOLERANCE[dtype] and not faults
+    return Outcome(RIGHT if right else WRONG, "; ".join(faults), figures)
 
 
 def overflow(context: Context) -> Outcome:
@@ -164,7 +181,7 @@ def kernels(context: Context, what: str, dtype: str) -> Outcome:
     done = context.process(command)
     cases, failure = done.cases(), done.failure()
     figures: dict[str, Any] = {"cases": cases, "right": sum(case["right"] for case in cases), "of": len(cases)}
-    for name in ("logits", "loss", "gradients"):
+    for name in ("logits", "loss", "gradients", "weights", "norm"):
         values = [case[name] for case in cases if name in case]
         figures |= {name: f"{max(values):.1e}"} if values else {}
     if what == "attention":
@@ -214,36 +231,6 @@ def resume(context: Context, flags: Sequence[Any] = ()) -> Outcome:
     difference = largest_difference(again.losses(), expected)
     same = "bit for bit" if again.losses() == expected else f"within {difference:.1e}, not bit for bit"
     return Outcome(RIGHT if difference < RESUMED_TOLERANCE else WRONG, f"{len(expected)} losses {same}")
-
-
-def interrupted(context: Context) -> Outcome:
-    """Check that a run that is told to end (SIGTERM) saves a checkpoint and goes on from it."""
-    keep = ["--dtype", "bf16", "--output_dir", context.folder / "interrupted", "--save_strategy", "epoch"]
-    done = context.train_small(*keep, watch=["--terminate_at", "5"])
-    saved = sorted(folder.name for folder in (context.folder / "interrupted" / "checkpoints").glob("step-*"))
-    again = context.train_small(*keep, "--resume_from_checkpoint", "latest")
-    figures = {"checkpoint": ", ".join(saved) or "none", "steps before": len(done.losses())}
-    if not saved:
-        return Outcome(WRONG, f"exit status {done.status} and no checkpoint", figures)
-    return again.failure() or Outcome(RIGHT, f"{len(again.losses())} steps after it", figures)
-
-
-def streaming(context: Context) -> Outcome:
-    """Check that a run that reads its data window by window, in an order of its own, learns."""
-    done = context.train_small("--dtype", "bf16", "--streaming", 200, "--max_steps", 20)
-    if done.failure():
-        return done.failure()
-    losses = done.losses()
-    return Outcome(RIGHT if len(losses) == 20 and losses[-1] < losses[0] else WRONG, f"loss {falls(losses)}")
-
-
-def answers(context: Context) -> Outcome:
-    """Check that prompt_eval.py answers with a model beside itself, and that both give the same answers."""
-    done = context.process(
-        ["prompt_eval.py", "--model_name_or_path_baseline", context.small, "--model_name_or_path_finetune",
-         context.small, "--max_new_tokens", 8]
-    )  # fmt: skip
-    return done.failure() or Outcome(RIGHT, f"{len(done.output.splitlines())} lines")
 
 
 def speed(

@@ -8,9 +8,7 @@ from benchmarks.gpu.cases import (
     LORA_ALONE,
     REFERENCE,
     Context,
-    answers,
     curve,
-    interrupted,
     kernels,
     lora,
     memory,
@@ -19,7 +17,16 @@ from benchmarks.gpu.cases import (
     resume,
     smoke,
     speed,
+)
+from benchmarks.gpu.features import (
+    answers,
+    interrupted,
+    masters,
+    optimizer_speed,
+    quantized,
+    stepped_down,
     streaming,
+    tiled,
 )
 from benchmarks.gpu.processes import Outcome
 
@@ -35,6 +42,7 @@ def all_checks(device: str) -> dict[str, Check]:
         "bf16, ZeRO 0": partial(curve, dtype="bf16"),
         "attention kernels, bf16": partial(kernels, what="attention", dtype="bf16"),
         "fused loss, bf16": partial(kernels, what="loss", dtype="bf16"),
+        "optimizer step, bf16": partial(kernels, what="step", dtype="bf16"),
         "fp16, ZeRO 0": partial(curve, dtype="fp16"),
     }
     if device == "cpu":
@@ -56,12 +64,18 @@ def more_equality() -> dict[str, Check]:
         "attention, fp32": partial(kernels, what="attention", dtype="fp32"),
         "fused loss, fp16": partial(kernels, what="loss", dtype="fp16"),
         "fused loss, fp32": partial(kernels, what="loss", dtype="fp32"),
+        "optimizer step, fp16": partial(kernels, what="step", dtype="fp16"),
         "fp16, injected overflow": overflow,
         **zero,
         "fp32, ZeRO 0": partial(curve, dtype="fp32"),
         "fp16, ZeRO 2": partial(curve, dtype="fp16", flags=["--zero_stage", 2]),
         "bf16, gradient checkpointing": partial(curve, dtype="bf16", flags=["--gradient_checkpointing"]),
+        "bf16, torch_compile": partial(
+            curve, dtype="bf16", flags=["--torch_compile", "--padding", "max_length"], said=r"Compiled: \d"
+        ),
+        "ZeRO 3, master weights": masters,
         "LoRA: merged, saved, verified": lora,
+        "LoRA, 4 bits": quantized,
         "LoRA, ZeRO 3": partial(lora, flags=["--zero_stage", 3]),
         "checkpoint and resume, ZeRO 0": resume,
         "checkpoint and resume, ZeRO 3": partial(resume, flags=["--zero_stage", 3]),
@@ -78,6 +92,8 @@ def features() -> dict[str, Check]:
         "activation offloading": partial(
             curve, dtype="bf16", flags=["--gradient_checkpointing", "--activation_offloading"]
         ),
+        "tiled MLP": tiled,
+        "--fit, out of memory": stepped_down,
         "AdamW without its kernel": partial(curve, dtype="bf16", optimizer="torch AdamW", watch=["--no_kernel"]),
     }
 
@@ -92,11 +108,15 @@ def speeds() -> dict[str, Check]:
             found[f"speed 1.3b, {kind}, packed {length}"] = partial(
                 speed, shape="1.3b", micro=rows, flags=packed, profiled=kind == "full" and length == 512
             )
+            if kind == "full":
+                found[f"speed 1.3b, full, packed {length}, compiled"] = partial(
+                    speed, shape="1.3b", micro=rows, flags=[*packed, "--torch_compile"]
+                )
         for padding in ("free", "longest", "max_length"):
             found[f"speed 1.3b, {kind}, {padding}"] = partial(
                 speed, shape="1.3b", micro=16, flags=[*flags, "--padding", padding]
             )
-    return found
+    return {**found, "speed 1.3b, the optimizer step alone": optimizer_speed}
 
 
 def large_speeds() -> dict[str, Check]:
@@ -138,9 +158,14 @@ def memories() -> dict[str, Check]:
 def tiny_speeds() -> dict[str, Check]:
     """Return checks of speed and memory on shapes a CPU can train."""
     found = {f"speed tiny, {padding}": ["--padding", padding] for padding in ("free", "longest", "max_length")}
+    found |= {"speed tiny, packed, compiled": ["--packing", "--torch_compile"]}
     found |= {"speed tiny, packed": ["--packing"], "speed tiny, LoRA": LORA, "speed tiny, ZeRO 3": ["--zero_stage", 3]}
     checks: dict[str, Check] = {
         name: partial(speed, shape="tiny", micro=4, flags=flags, profiled="free" in name)
         for name, flags in found.items()
     }
-    return {**checks, "memory tiny": partial(memory, shape="tiny", micro=4)}
+    return {
+        **checks,
+        "speed of the optimizer step": optimizer_speed,
+        "memory tiny": partial(memory, shape="tiny", micro=4),
+    }

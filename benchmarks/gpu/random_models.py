@@ -57,6 +57,22 @@ def make_small(folder: Path, on_cpu: bool) -> Path:
     return folder
 
 
+def make_small_llama(folder: Path, on_cpu: bool) -> Path:
+    """Save a small Llama with random weights: its blocks have an MLP of their own, those of OPT have none."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width, layers = (64, 2) if on_cpu else (256, 4)
+    copy_tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=1816, max_position_embeddings=512, initializer_range=0.05, **SPECIAL,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def make_shape(folder: Path, name: str) -> Path:
     """Save a model without weights: `watched_run.py --untrained` makes them on the device, where that is fast."""
     from safetensors.torch import save_file

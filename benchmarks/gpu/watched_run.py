@@ -4,8 +4,9 @@
 
 `--untrained` makes random weights in bf16 on the device instead of reading them: writing and reading a model of 13b
 would take longer than the measurement. `--profile_at N` records three micro batches from the Nth on, `--terminate_at N`
-sends this process SIGTERM in the Nth, `--no_kernel` makes DeepSpeed's AdamW fail to build. The last line is `WATCHED`
-and a JSON object.
+sends this process SIGTERM in the Nth, `--out_of_memory_at N` asks for more memory than the device has in the Nth,
+`--masters` compares ZeRO 3's master weights with the checkpoint before the first, `--no_kernel` makes DeepSpeed's AdamW
+fail to build. The last line is `WATCHED` and a JSON object.
 """
 
 import argparse
@@ -26,6 +27,8 @@ import main as program  # noqa: E402
 # isort: split
 import torch  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 import utils.arguments.preflight  # noqa: E402
 import utils.engine.engine  # noqa: E402
@@ -66,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no_kernel", action="store_true")
     parser.add_argument("--profile_at", type=int)
     parser.add_argument("--terminate_at", type=int)
+    parser.add_argument("--out_of_memory_at", type=int)
+    parser.add_argument("--masters", action="store_true")
     return parser
 
 
@@ -82,9 +87,33 @@ def make_weights_on_device() -> None:
     utils.model.model_utils._loading_dtype = lambda ds_config, stored: torch.bfloat16
 
 
-def at_micro_batch(seen: dict[str, Any], profile_at: int | None, terminate_at: int | None) -> None:
+def compare_masters(seen: dict[str, Any]) -> None:
+    """Make main.py note in `seen` how many masters it restores, and how far they are from the checkpoint's values."""
+    restore = program.restore_stored_masters
+
+    def comparing(engine: Any, name: str) -> int:
+        restored, stored = restore(engine, name), load_file(Path(name) / "model.safetensors")
+        worst = 0.0
+        for key, parameter in engine.module.named_parameters():
+            master = safe_get_full_fp32_param(parameter)
+            if key in stored:  # an embedding may have more rows
+                worst = max(worst, (master[: len(stored[key])].cpu() - stored[key]).abs().max().item())
+        seen["masters"] = {"restored": restored, "largest difference": worst}
+        return restored
+
+    program.restore_stored_masters = comparing
+
+
+def run_out_of_memory() -> None:
+    """Ask a GPU for more memory than there is; on a CPU, which torch names another error for, raise the GPU's."""
+    if torch.cuda.is_available():
+        torch.empty(2**44, dtype=torch.uint8, device="cuda")
+    raise torch.OutOfMemoryError("out of memory, as this check asks")
+
+
+def at_micro_batch(seen: dict[str, Any], own: argparse.Namespace) -> None:
     """Make main.py's micro step record a profile into `seen`, or end the run, at these micro batches (from 1)."""
-    step, state = program.micro_step, {"number": 0, "profiler": None}
+    step, state, profile_at = program.micro_step, {"number": 0, "profiler": None}, own.profile_at
 
     def watched(*args: Any) -> torch.Tensor:
         state["number"] += 1
@@ -93,8 +122,10 @@ def at_micro_batch(seen: dict[str, Any], profile_at: int | None, terminate_at: i
             synchronize()
             state["begun"] = time.perf_counter()
             state["profiler"].__enter__()
-        if state["number"] == terminate_at:
+        if state["number"] == own.terminate_at:
             os.kill(os.getpid(), signal.SIGTERM)
+        if state["number"] == own.out_of_memory_at:
+            run_out_of_memory()
         loss = step(*args)
         if state["profiler"] is not None and state["number"] == profile_at + PROFILED - 1:
             synchronize()
@@ -127,7 +158,9 @@ def main() -> None:
     own, given = build_parser().parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     seen: dict[str, Any] = {}
     estimate_before_training(seen)
-    at_micro_batch(seen, own.profile_at, own.terminate_at)
+    at_micro_batch(seen, own)
+    if own.masters:
+        compare_masters(seen)
     if own.untrained:
         make_weights_on_device()
     if own.no_kernel:

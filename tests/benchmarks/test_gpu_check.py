@@ -6,12 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.gpu import cases as gpu_checks
 from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu import features, kernel_checks
 from benchmarks.gpu.plan import all_checks
 from benchmarks.gpu.processes import OUT_OF_MEMORY, REFUSED, RIGHT, WRONG, Finished, run_process
 from benchmarks.gpu.random_models import opt_config
+from utils.engine import sweep_step
 from utils.perf import Throughput, throughput_line
 from utils.train.nonfinite_steps import NonfiniteSteps
 
@@ -148,6 +151,53 @@ def test_a_loss_curve_is_right_within_its_tolerance(factor, verdict, tmp_path):
     assert gpu_checks.curve(made, "bf16").verdict == verdict
 
 
+def test_a_run_without_the_line_of_its_feature_is_wrong(tmp_path):
+    made = context(tmp_path, *[curve_run([4.0, 3.5])] * 4)
+    made.small_llama = tmp_path
+    made.results[gpu_checks.REFERENCE] = {"verdict": RIGHT, "figures": {"losses": [4.0, 3.5], "eval_losses": [3.0]}}
+    outcome = gpu_checks.curve(made, "bf16", said=r"Compiled: \d")
+    assert outcome.verdict == WRONG and "Compiled" in outcome.words
+    assert features.tiled(made).verdict == WRONG, "equal to the plain run, and nothing says that MLPs were tiled"
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.001, RIGHT), (1.01, WRONG)])
+def test_a_run_beside_one_in_float32_on_the_cpu(factor, verdict, tmp_path):
+    tiled = "Tiled MLP: 2 LlamaMLP in pieces of 64 tokens\n"
+    made = context(tmp_path, tiled + curve_run([4.0, 3.5 * factor]), curve_run([4.0, 3.5]))
+    made.small_llama = tmp_path
+    assert features.tiled(made).verdict == verdict
+
+
+@pytest.mark.parametrize(("difference", "verdict"), [(0.0, RIGHT), (1e-6, WRONG)])
+def test_master_weights_are_right_bit_for_bit(difference, verdict, tmp_path):
+    seen = {"masters": {"restored": 36, "largest difference": difference}}
+    assert features.masters(context(tmp_path, "WATCHED " + json.dumps(seen))).verdict == verdict
+    assert features.masters(context(tmp_path, "WATCHED {}")).verdict == WRONG
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss", "verdict"),
+    [(["micro batch 8", "micro batch 4"], 3.0, RIGHT), (["micro batch 8"], 3.0, WRONG),
+     (["micro batch 8", "micro batch 4"], 3.1, WRONG)],
+)  # fmt: skip
+def test_how_stepping_down_is_judged(settings, loss, verdict, tmp_path):
+    chosen = [f"  * {setting}: 8.6 MB, time 1.00, fits" for setting in settings]
+    made = context(tmp_path, "\n".join([*chosen, f"ppl: 20.0, loss: {loss}"]))
+    made.results[gpu_checks.REFERENCE] = {"verdict": RIGHT, "figures": {"losses": [], "eval_losses": [3.0]}}
+    outcome = features.stepped_down(made)
+    assert outcome.verdict == verdict and outcome.figures["settings"] == ", then ".join(settings)
+
+
+@pytest.mark.parametrize(("factor", "right"), [(1, True), (1.001, False)])
+def test_the_optimizer_step_is_compared_with_that_of_deepspeed(factor, right, monkeypatch):
+    norm = sweep_step.gradient_norm
+    monkeypatch.setattr(sweep_step, "gradient_norm", lambda pieces, buffer: factor * norm(pieces, buffer))
+    monkeypatch.setitem(sweep_step.PIECE, "cpu", sweep_step.PIECE["cpu"])
+    cases = {case["case"]: case for case in kernel_checks.step("bf16", torch.device("cpu"))}
+    assert len(cases) == 5 and all(case["right"] for case in cases.values()) is right
+    assert cases["gradients of inf"]["norm"] == 0, "infinite in both: a skipped step"
+
+
 @pytest.mark.parametrize(("later", "verdict", "words"), [(3.5, RIGHT, "bit for bit"), (3.501, RIGHT, "not bit"),
     (3.6, WRONG, "not bit")])  # fmt: skip
 def test_a_resumed_run_is_compared_from_its_checkpoint_on(later, verdict, words, tmp_path):
@@ -157,7 +207,6 @@ def test_a_resumed_run_is_compared_from_its_checkpoint_on(later, verdict, words,
 
 
 def test_the_shapes_are_the_published_sizes():
-    import torch
     from transformers import AutoModelForCausalLM
 
     published = {"125m": 0.125, "350m": 0.331, "2.7b": 2.652}
@@ -181,6 +230,9 @@ def test_the_order_is_by_value():
         beside = {f"speed 1.3b, {kind}, {way}" for way in ("packed 512", "packed 2048", "longest", "max_length")}
         assert beside <= set(names[first:large])
     assert {"speed 13b, LoRA"} <= set(names[large:rest]) and {"SIGTERM", "memory 350m, ZeRO 0"} <= set(names[rest:])
+    assert "optimizer step, bf16" in names[:first] and "speed 1.3b, full, packed 512, compiled" in names[first:large]
+    new = {"bf16, torch_compile", "ZeRO 3, master weights", "LoRA, 4 bits", "tiled MLP", "--fit, out of memory"}
+    assert new <= set(names[rest:])
 
 
 def test_no_process_has_more_time_than_is_left(tmp_path):
