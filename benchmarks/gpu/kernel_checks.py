@@ -27,12 +27,12 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 import utils.module.attention  # noqa: E402
-import utils.module.fused_loss  # noqa: E402
 from utils.data.batching.collate import collate_free, collate_padded  # noqa: E402
 from utils.engine import sweep_step  # noqa: E402
 from utils.machine.device import to_device  # noqa: E402
 from utils.machine.precision import DTYPES  # noqa: E402
 from utils.model.layout_check import choose_layout  # noqa: E402
+from utils.module import chunk_loss  # noqa: E402
 from utils.module.attention import clear_documents, set_documents  # noqa: E402
 from utils.module.fused_loss import LogitTransform, fused_loss, summed_loss  # noqa: E402
 from utils.module.row_kernels import FLASH_CAPABILITY  # noqa: E402
@@ -190,7 +190,7 @@ LOSS_CASES: dict[str, dict[str, Any]] = {
 
 def loss(dtype: str, device: torch.device) -> Iterator[dict[str, Any]]:
     """Check the fused loss and its gradients, in many chunks, against float64 on the CPU with the same inputs."""
-    utils.module.fused_loss.CHUNK_BYTES = 2**20  # 87 rows at a time
+    chunk_loss.CHUNK_BYTES = chunk_loss.CPU_CHUNK_BYTES = 2**20  # 87 rows at a time on a GPU
     rows, width, vocabulary = 700, 64, 3000
     generator = torch.Generator().manual_seed(4)
     shapes = {"hidden": (rows, width), "weight": (vocabulary, width), "bias": (vocabulary,)}
