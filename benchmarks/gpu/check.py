@@ -112,6 +112,9 @@ def run_checks(args: Namespace, results: dict[str, Any], folder: Path) -> None:
             outcome = check(context)
         except Exception as err:  # a check that fails by itself must not stop the others
             outcome = Outcome(WRONG, f"the check itself failed: {type(err).__name__}: {err}")
+        if outcome.verdict == WRONG and time.monotonic() >= deadline:
+            print(f"\n{name} was cut short by --minutes {args.minutes:g}: it is left for a call with --skip_done")
+            return
         checks[name] = {**vars(outcome), "seconds": round(time.perf_counter() - start, 1)}
         write_results(args.out, results)
         print(table_row(name, checks[name]), flush=True)

@@ -84,6 +84,7 @@ def make_weights_on_device() -> None:
 
     program.create_model = untrained
     utils.arguments.preflight.check_weights = lambda *args: None  # there are none to read
+    program.restore_stored_masters = lambda *args: 0
     utils.model.model_utils._loading_dtype = lambda ds_config, stored: torch.bfloat16
 
 

@@ -12,7 +12,7 @@ from benchmarks.gpu import cases as gpu_checks
 from benchmarks.gpu import check as gpu_check
 from benchmarks.gpu import features, kernel_checks
 from benchmarks.gpu.plan import all_checks
-from benchmarks.gpu.processes import OUT_OF_MEMORY, REFUSED, RIGHT, WRONG, Finished, run_process
+from benchmarks.gpu.processes import OUT_OF_MEMORY, REFUSED, RIGHT, WRONG, Finished, Outcome, run_process
 from benchmarks.gpu.random_models import opt_config
 from utils.engine import sweep_step
 from utils.perf import Throughput, throughput_line
@@ -233,6 +233,19 @@ def test_the_order_is_by_value():
     assert "optimizer step, bf16" in names[:first] and "speed 1.3b, full, packed 512, compiled" in names[first:large]
     new = {"bf16, torch_compile", "ZeRO 3, master weights", "LoRA, 4 bits", "tiled MLP", "--fit, out of memory"}
     assert new <= set(names[rest:])
+
+
+def test_a_check_that_is_cut_short_is_left_for_another_call(tmp_path, monkeypatch, capsys):
+    def cut(context):
+        time.sleep(max(0.0, context.deadline - time.monotonic()))
+        return Outcome(WRONG, "stopped at its time limit")
+
+    wrong = Outcome(WRONG, "its own fault")
+    monkeypatch.setattr(gpu_check, "all_checks", lambda device: {"fails": lambda context: wrong, "is cut": cut})
+    args = gpu_check.build_parser().parse_args(["--minutes", "0.005", "--out", str(tmp_path / "results.json")])
+    results = {"checks": {}}
+    gpu_check.run_checks(args, results, tmp_path)
+    assert list(results["checks"]) == ["fails"] and "is cut was cut short" in capsys.readouterr().out
 
 
 def test_no_process_has_more_time_than_is_left(tmp_path):
