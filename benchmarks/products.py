@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 LAYERS = {"attention, 768 to 768": (768, 768), "MLP up, 768 to 3072": (768, 3072), "MLP down, 3072 to 768": (3072, 768)}
 VOCABULARY = 50272
+BLOCK = 2048  # rows of the head's gradient, as in utils/module/chunk_loss.py
 
 
 def products(tokens: int, width: int, outputs: int, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
@@ -34,6 +35,25 @@ def products(tokens: int, width: int, outputs: int, dtype: torch.dtype) -> dict[
     }
 
 
+def head_products(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Return those of the head, whose results are large: also into memory that is there, and in blocks."""
+    hidden, weight = torch.randn(tokens, 768).to(dtype), torch.randn(VOCABULARY, 768).to(dtype)
+    logits, kept = torch.randn(tokens, VOCABULARY).to(dtype), torch.empty(tokens, VOCABULARY, dtype=dtype)
+    total = torch.zeros(VOCABULARY, 768)
+
+    def in_blocks() -> None:
+        for rows, columns in zip(total.split(BLOCK), logits.split(BLOCK, dim=1), strict=True):
+            rows.add_(columns.t() @ hidden)
+
+    return {
+        "output": lambda: F.linear(hidden, weight),
+        "output into memory that is there": lambda: torch.mm(hidden, weight.t(), out=kept),
+        "gradient of the input": lambda: logits @ weight,
+        "gradient of the weight, added up": lambda: total.add_(logits.t() @ hidden),
+        f"... in blocks of {BLOCK} rows": in_blocks,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048, help="of a micro batch")
@@ -46,11 +66,8 @@ def main() -> None:
     for layer, (width, outputs) in LAYERS.items():
         for name, product in products(args.tokens, width, outputs, dtype).items():
             timed[layer, name] = (2 * args.tokens * width * outputs, product)
-    head = products(args.tokens // 4, 768, VOCABULARY, dtype)
-    for name in ("output", "gradient of the input", "gradient of the weight"):
-        timed[f"head, 768 to {VOCABULARY}, a quarter of the tokens", name] = (
-            2 * (args.tokens // 4) * 768 * VOCABULARY, head[name],
-        )  # fmt: skip
+    for name, product in head_products(args.tokens // 2, dtype).items():
+        timed[f"head, 768 to {VOCABULARY}, half of the tokens", name] = (args.tokens * 768 * VOCABULARY, product)
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in timed}
     for number in range(args.rounds + 1):
         for key, (_, product) in timed.items():
