@@ -19,7 +19,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from utils.checkpoint.checkpoint_folder import FORMAT, LATEST, MARKER, checkpoints_folder, list_checkpoints, random_file
-from utils.checkpoint.held_files import HeldFile, held_in_memory, write_files
+from utils.checkpoint.held_files import held_in_memory, write_files
 from utils.distributed.ranks import global_rank, is_rank_0, wait_for_all
 from utils.distributed.zero3 import whole_numel
 from utils.errors import UserError
@@ -82,7 +82,7 @@ def begin_checkpoint(
     with _told_if_it_fails(root, state.step):
         _make_room(engine, root, os.path.join(root, INCOMPLETE + _name(state.step)), False)
         with held_in_memory(engine) as files:
-            _write_states(engine, root, state.step, files)
+            _write_states(engine, root, state.step)
     return Begun(state.to_dict(), record, writer.submit(write_files, files))
 
 
@@ -114,14 +114,12 @@ def _make_room(engine: deepspeed.DeepSpeedEngine, root: str, work: str, only_mod
     wait_for_all()
 
 
-def _write_states(engine: deepspeed.DeepSpeedEngine, root: str, step: int, held: list[HeldFile] | None = None) -> None:
-    """Write this rank's states below `root`, or into memory where `held` is given."""
+def _write_states(engine: deepspeed.DeepSpeedEngine, root: str, step: int) -> None:
+    """Write this rank's states below `root`, or where the engine's checkpoints go now (`held_in_memory`)."""
     # Frozen weights are those of the model the run started from: only what trains is written.
     engine.save_checkpoint(root, INCOMPLETE + _name(step), save_latest=False, exclude_frozen_parameters=True)
     path = os.path.join(root, INCOMPLETE + _name(step), random_file(global_rank()))
-    if held is not None:
-        held.append(HeldFile(path))
-    torch.save(random_states(), path if held is None else held[-1])
+    engine.checkpoint_engine.save(random_states(), path)
 
 
 def _complete(root: str, state: dict[str, Any], record: dict[str, Any], config: RunConfig) -> str:

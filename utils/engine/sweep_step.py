@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.ops.adam import FusedAdam
+from deepspeed.ops.adam.fused_adam import multi_tensor_applier
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 
 # Elements of a piece: gradient, weight and two moments, 16 bytes each, fit a CPU's last cache (32 MB) or a GPU's (50 MB
 # on an H100), and the kernels still run long enough to hide their launch.
 PIECE = {"cpu": 1 << 20, "cuda": 1 << 21}
-LAUNCHED_AT_ONCE = 2048 * 32  # elements of a block of the kernel on a GPU, as FusedAdam has it
 
 
 class Segment(NamedTuple):
@@ -97,7 +97,6 @@ def _step(optimizer: FP16_Optimizer, pieces: list[Piece]) -> bool:
             gradient.mul_(factor)
         _update(optimizer, piece, gradient)
     optimizer.zero_grad(set_to_none=True)
-    optimizer.has_executed_step = True
     return False
 
 
@@ -139,8 +138,8 @@ def _update(optimizer: FP16_Optimizer, piece: Piece, gradient: torch.Tensor) -> 
     group, state = adam.param_groups[piece.group], adam.state[flat]
     part = slice(piece.begin, piece.end)
     master = flat.data[part]
-    adam.multi_tensor_adam(
-        LAUNCHED_AT_ONCE, adam._dummy_overflow_buf,
+    multi_tensor_applier(
+        adam.multi_tensor_adam, adam._dummy_overflow_buf,
         [[gradient], [master], [state["exp_avg"][part]], [state["exp_avg_sq"][part]]],
         group["lr"], *group["betas"], group["eps"], state["step"], adam.adam_w_mode,
         1 if group["bias_correction"] else 0, group["weight_decay"],

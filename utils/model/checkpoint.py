@@ -181,7 +181,7 @@ def stored_weights(name: str) -> dict[str, torch.Tensor]:
     stored: dict[str, torch.Tensor] = {}
     for path in weight_paths(name):
         try:
-            stored.update(_read_safetensors(path) if path.endswith(".safetensors") else _read_bin(path))
+            stored.update(_read_safetensors(path) if path.endswith(".safetensors") else load_bin(path, "meta"))
         except UnpicklingError as err:
             raise UserError(
                 f"{path} is no file of weights, or holds more than weights (a whole pickled model, say), which can run "
@@ -238,11 +238,16 @@ def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
         }
 
 
-def _read_bin(path: str) -> dict[str, torch.Tensor]:
+def load_bin(path: str, place: str) -> dict[str, torch.Tensor]:
+    """Return the weights of a .bin file on the device `place`, mapped from the file where its format allows it.
+
+    Raises:
+        ValueError: it holds no dictionary.
+    """
     try:
-        content: Any = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        content: Any = torch.load(path, map_location=place, weights_only=True, mmap=True)
     except RuntimeError:  # an older format that can't be mapped
-        content = torch.load(path, map_location="meta", weights_only=True)
+        content = torch.load(path, map_location=place, weights_only=True)
     if not isinstance(content, dict):
         raise ValueError("it holds no dictionary of weights")
     return {key: value for key, value in content.items() if torch.is_tensor(value)}

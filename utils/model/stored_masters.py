@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from utils.distributed.ranks import print_rank_0
 from utils.distributed.zero3 import is_partitioned, whole_shape
-from utils.model.checkpoint import check_weights, weight_paths
+from utils.model.checkpoint import check_weights, load_bin, weight_paths
 
 Read = Callable[[str], torch.Tensor]
 
@@ -85,6 +85,6 @@ def _opened(name: str) -> Iterator[Read]:
             file = safe_open(path, framework="pt")
             readers |= dict.fromkeys(file.keys(), file.get_tensor)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = load_bin(path, "cpu")
             readers |= dict.fromkeys(content, content.__getitem__)
     yield lambda key: readers[key](key)
