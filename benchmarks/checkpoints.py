@@ -6,6 +6,7 @@ All arguments are main.py's. Two runs of it write a checkpoint every second step
 checkpoint until the next step, and until it counts.
 """
 
+import argparse
 import shutil
 import statistics
 import subprocess
@@ -16,6 +17,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return main.py's parser, to which every argument goes."""
+    from utils.arguments.parser import build_parser
+
+    return build_parser()
 
 
 def train(arguments: list[str]) -> None:

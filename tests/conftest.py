@@ -144,13 +144,10 @@ def launch(launcher: list[str], arguments: list[str], **options) -> subprocess.C
 
 def deepspeed_ranks(ranks: int) -> list[str]:
     """The launcher for so many ranks, on a port no other run uses."""
-    import socket
+    from fork_runs import free_port
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return [
-        str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port),
+        str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port()),
     ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Real processes, real process groups over gloo, killed with real signals; only th
 import json
 import multiprocessing
 import os
+import random
 import resource
 import shutil
 import signal
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +65,7 @@ class ForkedRun:
 
     processes: list
     logs: list[Path]
-    port: int  # of its process group
+    port: int  # of its process group, where it has several ranks; a single rank takes a free one itself
 
     def kill(self, number: int, ranks: list[int] | None = None) -> None:
         """Send a signal to these ranks (all of them unless given)."""
@@ -80,8 +82,15 @@ class ForkedRun:
         for process in self.processes:
             process.kill()
             process.join()
+        if any(process.exitcode < 0 for process in self.processes):  # killed: no rank could remove the names
+            for name in self.shared_memory():
+                name.unlink()
         assert not stuck, f"ranks {stuck} did not end within {timeout} s:\n{self.output()}"
         return [process.exitcode for process in self.processes]
+
+    def shared_memory(self) -> list[Path]:
+        """Return the names of shared memory that this run's ranks have left."""
+        return list(Path("/dev/shm").glob(f"deepspeed_*_{self.port}_*")) if len(self.processes) > 1 else []
 
     def output(self) -> str:
         """What all ranks printed, rank after rank."""
@@ -96,6 +105,15 @@ class ForkedRun:
             time.sleep(0.01)
 
 
+def free_port() -> int:
+    """Return a free port below those that the system gives to outgoing connections, which could take it meanwhile."""
+    while True:
+        port = random.SystemRandom().randint(15000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def start_run(
     argv: list,
     ranks: int = 1,
@@ -108,9 +126,7 @@ def start_run(
     """
     context = _context()
     folder = Path(tempfile.mkdtemp(prefix="forked_run_"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes, logs = [], []
     for rank in range(ranks):
         own = {}
@@ -131,8 +147,7 @@ def finished_run(argv: list, ranks: int = 1, status: int = 0, program: Callable[
     run = start_run(argv, ranks, program=program)
     statuses = run.wait()
     assert statuses == [status] * ranks, f"{statuses}\n{run.output()}"
-    left = list(Path("/dev/shm").glob(f"deepspeed_*_{run.port}_*"))
-    assert not left, f"shared memory is left behind: {left}"
+    assert not run.shared_memory(), f"shared memory is left behind: {run.shared_memory()}"
     return run.output()
 
 

@@ -1,7 +1,7 @@
 """What a step moves between ranks: formulas against the bytes of real steps on two ranks, and arithmetic by hand."""
 
 import pytest
-from fork_runs import _context
+from fork_runs import _context, free_port
 
 from benchmarks.scaling import scaling
 from benchmarks.scaling import tables as scaling_tables
@@ -37,12 +37,9 @@ def _rank(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     import json
-    import socket
 
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [_context().Process(target=_rank, args=(rank, port, str(folder)), daemon=True) for rank in (0, 1)]
     for process in processes:
         process.start()

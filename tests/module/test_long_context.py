@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from fork_runs import _context, copy_at_step, finished_run, losses
+from fork_runs import _context, copy_at_step, finished_run, free_port, losses
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -149,9 +148,7 @@ def on_rank(rank: int, port: int, log: str) -> None:
 
 
 def test_two_ranks_give_every_familys_gradients(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     logs = [tmp_path / f"rank_{rank}.json" for rank in range(2)]
     processes = [
         _context().Process(target=on_rank, args=(rank, port, str(log)), daemon=True) for rank, log in enumerate(logs)
