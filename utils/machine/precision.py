@@ -37,11 +37,24 @@ def planned_dtype(requested: str) -> tuple[str, str]:
     return ("bf16", "taken to be what the planned GPUs have") if requested == "auto" else (requested, "as asked")
 
 
+def cpu_has_bf16() -> bool:
+    """Return whether this machine's processor multiplies bf16 by instructions of its own.
+
+    oneDNN, asked by torch, also accepts x86 processors that have AVX-512 without them, where a bf16 product takes
+    several times as long as one in float32.
+    """
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    if not torch.cpu._is_avx512_supported():  # ARM, or an x86 processor that oneDNN knows to have AVX2's form of bf16
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def _has_bf16() -> bool:
     """Return whether the device has bf16 in hardware; torch's own test also accepts devices that emulate it slowly."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return cpu_has_bf16()
     module = torch.get_device_module(accelerator.device_name())
     probe = getattr(module, "is_bf16_supported", None)
     if probe is not None:

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from utils.machine.precision import cpu_has_bf16
+
 # The kernels that torch.nn.functional.scaled_dot_product_attention calls on a CPU.
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Up to so many tokens a document is faster in float32 than in 16 bits: the kernel multiplies small blocks, where
-# converting costs more than it saves (`benchmarks/attention.py`).
+# converting costs more than it saves (`benchmarks/attention.py`). A processor that has no bf16 instructions is always
+# faster in float32.
 FASTER_IN_FLOAT32 = 400
 
 
@@ -78,7 +81,7 @@ def _pieces(document: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
     Tensors with fewer heads than the first one have them repeated.
     """
     pieces = [tensor[:, :, document] for tensor in tensors]
-    if document.stop - document.start <= FASTER_IN_FLOAT32:
+    if document.stop - document.start <= FASTER_IN_FLOAT32 or not cpu_has_bf16():
         pieces = [piece.to(torch.promote_types(piece.dtype, torch.float32)) for piece in pieces]
     heads = pieces[0].shape[1]
     return [piece if piece.shape[1] == heads else piece.repeat_interleave(heads // piece.shape[1], dim=1)
