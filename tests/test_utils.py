@@ -24,6 +24,7 @@ from utils.engine.engine import create_optimizer
 from utils.logging.loss_curve import draw_losses
 from utils.logging.metrics_file import MetricsFile, read_metrics
 from utils.machine.device import set_random_seed, to_device
+from utils.machine.precision import cpu_has_bf16
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.fused_loss import install_loss
 from utils.run_config import BatchCut
@@ -237,7 +238,7 @@ print(*[faults() for _ in range(10)])
     assert max(found[-5:]) < 6500 < found[0], found
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor multiplies bf16 otherwise")
+@pytest.mark.skipif(not cpu_has_bf16(), reason="this processor has no bf16 instructions, and smaller kernels")
 def test_kernels_of_past_shapes_are_dropped():
     """300 products, each of a shape of its own: about 0.6 MB a shape where all their kernels are kept."""
     code = """
