@@ -19,3 +19,11 @@ def join_problems(problems: list[str]) -> str:
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)
+
+
+def root_cause(err: BaseException) -> str | None:
+    """Return the words of the library's error that led to this one; None where none did."""
+    first = err
+    while first.__cause__ is not None:
+        first = first.__cause__
+    return None if first is err else str(first)

@@ -141,6 +141,7 @@ def test_precision_is_the_flags_unless_the_file_says_it(arguments, content, flag
         ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, "optimizer.params.lr 3e-05 (use --learning_rate)"),
         ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.999]}}}, "optimizer.params.betas"),
         ({"optimizer": {"type": "Lion"}}, "optimizer.type Lion"),
+        ({"scheduler": {"type": ["WarmupLR"]}}, "scheduler.type ['WarmupLR'] (use --lr_scheduler_type"),
         ({"scheduler": {"type": "OneCycle"}}, "scheduler.type OneCycle (use --lr_scheduler_type"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 100}}}, "(use --num_warmup_steps)"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "(use --offload nvme and --nvme_path)"),
@@ -153,6 +154,24 @@ def test_what_can_not_be_meant_is_named(arguments, content, words):
     with pytest.raises(UserError) as caught:
         read_deepspeed_file(args, 1)
     assert words in str(caught.value) and args.deepspeed_config in str(caught.value)
+
+
+COMMENTED = """// for our nodes
+{
+  "zero_optimization": {"stage": 2, /* not 3 */ "overlap_comm": false},  # faster here
+  "gradient_clipping": 0.5,
+}
+"""
+
+
+def test_comments_and_trailing_commas_are_read_as_deepspeed_reads_them(arguments):
+    settings = read_deepspeed_file(arguments(COMMENTED), 1).settings
+    assert settings == {"zero_optimization": {"stage": 2, "overlap_comm": False}, "gradient_clipping": 0.5}
+    for other in ("zero_optimization:\n  stage: 2\n", '{"zero_optimization": {"stage": 2}', "stage=2", ""):
+        with pytest.raises(UserError, match="can't be read as JSON"):
+            read_deepspeed_file(arguments(other), 1)
+    with pytest.raises(UserError, match="has stage twice in one object"):
+        read_deepspeed_file(arguments('{"zero_optimization": {"stage": 1, "stage": 2},}'), 1)
 
 
 def test_what_agrees_with_the_flags_is_taken(arguments):

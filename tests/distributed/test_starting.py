@@ -2,11 +2,12 @@
 
 import os
 import socket
+from functools import partial
 
 import pytest
 from fork_runs import finished_run, losses
 
-from utils.distributed.launchers import adopt_launcher
+from utils.distributed.launchers import adopt_launcher, await_address
 from utils.errors import UserError
 
 LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
@@ -33,6 +34,16 @@ def on_a_taken_port(argv: list[str]) -> None:
         main.run(argv)
 
 
+def where_nobody_knows_the_first_node(argv: list[str]) -> None:
+    """main.py with a first node whose name has no address, and little patience."""
+    import main
+    from utils.distributed import process_group
+
+    process_group.await_address = partial(await_address, patience=0.5)
+    os.environ.update(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="no-such-host.invalid", MASTER_PORT="29511")
+    main.run(argv)
+
+
 def with_rank_alone(argv: list[str]) -> None:
     """main.py where only RANK is set."""
     import main
@@ -53,6 +64,30 @@ def test_a_taken_port_is_named(run_arguments, tmp_path):
     printed = finished_run([*run_arguments, "--output_dir", tmp_path / "out"], status=2, program=on_a_taken_port)
     assert "error: port " in printed and "is taken by another program" in printed and "--master_port" in printed
     assert "Traceback" not in printed and printed.count("error:") == 1
+
+
+def test_a_first_node_without_an_address_is_named(run_arguments, tmp_path):
+    command = [*run_arguments, "--output_dir", tmp_path / "out"]
+    printed = finished_run(command, status=2, program=where_nobody_knows_the_first_node)
+    assert "MASTER_ADDR 'no-such-host.invalid' has no address yet" in printed
+    assert "error: the ranks can't meet: the name MASTER_ADDR 'no-such-host.invalid' has no address here" in printed
+    assert "Traceback" not in printed and not (tmp_path / "out").exists()
+
+
+def test_a_name_that_is_known_later_is_waited_for(monkeypatch, capsys):
+    answers = iter([socket.gaierror(-3, "Temporary failure in name resolution"), []])
+
+    def look_up(*_):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    await_address("first-pod")
+    assert (
+        "MASTER_ADDR 'first-pod' has no address yet (Temporary failure in name resolution)" in capsys.readouterr().out
+    )
 
 
 def test_rank_alone(run_arguments, tmp_path):

@@ -12,6 +12,7 @@ from utils.files import similar_folder
 from utils.logging.console import say
 from utils.model.model_folder import check_files
 from utils.model.model_utils import has_weights, load_model_config
+from utils.model.other_formats import folder_below, weights_of_another_kind
 
 TEMPORARY_BYTES = 50 * 10**6
 
@@ -62,11 +63,23 @@ def check_model_folder(name: str, needs_weights: bool) -> PretrainedConfig:
         check_files(name)
         files = os.listdir(name)
         if "config.json" not in files:
-            raise UserError(f"no config.json in the model folder {name}: give a complete model folder or a hub name.")
+            raise UserError(
+                f"no config.json in the model folder {name}: give a complete model folder or a hub name.{_hint(name)}"
+            )
         if needs_weights and not has_weights(name):
-            raise UserError(f"no weights (*.safetensors or *.bin) in the model folder {name}: it is not complete.")
+            found = weights_of_another_kind(name) or ": it is not complete"
+            raise UserError(f"no weights (*.safetensors or *.bin) in the model folder {name}{found}.")
         return load_model_config(name)
     try:
         return load_model_config(name)
     except UserError as err:
         raise UserError(f"{name} is no folder{similar_folder(name)}, and as a name on the hub: {err}") from err
+
+
+def _hint(folder: str) -> str:
+    """Return a sentence on the model below a folder, or on the files in it; nothing where there is none."""
+    below = folder_below(folder)
+    if below is not None:
+        return f" There is one in {below}."
+    found = weights_of_another_kind(folder)
+    return f" The{found.removeprefix(': the')}." if found else ""

@@ -31,7 +31,7 @@ from utils.distributed.process_group import check_local_rank, local_rank_of
 from utils.ds_file.read import Zero, merged_zero, read_deepspeed_file
 from utils.ds_utils import check_ds_file
 from utils.engine.nvme_swap import check_async_io, check_swap_folder
-from utils.errors import UserError, join_problems
+from utils.errors import UserError, join_problems, root_cause
 from utils.export.peft_adapter import check_adapter
 from utils.files import check_place
 from utils.logging.console import say
@@ -62,15 +62,17 @@ def check_run(args: Namespace) -> None:
     Raises:
         UserError: everything that is wrong, in one message.
     """
-    problems = check_values(args)
+    problems, causes = check_values(args), set()
     trust_remote_code(args.trust_remote_code)
 
     def attempt(check: Callable[..., Result], *arguments: Any) -> Result | None:
         try:
             return check(*arguments)
         except UserError as err:
-            if str(err) not in problems:
+            cause = root_cause(err)  # a configuration that can't be read stops its tokenizer too
+            if str(err) not in problems and (cause is None or cause not in causes):
                 problems.append(str(err))
+            causes.add(cause)
             return None
 
     gpus = attempt(parse_gpus, args.dry_run)

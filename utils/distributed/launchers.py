@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Iterable, MutableMapping
 
 from utils.errors import UserError
@@ -16,6 +17,7 @@ MPI_NAMES = (
 )
 DEFAULT_PORT = 29500  # torch's and DeepSpeed's default too
 LAST_PORT = 65535
+PATIENCE = 20.0  # seconds for the first node's name, which a cluster may not know yet while nodes start
 SLURM_PORTS = 15000  # ports to choose from by the job's number: jobs that share a node must not share a port
 
 
@@ -86,6 +88,33 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def await_address(address: str, patience: float = PATIENCE) -> None:
+    """Wait until the name of the first node has an address, and print that it has none yet.
+
+    Without this torch would try for minutes and say nothing.
+
+    Raises:
+        UserError: it has none after `patience` seconds.
+    """
+    start, is_told = time.monotonic(), False
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (OSError, UnicodeError) as err:  # UnicodeError: a part of the name is longer than names may be
+            reason = getattr(err, "strerror", None) or str(err)
+        if time.monotonic() - start >= patience:
+            raise UserError(
+                f"the ranks can't meet: the name MASTER_ADDR {address!r} has no address here ({reason}). Give the "
+                "first node's name or address as this machine knows it (--master_addr of deepspeed or torchrun, else "
+                "the variable MASTER_ADDR)."
+            )
+        if not is_told:
+            say(f"MASTER_ADDR {address!r} has no address yet ({reason}): trying for {patience:.0f} s")
+            is_told = True
+        time.sleep(1)
 
 
 def launched_rank() -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from utils.distributed.launchers import free_port
+from utils.distributed.launchers import await_address, free_port
 from utils.errors import UserError
 from utils.logging.console import chatter_to_log, say
 from utils.machine.compile_locks import clear_stale_build_locks, extension_folder
@@ -67,6 +67,8 @@ def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
                 f"Launcher: WORLD_SIZE {os.environ['WORLD_SIZE']} without LOCAL_RANK, as Kubeflow starts it: one "
                 f"process a node, on its device {local_rank}"
             )
+    if os.environ["WORLD_SIZE"] != "1":
+        await_address(os.environ["MASTER_ADDR"])
     several_nodes = os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
     for lock in clear_stale_build_locks(extension_folder(), several_nodes):
         say(f"Removed {lock}: a run that was killed while compiling left it behind")

@@ -4,6 +4,7 @@ The files that users of transformers' Trainer have work as they are.
 """
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -74,12 +75,36 @@ def _read_object(path: str) -> dict[str, Any]:
 
     try:
         with open(path, encoding="utf-8-sig") as file:
-            config = json.load(file, object_pairs_hook=once)
+            text = file.read()
+        config = _parsed(text, once)
     except (OSError, ValueError, RecursionError) as err:
         raise UserError(f"--deepspeed_config {path} can't be read as JSON: {err}") from err
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed_config {path} must hold one JSON object, not a {type(config).__name__}.")
     return config
+
+
+def _parsed(text: str, once: Callable[[list[tuple[str, Any]]], dict[str, Any]]) -> Any:
+    """Return what a text in JSON holds, or in Hjson, JSON with comments, which is what DeepSpeed itself reads.
+
+    Of Hjson only what begins as an object: a text without braces is another format, in which values would be misread.
+
+    Raises:
+        ValueError: it is neither; the words are those of the JSON's error.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except ValueError:
+        import hjson  # comes with DeepSpeed
+
+        try:
+            config = hjson.loads(text, object_pairs_hook=once)
+        except ValueError:
+            config = None
+        bare = re.sub(r"(#|//)[^\n]*|/\*.*?\*/|\s", "", text, flags=re.DOTALL)
+        if not isinstance(config, dict) or not bare.startswith("{"):
+            raise
+        return config
 
 
 def without_auto(value: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +175,7 @@ def _scheduler_clash(block: dict[str, Any], args: Namespace) -> list[str]:
     clash = _block_clash(
         "scheduler", block, values, lambda key: f"use {flags.get(key, '--lr_scheduler_type, --num_warmup_steps')}"
     )
-    if block.get("type", "WarmupLR") not in SCHEDULES:
+    if str(block.get("type", "WarmupLR")) not in SCHEDULES:
         clash.append(f"scheduler.type {block['type']} (use --lr_scheduler_type, --num_warmup_steps)")
     return clash
 

@@ -8,35 +8,24 @@ is an error: the same on every rank and under every ZeRO stage.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from utils.distributed.ranks import print_rank_0
 from utils.errors import UserError
 from utils.logging.console import say
 from utils.model.loading_report import Report, check_report
+from utils.model.tied_head import has_own_head, untie
+from utils.model.weight_files import DTYPES, path_of, places_in_files, stored_weights, weight_paths
 from utils.module.empty_model import empty_model
 from utils.module.remote_code import is_trusted
-
-# In the order in which transformers looks for them: one file, or the index of several.
-WEIGHT_FILES = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
-# Names of dtypes in a safetensors file; others, such as 8-bit floats, can't be trained.
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 def check_is_causal(name: str, config: PretrainedConfig) -> None:
@@ -45,7 +34,8 @@ def check_is_causal(name: str, config: PretrainedConfig) -> None:
     Raises:
         UserError: it is quantized, an encoder and decoder, or no causal language model at all.
     """
-    quantization = getattr(config, "quantization_config", None)
+    found = (getattr(config, key, None) for key in ("quantization_config", "compression_config"))
+    quantization = next((value for value in found if value is not None), None)
     if quantization is not None:
         kind = quantization if isinstance(quantization, dict) else vars(quantization)
         method = getattr(kind.get("quant_method"), "value", kind.get("quant_method")) or "an unnamed method"
@@ -84,7 +74,8 @@ def check_weights(name: str, config: PretrainedConfig, tell: bool = True) -> dic
     """Check that the files of `name` hold every weight of the model and no other; return these, without memory.
 
     Files of a name on the hub that are not on this disk yet are fetched. Files that have not changed since they were
-    found right are not compared again. `tell`: print what is left out.
+    found right are not compared again. `tell`: print what is left out. A head of its own that `config` ties to the
+    embedding is untied in it.
 
     Raises:
         UserError: weights are missing, have no place in the model or other shapes, or a file can't be read.
@@ -93,6 +84,8 @@ def check_weights(name: str, config: PretrainedConfig, tell: bool = True) -> dic
     found = _found_right.get(name)
     if found is None or found.stamps != stamps:
         found = _found_right[name] = _compare(name, config, stamps)
+    if found.has_own_head:
+        untie(config)
     if tell:
         for line in found.lines:
             print_rank_0(line)
@@ -104,7 +97,8 @@ class FoundRight(NamedTuple):
 
     stamps: tuple
     stored: dict[str, torch.Tensor]
-    lines: list[str]  # on what is left out
+    lines: list[str]  # on what is left out, and what the configuration says otherwise
+    has_own_head: bool  # which the configuration ties to the embedding
 
 
 _found_right: dict[str, FoundRight] = {}  # by name: a run checks before the data are prepared, and when it loads
@@ -112,7 +106,7 @@ _found_right: dict[str, FoundRight] = {}  # by name: a run checks before the dat
 
 def _stamps(name: str, config: PretrainedConfig) -> tuple:
     """Return what changes when the files or the kind of model do."""
-    states = [(path, os.stat(path)) for path in (*weight_paths(name), _path_of(name, "config.json")) if path]
+    states = [(path, os.stat(path)) for path in (*weight_paths(name), path_of(name, "config.json")) if path]
     return (type(config), *((path, state.st_size, state.st_mtime_ns) for path, state in states))
 
 
@@ -122,22 +116,36 @@ def _compare(name: str, config: PretrainedConfig, stamps: tuple) -> FoundRight:
     model = empty_model(config)
     report = _loading_report(model, stored)
     lines = [] if report is None else check_report(name, model, report, stored)
-    _check_dtypes(name, stored, [] if report is None else report.unexpected)
-    return FoundRight(stamps, stored, lines)
+    _check_dtypes(name, model, stored, [] if report is None else report.unexpected)
+    named, kind = config.architectures or [], type(model).__name__
+    if named and kind not in named:
+        lines.append(f"Checkpoint: config.json names {', '.join(map(str, named))}; it is loaded as {kind}")
+    own_head = has_own_head(name, model, stored)
+    if own_head:
+        lines.append(
+            "Checkpoint: config.json ties the head to the input embedding (tie_word_embeddings), and the files hold "
+            "two weights that differ: they stay two, and the saved configuration says so"
+        )
+    return FoundRight(stamps, stored, lines, own_head)
 
 
-def _check_dtypes(name: str, stored: dict[str, torch.Tensor], left_out: list[str]) -> None:
-    """Refuse weights in 8 bits, whose scales nobody knows: they would be read as if they were plain numbers.
+def _check_dtypes(
+    name: str, model: transformers.PreTrainedModel, stored: dict[str, torch.Tensor], left_out: list[str]
+) -> None:
+    """Refuse weights in 8 bits or in whole numbers, whose scales nobody knows: they would be read as plain numbers.
 
     Args:
         left_out: weights in the files that are not read, such as old masks.
     """
+    places = set(places_in_files(dict(model.named_parameters()), stored, model.base_model_prefix).values())
     small = [key for key, weight in stored.items() if weight.dtype not in DTYPES.values() and key not in left_out]
-    if small:
-        raise UserError(
-            f"{len(small)} weights of {name} are stored in 8 bits ({_first(small)}), without a quantization_config "
-            "that says how: only whole weights can be trained. Give the model they were made from."
-        )
+    whole = [key for key in places if not stored[key].is_floating_point() and key not in small]
+    for keys, kind in ((small, "in 8 bits"), (sorted(whole), "as whole numbers")):
+        if keys:
+            raise UserError(
+                f"{len(keys)} weights of {name} are stored {kind} ({_first(keys)}), without a quantization_config "
+                "that says how: only whole weights can be trained. Give the model they were made from."
+            )
 
 
 def _loading_report(model: transformers.PreTrainedModel, stored: dict[str, torch.Tensor]) -> Report | None:
@@ -170,87 +178,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def stored_weights(name: str) -> dict[str, torch.Tensor]:
-    """Return the weights in the files of `name`: their names, shapes and dtypes, as tensors without memory.
-
-    Raises:
-        UserError: there are no such files, or one can't be read.
-    """
-    stored: dict[str, torch.Tensor] = {}
-    for path in weight_paths(name):
-        try:
-            stored.update(_read_safetensors(path) if path.endswith(".safetensors") else load_bin(path, "meta"))
-        except UnpicklingError as err:
-            raise UserError(
-                f"{path} is no file of weights, or holds more than weights (a whole pickled model, say), which can run "
-                "any code and is not loaded: save the weights with model.save_pretrained(FOLDER) where it was made."
-            ) from err
-        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, EOFError) as err:
-            reason = " ".join(str(err).split())[:200]
-            raise UserError(f"the weights in {path} can't be loaded ({reason}): is the file complete?") from err
-    return stored
-
-
-def weight_paths(name: str) -> list[str]:
-    """Return the paths of the files that transformers would load, of a folder or of a name on the hub.
-
-    Raises:
-        UserError: there are none, or some that the index names are missing.
-    """
-    for file in WEIGHT_FILES:
-        path = _path_of(name, file)
-        if path is None:
-            continue
-        if not file.endswith(".index.json"):
-            return [path]
-        try:
-            with open(path, encoding="utf-8") as opened:
-                shards = sorted(set(json.load(opened)["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as err:
-            raise UserError(f"{path} can't be read as an index of weights: {err}") from err
-        paths = {shard: _path_of(name, shard) for shard in shards}
-        missing = [shard for shard, found in paths.items() if found is None]
-        if missing:
-            raise UserError(f"{name} lacks {len(missing)} of the {len(shards)} files of weights that {file} names: "
-                            f"{_first(missing)}.")  # fmt: skip
-        return [path for path in paths.values() if path is not None]
-    raise UserError(f"no weights in {name}: none of {', '.join(WEIGHT_FILES)} is there.")
-
-
-def _path_of(name: str, file: str) -> str | None:
-    if os.path.isdir(name):
-        path = os.path.join(name, file)
-        return path if os.path.isfile(path) else None
-    try:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError) as err:
-        raise UserError(f"{file} of {name} can't be fetched from the hub: {' '.join(str(err).split())[:200]}") from err
-
-
-def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        return {
-            key: torch.empty(part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
-            for key, part in slices.items()
-        }
-
-
-def load_bin(path: str, place: str) -> dict[str, torch.Tensor]:
-    """Return the weights of a .bin file on the device `place`, mapped from the file where its format allows it.
-
-    Raises:
-        ValueError: it holds no dictionary.
-    """
-    try:
-        content: Any = torch.load(path, map_location=place, weights_only=True, mmap=True)
-    except RuntimeError:  # an older format that can't be mapped
-        content = torch.load(path, map_location=place, weights_only=True)
-    if not isinstance(content, dict):
-        raise ValueError("it holds no dictionary of weights")
-    return {key: value for key, value in content.items() if torch.is_tensor(value)}
 
 
 def _first(names: list[str], most: int = 3) -> str:

@@ -15,6 +15,12 @@ SHOWN = 3
 # classification of texts and tokens.
 HEADS = ("v_head", "value_head", "reward_head", "score", "classifier")
 LORA_HALVES = ("lora_right_weight", "lora_left_weight")
+PEFT_PARTS = (".lora_A.", ".lora_B.", ".base_layer.", ".modules_to_save.")
+# What GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints have beside or in place of a weight.
+QUANTIZED = (
+    ".qweight", ".qzeros", ".scales", ".absmax", ".quant_map", ".SCB", ".weight_scale", ".weight_scale_inv",
+    ".weight_packed",
+)  # fmt: skip
 
 
 class Report(NamedTuple):
@@ -68,36 +74,56 @@ def check_report(
         found.append(f"{len(shapes)} have other shapes than config.json says ({_first(shapes)})")
     raise UserError(
         f"the checkpoint {name} does not fit {type(model).__name__}, and would train from random weights in part: "
-        f"{'; '.join(found)}. {_advice(name, report.missing, unexpected)}"
+        f"{'; '.join(found)}. {_advice(model, name, report.missing, unexpected)}"
     )
 
 
-def _advice(name: str, missing: list[str], unexpected: list[str]) -> str:
+def _advice(model: transformers.PreTrainedModel, name: str, missing: list[str], unexpected: list[str]) -> str:
     if any(key.endswith(LORA_HALVES) for key in unexpected):
         return (
             "It was saved with LoRA that is not merged, as a DeepSpeed-Chat run can leave it: "
             f"`python -m tools.merge_lora {name} MERGED_FOLDER` merges it."
         )
-    prefix = _prefix(missing, unexpected)
-    if prefix:
+    if any(part in key for key in unexpected for part in PEFT_PARTS):
+        return "It was saved with a PEFT adapter that is not merged: save what merge_and_unload() returns."
+    if any(key.endswith(QUANTIZED) for key in unexpected):
+        return "Its weights are quantized, and only whole weights can be trained: give the model they were made from."
+    wrapper, is_prefix = _wrapper(missing, unexpected)
+    if wrapper:
+        whose = "a wrapper (torch.compile, DataParallel and others)"
+        what = (
+            f"Its names begin with {wrapper!r}, that of {whose}"
+            if is_prefix
+            else (f"Its names have {wrapper!r} in them, that of {whose}")
+        )
+        return f"{what}: save the model inside the wrapper, or take the prefix off the names."
+    head = model.get_output_embeddings()
+    if head is not None and not unexpected and _names_of(model, head) >= set(missing):
         return (
-            f"Its names begin with {prefix!r}, that of a wrapper (torch.compile, DataParallel and others): save the "
-            "model inside the wrapper, or take the prefix off the names."
+            "What is missing is the head alone: these files are of a model without one, for embeddings or "
+            "classification, say. Where the head is the input embedding, config.json says tie_word_embeddings true."
         )
     return "Is config.json the one of these weights, and is every file of them there?"
 
 
-def _prefix(missing: list[str], unexpected: list[str]) -> str:
-    """Return what stands before the model's own names in most of the names that have no place; "" for nothing."""
+def _names_of(model: transformers.PreTrainedModel, part: torch.nn.Module) -> set[str]:
+    """Return the names of the weights of one module of a model."""
+    own = {id(parameter) for parameter in part.parameters()}
+    return {key for key, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in own}
+
+
+def _wrapper(missing: list[str], unexpected: list[str]) -> tuple[str, bool]:
+    """Return what stands in most of the names that have no place and not in the model's own, and whether in front."""
     own = set(missing)
     found = Counter()
     for key in unexpected:
         parts = key.split(".")
-        cut = next((i for i in range(1, len(parts)) if ".".join(parts[i:]) in own), None)
+        cuts = ((i, j) for i in range(len(parts)) for j in range(i + 1, len(parts)))
+        cut = next((cut for cut in cuts if ".".join(parts[: cut[0]] + parts[cut[1] :]) in own), None)
         if cut is not None:
-            found[".".join(parts[:cut]) + "."] += 1
-    prefix, count = found.most_common(1)[0] if found else ("", 0)
-    return prefix if 2 * count > len(unexpected) else ""
+            found[".".join(parts[cut[0] : cut[1]]) + ".", cut[0] == 0] += 1
+    (wrapper, is_prefix), count = found.most_common(1)[0] if found else (("", False), 0)
+    return (wrapper, is_prefix) if 2 * count > len(unexpected) else ("", False)
 
 
 def _is_buffer(key: str, model: transformers.PreTrainedModel, stored: torch.Tensor | None) -> bool:

@@ -10,6 +10,10 @@ from transformers.utils import cached_file
 from utils.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+# Adapters of PEFT that stand before the model or between its layers, and change no weight.
+NO_WEIGHTS = (
+    "PREFIX_TUNING", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+)  # fmt: skip
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -49,11 +53,22 @@ def adapter_error(name: str, path: str) -> UserError:
     """Return the error for an adapter given as a model; `path` is its configuration."""
     try:
         with open(path, encoding="utf-8") as file:
-            base = json.load(file).get("base_model_name_or_path") or "its base model"
+            adapter = json.load(file)
+        base, kind = adapter.get("base_model_name_or_path"), str(adapter.get("peft_type"))
+        base = base if isinstance(base, str) else None
     except (OSError, ValueError, AttributeError):
-        base = "its base model"
+        base, kind = None, ""
+    words = f"{name} is a PEFT adapter of {base or 'a base model that it does not name'}, not a model"
+    if kind in NO_WEIGHTS:
+        return UserError(
+            f"{words}: it is of the kind {kind}, learned inputs that can't be merged into weights, so that training "
+            "can't go on from it here. Give the base model."
+        )
+    source = "" if base else ', with the model it was trained on as "base_model_name_or_path" in its configuration'
+    if base and base.startswith(("/", ".", "~")) and not os.path.isdir(base):
+        source = f', once "base_model_name_or_path" in {ADAPTER_CONFIG} says where that is now: {base} is not there'
     return UserError(
-        f"{name} is a PEFT adapter of {base}, not a model: merge it into a folder of its own and give that. "
+        f"{words}: merge it into a folder of its own and give that{source}. "
         f"`pip install peft`, then in Python: from peft import AutoPeftModelForCausalLM as M; "
         f'M.from_pretrained("{name}").merge_and_unload().save_pretrained("MERGED"); and copy the tokenizer there.'
     )

@@ -150,7 +150,7 @@ def create_hf_model(
             )  # fmt: skip
             if quantize_base:
                 settle_quantized(model)
-            check_report(model_name_or_path, model, Report.of(info))
+            check_report(model_name_or_path, model, Report.of(info), stored)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as err:

@@ -4,18 +4,17 @@ ZeRO 3 divides weights among the ranks while they load, in the training dtype, a
 where the files hold more than 16 bits they would begin rounded. Here each rank reads its own part again.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
-from safetensors import safe_open
 
 from utils.distributed.ranks import print_rank_0
 from utils.distributed.zero3 import is_partitioned, whole_shape
-from utils.model.checkpoint import check_weights, load_bin, weight_paths
+from utils.model.checkpoint import check_weights
+from utils.model.weight_files import open_values, places_in_files
 
 Read = Callable[[str], torch.Tensor]
 
@@ -41,8 +40,8 @@ def restore_stored_masters(engine: DeepSpeedEngine, name: str) -> int:
     if training == torch.float32 or not wider:
         return 0
     in_files = engine.optimizer.swap_optimizer
-    places = {} if in_files else _places(parameters, wider, engine.module.base_model_prefix)
-    with _opened(name) as read:
+    places = {} if in_files else places_in_files(parameters, wider, engine.module.base_model_prefix)
+    with open_values(name) as read:
         for key, place in places.items():
             _restore(parameters[key], stored[place].shape, read, place)
     rounded = sum(1 for key in parameters if key not in places and "lora_" not in key)
@@ -50,17 +49,6 @@ def restore_stored_masters(engine: DeepSpeedEngine, name: str) -> int:
         why = "the optimizer's state lies in files" if in_files else "they have other names in the model"
         print_rank_0(f"Master weights: {rounded} of {len(parameters)} begin as {training} leaves them, since {why}")
     return len(places)
-
-
-def _places(parameters: dict[str, torch.nn.Parameter], stored: set[str], prefix: str) -> dict[str, str]:
-    """Return the name in the files of each parameter that has one: with or without the name of the model's body."""
-    places = {}
-    for key in parameters:
-        for place in (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}"):
-            if place in stored:
-                places[key] = place
-                break
-    return places
 
 
 def _restore(parameter: torch.nn.Parameter, shape: torch.Size, read: Read, place: str) -> None:
@@ -74,17 +62,3 @@ def _restore(parameter: torch.nn.Parameter, shape: torch.Size, read: Read, place
     value = local.clone()
     value[: part.numel()] = part
     safe_set_local_fp32_param(parameter, value)
-
-
-@contextmanager
-def _opened(name: str) -> Iterator[Read]:
-    """Open the files of `name`; yields a function that reads one weight, without loading the others."""
-    readers: dict[str, Read] = {}
-    for path in weight_paths(name):
-        if path.endswith(".safetensors"):
-            file = safe_open(path, framework="pt")
-            readers |= dict.fromkeys(file.keys(), file.get_tensor)
-        else:
-            content = load_bin(path, "cpu")
-            readers |= dict.fromkeys(content, content.__getitem__)
-    yield lambda key: readers[key](key)

@@ -23,6 +23,7 @@ from utils.machine.device import free_memory as free_host_memory
 from utils.machine.precision import DTYPES
 from utils.model.checkpoint import check_weights
 from utils.model.layout_check import choose_layout
+from utils.model.loading_report import Report, check_report
 from utils.model.model_folder import check_files
 from utils.model.model_utils import grow_embeddings, load_model_config
 from utils.model.special_tokens import token_rows
@@ -76,15 +77,17 @@ def load(
         UserError: the checkpoint can't be loaded, or does not fit in the device's memory.
     """
     config, tokenizer = load_config_and_tokenizer(path, extra_token)
-    check_weights(path, config)
+    stored = check_weights(path, config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=chosen_dtype(config, device, dtype), trust_remote_code=is_trusted()
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=chosen_dtype(config, device, dtype), trust_remote_code=is_trusted(),
+            output_loading_info=True,
+        )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_loadable(path, error) from error
+    check_report(path, model, Report.of(info), stored)
     # The tokenizer may have gained a pad or end token for which the model has no row.
     grow_embeddings(model, token_rows(tokenizer))
     try:
