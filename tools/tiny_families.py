@@ -39,7 +39,7 @@ SIZES = [
     (r"chunk_size|mamba_chunk_size|block_size", 16),
     (r"original_max_position_embeddings", 64),
     (r"index_topk", 16),
-    (r"index_n_heads", 2),
+    (r"index_n_heads", 32),  # as published: of 2 many keys score 0, and which of equals are chosen is by chance
     (r"(mamba_)?d_state|state_size|ssm_state_size", 8),
     (r"time_step_rank|mamba_dt_rank", 4),
 ]  # fmt: skip

@@ -11,7 +11,14 @@ import torch
 
 from utils.distributed.process_group import local_rank_of
 from utils.distributed.ranks import global_rank, print_rank_0, world_size
-from utils.ds_file.read import DeepSpeedFile, disables, enabled_precision, overridden_zero, read_deepspeed_file
+from utils.ds_file.read import (
+    DeepSpeedFile,
+    check_data_types,
+    disables,
+    enabled_precision,
+    overridden_zero,
+    read_deepspeed_file,
+)
 from utils.errors import UserError
 from utils.machine.precision import planned_dtype, resolve_dtype
 from utils.notation import Gpus, asked_eot_token, parse_gpus
@@ -179,6 +186,12 @@ def decide_dtype(args: Namespace, settings: dict[str, Any]) -> tuple[str, str]:
     Raises:
         UserError: the device can't train in it.
     """
+    dtype, reason = _decide_dtype(args, settings)
+    check_data_types(args, settings, dtype)
+    return dtype, reason
+
+
+def _decide_dtype(args: Namespace, settings: dict[str, Any]) -> tuple[str, str]:
     decide = resolve_dtype if parse_gpus(args.dry_run) is None else planned_dtype
     in_file = enabled_precision(settings)
     if in_file == "fp32":

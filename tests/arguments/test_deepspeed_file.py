@@ -103,6 +103,27 @@ def test_precision_is_the_flags_unless_the_file_says_it(arguments, content, flag
 
 
 @pytest.mark.parametrize(
+    ("content", "flags", "words"),
+    [
+        ({"grad_accum_dtype": "fp32"}, ["--dtype", "bf16"], "grad_accum_dtype fp32 with bf16 needs ZeRO 1 or higher"),
+        ({"grad_accum_dtype": "bf16"}, ["--dtype", "fp32"], "grad_accum_dtype bf16 with fp32 needs ZeRO 1 or higher"),
+        ({"param_dtype": "bf16"}, ["--dtype", "fp32"], "param_dtype bf16 contradicts the precision, fp32"),
+        ({"grad_accum_dtype": "fp32"}, ["--dtype", "bf16", "--zero_stage", "1"], None),
+        ({"grad_accum_dtype": "fp32"}, ["--dtype", "bf16", "--offload"], None),
+        ({"grad_accum_dtype": "bf16", "param_dtype": "bf16"}, ["--dtype", "bf16"], None),
+    ],
+)
+def test_types_that_deepspeed_would_refuse_with_the_model_loaded(arguments, content, flags, words):
+    args = arguments({"data_types": content}, *flags)
+    settings = read_deepspeed_file(args, 1).settings
+    if words is None:
+        decide_dtype(args, settings)
+        return
+    with pytest.raises(UserError, match=words):
+        decide_dtype(args, settings)
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         ({"zero_optimisation": {"stage": 2}}, "zero_optimisation is no setting of DeepSpeed's (do you mean zero_opt"),
@@ -125,6 +146,8 @@ def test_precision_is_the_flags_unless_the_file_says_it(arguments, content, flag
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 can't both be enabled"),
         ({"fp16": {"loss_scale_window": 0, "enabled": True}}, "loss_scale_window must be > 0"),
         ({"gradient_clipping": "1.0"}, 'gradient_clipping must be a number, not "1.0"'),
+        ({"gradient_predivide_factor": 0}, "gradient_predivide_factor must be more than 0, not 0"),
+        ({"data_types": {"param_dtype": "fp17"}}, "data_types.param_dtype must be one of fp32, bf16, fp16, not "),
         ({"gradient_clipping": -1}, "gradient_clipping must be at least 0"),
         ({"steps_per_print": 0}, "steps_per_print must be at least 1, not 0"),
         ({"aio": {"block_size": "big"}}, 'aio.block_size must be a whole number, not "big"'),

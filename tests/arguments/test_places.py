@@ -91,3 +91,19 @@ def test_a_name_that_may_be_one_on_the_hub(run_arguments, run_inside, tiny_opt, 
     monkeypatch.chdir(tiny_opt.parent)
     error = refused(run_inside, [*run_arguments, "--model_name_or_path", "tiny_otp"])
     assert f"tiny_otp is no folder (do you mean {tiny_opt}?), and as a name on the hub: " in error
+
+
+def test_a_home_folder_that_the_shell_left_is_named(run_arguments, run_inside, tmp_path, monkeypatch):
+    """`--output_dir=~/out` reaches the program as it is, and would make a folder named ~ in the working directory."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    error = refused(run_inside, [*run_arguments, "--output_dir=~/out"])
+    assert "--output_dir ~/out: the shell has not put a home folder in place of ~" in error
+    assert "give /home/ada/out" in error
+
+
+def test_an_output_folder_that_can_not_be_meant(run_arguments, run_inside, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "moved")
+    error = refused(run_inside, [*run_arguments, "--output_dir", tmp_path / "link"])
+    assert f"--output_dir {tmp_path}/link is a link to {tmp_path}/moved, which is not there" in error
+    error = refused(run_inside, [*run_arguments, "--output_dir", os.fsdecode(bytes(tmp_path) + b"/latin-\xff")])
+    assert "is no UTF-8 text: give another name" in error

@@ -10,6 +10,10 @@ from fork_runs import finished_run, losses
 from utils.distributed.launchers import adopt_launcher, await_address
 from utils.errors import UserError
 
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "7",
+    "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "n1", "MASTER_ADDR": "n1",
+}  # fmt: skip
 LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 
 
@@ -101,21 +105,54 @@ def test_rank_alone(run_arguments, tmp_path):
     [
         ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "MASTER_PORT is not set"),
         ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "the last is 1"),
-        ({"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is 'one', not a number"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT is 'x', not a number"),
+        (
+            {"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "RANK is 'one', not a number from 0 up",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "x"},
+            "MASTER_PORT is 'x', not a number from 0 up",
+        ),
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4 and RANK is not set"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE is empty and RANK is not set"),
         ({"RANK": ""}, "RANK is empty and WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set"),
-        ({"MASTER_PORT": "port"}, "MASTER_PORT is 'port', not a number"),
+        ({"MASTER_PORT": "port"}, "MASTER_PORT is 'port', not a number from 0 up"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "99999"}, "ports go up to 65535"),
-        ({"SLURM_STEP_NUM_TASKS": ""}, "SLURM_STEP_NUM_TASKS is '', not a number"),
-        ({"PMI_SIZE": "two"}, "PMI_SIZE is 'two', not a number"),
+        ({"SLURM_STEP_NUM_TASKS": ""}, "SLURM_STEP_NUM_TASKS is '', not a number from 0 up"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has not set OMPI_COMM_WORLD_RANK, which tell"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "-1"}, "PMI_RANK is '-1', not a number from 0 up"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
+            "srun has not set SLURM_LOCALID, SLURM_NODEID, SLURM_JOB_",
+        ),
+        ({**STEP, "SLURM_PROCID": "x"}, "SLURM_PROCID is 'x', not a number from 0 up"),
+        ({**STEP, "SLURM_NODEID": "5"}, "SLURM_NODEID is 5 and SLURM_STEP_TASKS_PER_NODE 2: that node is none"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', not a number from 0 up"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is '', not a number from 0 up"),
+        ({"LOCAL_WORLD_SIZE": "-1"}, "LOCAL_WORLD_SIZE is '-1', not a number from 0 up"),
+        ({"RANK": "-1", "WORLD_SIZE": "1"}, "RANK is '-1', not a number from 0 up"),
+        ({"PMI_SIZE": "two"}, "PMI_SIZE is 'two', not a number from 0 up"),
     ],
 )
 def test_variables_that_are_no_launchers(environment, words):
     with pytest.raises(UserError) as caught:
         adopt_launcher(dict(environment))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("rank", [{}, {"RANK": "0", "WORLD_SIZE": "1"}])
+def test_one_rank_meets_nobody_whatever_address_is_set(rank, run_arguments, run_inside, monkeypatch):
+    """A cluster's variables stay in the environment of a shell, or name a pod that is reachable from others alone."""
+    for name in LOCAL:
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for name, value in {**rank, "MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        status, _, error = run_inside([*run_arguments, "--dry_run"])
+    assert status == 0, error
 
 
 def test_one_rank_needs_no_meeting(run_arguments, run_inside, monkeypatch):

@@ -96,6 +96,16 @@ def test_a_model_that_looks_ahead_is_refused():
         choose_layout(AutoModelForCausalLM.from_config(config), "longest", 128, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("heads", [2, 32])
+def test_padding_that_changes_a_sample_is_said(heads, capsys):
+    """An indexer with 2 heads scores many keys 0; which of these are the best 16 goes by the length of the row."""
+    config = tiny_config("glm_moe_dsa")
+    config.index_n_heads = heads
+    assert choose_layout(tiny_model(config), "longest", 128, torch.device("cpu"), longest=64) == "longest"
+    said = "with model type 'glm_moe_dsa' a padded sample gets other logits than alone" in capsys.readouterr().out
+    assert said == (heads == 2)
+
+
 def test_adapters_are_refused_for_names_that_peft_changes_alone():
     """Laguna's rule for an older name fits the new one as well; Kimi's and Hunyuan's rules don't."""
     laguna = convert_linear_layer_to_lora(tiny_model(tiny_config("laguna")), "auto", 4)

@@ -19,6 +19,7 @@ TEMPORARY_BYTES = 50 * 10**6
 
 def check_writable(folder: str, argument: str) -> bool:
     """Try to write where `folder` is or would be made."""
+    _check_name(folder, argument)
     existing = os.path.abspath(folder)
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
@@ -27,6 +28,22 @@ def check_writable(folder: str, argument: str) -> bool:
             return True
     except OSError as err:
         raise UserError(f"{argument} {folder} can't be written ({err}): give a folder you may write to.") from err
+
+
+def _check_name(folder: str, argument: str) -> None:
+    """Check that a folder's name is what its user meant: no ~ that the shell left, no link that leads nowhere."""
+    first = folder.split("/")[0]
+    if first.startswith("~") and not os.path.exists(first):
+        raise UserError(
+            f"{argument} {folder}: the shell has not put a home folder in place of {first}, which it does at the "
+            f"beginning of a word only: give {os.path.expanduser(folder)}."
+        )
+    if os.path.islink(folder) and not os.path.exists(folder):
+        raise UserError(f"{argument} {folder} is a link to {os.readlink(folder)}, which is not there.")
+    try:
+        folder.encode()
+    except UnicodeEncodeError as err:
+        raise UserError(f"{argument} {os.fsencode(folder)!r} is no UTF-8 text: give another name.") from err
 
 
 def check_temporary_folder() -> bool:

@@ -15,6 +15,7 @@ MPI_NAMES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
 )
+LOCAL_NAMES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 DEFAULT_PORT = 29500  # torch's and DeepSpeed's default too
 LAST_PORT = 65535
 PATIENCE = 20.0  # seconds for the first node's name, which a cluster may not know yet while nodes start
@@ -36,7 +37,8 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
     if "RANK" in environment:
         _check_variables(environment)
         return
-    _check_numbers(environment, ("SLURM_STEP_NUM_TASKS", *(names[1] for names in MPI_NAMES), "MASTER_PORT"))
+    counts = ("SLURM_STEP_NUM_TASKS", *(names[1] for names in MPI_NAMES))
+    _check_numbers(environment, (*counts, "MASTER_PORT", *LOCAL_NAMES))
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         launcher = "srun"
         _adopt_slurm(environment)
@@ -66,7 +68,7 @@ def _check_variables(environment: MutableMapping[str, str]) -> None:
             f"{'is' if len(missing) == 1 else 'are'} not set: start with deepspeed, torchrun, srun or mpirun, which "
             "set them all, or unset RANK for a run of one process."
         )
-    _check_numbers(environment, ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    _check_numbers(environment, ("RANK", "WORLD_SIZE", "MASTER_PORT", *LOCAL_NAMES))
     if int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
         raise UserError(
             f"RANK is {environment['RANK']} and WORLD_SIZE {environment['WORLD_SIZE']}: ranks count from 0, so the "
@@ -78,7 +80,7 @@ def _check_numbers(environment: MutableMapping[str, str], names: Iterable[str]) 
     """Check that these variables are numbers where they are set, and the port one of a machine's."""
     for name in names:
         if not environment.get(name, "0").isdecimal():
-            raise UserError(f"{name} is {environment[name]!r}, not a number: a launcher sets it, or you do.")
+            raise UserError(f"{name} is {environment[name]!r}, not a number from 0 up: a launcher sets it, or you do.")
     if int(environment.get("MASTER_PORT", 0)) > LAST_PORT:
         raise UserError(f"MASTER_PORT is {environment['MASTER_PORT']}: ports go up to {LAST_PORT}.")
 
@@ -128,8 +130,28 @@ def launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
+def _check_given(
+    environment: MutableMapping[str, str], launcher: str, numbers: Iterable[str], texts: Iterable[str]
+) -> None:
+    """Check that what a launcher sets for each process is there, as numbers where it has to be."""
+    missing = [name for name in (*numbers, *texts) if not environment.get(name)]
+    if missing:
+        raise UserError(
+            f"{launcher} has not set {', '.join(missing)}, which tell the processes of a run apart: start the run with "
+            f"{launcher} itself, without changing its variables, or with deepspeed or torchrun."
+        )
+    _check_numbers(environment, numbers)
+
+
 def _adopt_slurm(environment: MutableMapping[str, str]) -> None:
+    numbers = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID")
+    _check_given(environment, "srun", numbers, ("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST"))
     per_node = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+    if int(environment["SLURM_NODEID"]) >= len(per_node):
+        raise UserError(
+            f"SLURM_NODEID is {environment['SLURM_NODEID']} and SLURM_STEP_TASKS_PER_NODE "
+            f"{environment['SLURM_STEP_TASKS_PER_NODE']}: that node is none of the step's. Start the run with srun."
+        )
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
@@ -155,6 +177,8 @@ def _first_host(hosts: str) -> str:
 
 
 def _adopt_mpi(environment: MutableMapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> None:
+    _check_given(environment, "mpirun", [rank, size], [])
+    _check_numbers(environment, [local_rank, local_size])
     on_node = environment.get(local_size, environment[size])
     if "MASTER_ADDR" not in environment and on_node != environment[size]:
         raise UserError(

@@ -57,9 +57,9 @@ def start_process_group(local_rank: int, timeout_seconds: int) -> torch.device:
             LOCAL_RANK="0",
             LOCAL_WORLD_SIZE="1",
         )
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    if os.environ["WORLD_SIZE"] == "1" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # One rank meets itself, whatever address a cluster has left in the environment; torchrun meets it by its own.
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if "LOCAL_RANK" not in os.environ:  # without it DeepSpeed would ask MPI
         os.environ["LOCAL_RANK"] = str(local_rank)
         if os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] != "1":

@@ -3,12 +3,11 @@
 The files that users of transformers' Trainer have work as they are.
 """
 
-import json
-import re
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from utils.ds_file.parse import read_object
 from utils.ds_file.schema import BATCH_SIZES, OTHER_WAYS, block_models, check_settings
 from utils.errors import UserError
 
@@ -51,7 +50,7 @@ def read_deepspeed_file(args: Namespace, ranks: int) -> DeepSpeedFile:
     if not args.deepspeed_config:
         return DeepSpeedFile({}, [])
     path = args.deepspeed_config
-    written = _read_object(path)
+    written = read_object(path)
     config = _usual_names(without_auto(written))
     problems = check_settings(config)
     if not problems:
@@ -61,50 +60,6 @@ def read_deepspeed_file(args: Namespace, ranks: int) -> DeepSpeedFile:
     notes = _notes(config, written, args)
     unused = (*BATCH_SIZES, "optimizer", "scheduler", "activation_checkpointing", *OTHER_WAYS, *UNREAD)
     return DeepSpeedFile({name: value for name, value in config.items() if name not in unused and value != {}}, notes)
-
-
-def _read_object(path: str) -> dict[str, Any]:
-    """Return the JSON object in a file; UserError where it holds none, or one key twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise UserError(f"--deepspeed_config {path} has {', '.join(twice)} twice in one object: leave one.")
-        return dict(pairs)
-
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-        config = _parsed(text, once)
-    except (OSError, ValueError, RecursionError) as err:
-        raise UserError(f"--deepspeed_config {path} can't be read as JSON: {err}") from err
-    if not isinstance(config, dict):
-        raise UserError(f"--deepspeed_config {path} must hold one JSON object, not a {type(config).__name__}.")
-    return config
-
-
-def _parsed(text: str, once: Callable[[list[tuple[str, Any]]], dict[str, Any]]) -> Any:
-    """Return what a text in JSON holds, or in Hjson, JSON with comments, which is what DeepSpeed itself reads.
-
-    Of Hjson only what begins as an object: a text without braces is another format, in which values would be misread.
-
-    Raises:
-        ValueError: it is neither; the words are those of the JSON's error.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except ValueError:
-        import hjson  # comes with DeepSpeed
-
-        try:
-            config = hjson.loads(text, object_pairs_hook=once)
-        except ValueError:
-            config = None
-        bare = re.sub(r"(#|//)[^\n]*|/\*.*?\*/|\s", "", text, flags=re.DOTALL)
-        if not isinstance(config, dict) or not bare.startswith("{"):
-            raise
-        return config
 
 
 def without_auto(value: dict[str, Any]) -> dict[str, Any]:
@@ -282,3 +237,20 @@ def overridden_zero(stage: int, offload: str | None, settings: dict[str, Any]) -
     block = merge_config({"zero_optimization": base}, settings)["zero_optimization"]
     device = block["offload_optimizer"].get("device", "none")
     return int(block["stage"]), None if device == "none" else device
+
+
+def check_data_types(args: Namespace, settings: dict[str, Any], dtype: str) -> None:
+    """Check that the file's block data_types goes with the precision and stage that were decided.
+
+    Raises:
+        UserError: DeepSpeed would refuse it when the model is loaded.
+    """
+    block = settings.get("data_types", {})
+    stage, offload = overridden_zero(args.zero_stage, args.offload, settings)
+    problems = []
+    if (gradients := block.get("grad_accum_dtype")) not in (None, dtype) and max(stage, 1 if offload else 0) == 0:
+        problems.append(f"data_types.grad_accum_dtype {gradients} with {dtype} needs ZeRO 1 or higher (--zero_stage)")
+    if (weights := block.get("param_dtype")) not in (None, dtype):
+        problems.append(f"data_types.param_dtype {weights} contradicts the precision, {dtype} (--dtype)")
+    if problems:
+        raise UserError(f"--deepspeed_config {args.deepspeed_config}: {'; '.join(problems)}.")

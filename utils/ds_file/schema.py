@@ -38,7 +38,7 @@ WHOLE_NUMBERS = {
     *(("aio", name) for name in ("block_size", "queue_depth", "intra_op_parallelism", "thread_count")),
     *(("flops_profiler", name) for name in ("profile_step", "top_modules")),
 }  # fmt: skip
-GRADIENT_DTYPES = ("fp32", "bf16", "fp16")
+PRECISION_KEYS, DTYPE_NAMES = ("grad_accum_dtype", "param_dtype", "buffer_dtype"), ("fp32", "bf16", "fp16")
 # Parts of DeepSpeed that train in another way than this program does.
 OTHER_WAYS = (
     "autotuning", "data_efficiency", "datastates", "expert_parallel", "hybrid_engine", "pipeline", "tensor_parallel",
@@ -94,8 +94,8 @@ def _check_open_values(name: str, block: dict[str, Any]) -> list[str]:
             problems += _check_plain(f"{name}.{key}", value, SWITCH)
         elif (name, key) in WHOLE_NUMBERS:
             problems += _check_plain(f"{name}.{key}", value, WHOLE)
-        elif key == "grad_accum_dtype" and value not in (*GRADIENT_DTYPES, None):
-            problems.append(f"{name}.{key} must be one of {', '.join(GRADIENT_DTYPES)}, not {_shown(value)}")
+        elif key in PRECISION_KEYS and value not in (*DTYPE_NAMES, None):
+            problems.append(f"{name}.{key} must be one of {', '.join(DTYPE_NAMES)}, not {_shown(value)}")
     return problems
 
 
@@ -110,6 +110,8 @@ def _check_plain(name: str, value: Any, types: tuple[type, ...]) -> list[str]:
     fits = isinstance(value, types) and (types == SWITCH or not isinstance(value, bool))
     if not fits:
         return [f"{name} must be {WORDS[types]}, not {_shown(value)}"]
+    if name == "gradient_predivide_factor" and not value > 0:
+        return [f"{name} must be more than 0, not {value}: gradients are divided by it"]
     least = 1 if name == "steps_per_print" else 0
     return [] if types in (SWITCH, TEXT) or value >= least else [f"{name} must be at least {least}, not {value}"]
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from utils.data.batching.batches import collate_for
+from utils.data.batching.collate import collate_padded
 from utils.distributed.ranks import print_rank_0
 from utils.errors import UserError
 from utils.machine.device import to_device
@@ -20,6 +21,7 @@ from utils.model.config_values import max_positions, windows
 from utils.module.attention import clear_documents, restore_attention, set_documents, use_document_attention
 from utils.module.fused_loss import can_fuse, install_loss, summed_loss
 
+CAUSAL = 1e-4  # relative difference from which on a model looks ahead
 FIRST, SECOND = 19, 11  # lengths of the documents: odd, so that no kernel's block ends with a document and hides a leak
 
 
@@ -58,6 +60,8 @@ def choose_layout(
         _check_causality(model, first, vocabulary, alone[0], device)
         if padding == "free":
             padding = _check_documents(model, first, other, second, alone, device)
+        if padding == "longest":
+            _check_padding(model, [first, second], alone, device)
         _check_loss(model, [first, second], alone, padding, device)
         if part[1] > 1:
             _check_parts(model, [first, second], alone, padding, device, part)
@@ -79,7 +83,10 @@ def first_length(config: PretrainedConfig, longest: int | None) -> int:
 def _check_causality(
     model: nn.Module, document: torch.Tensor, vocabulary: int, logits: torch.Tensor, device: torch.device
 ) -> None:
-    """Check that another last token leaves the logits before it as they were.
+    """Check that other tokens in the second half leave the logits of the first as they were.
+
+    Both forwards have the same shapes, so a model that looks back alone gives the same to the last bit in any dtype.
+    Experts are the exception: how many tokens an expert gets may change how its products round.
 
     Args:
         logits: of `document`, [tokens, vocabulary].
@@ -87,13 +94,16 @@ def _check_causality(
     Raises:
         UserError: it changes them: an encoder, whose loss as a causal model would be that of tokens it has seen.
     """
-    changed = document.clone()
-    changed[-1] = (changed[-1] + 1) % vocabulary
-    difference = _relative(_logits(model, [changed], device)[:-1], logits[:-1])
+    kept = len(document) // 2
+    changed = torch.cat([document[:kept], (document[kept:] + 1) % vocabulary])
+    difference = _relative(_logits(model, [changed], device)[:kept], logits[:kept])
+    rounds = next(model.parameters()).dtype != torch.float32 and any(
+        "expert" in key for key, _ in model.named_modules()
+    )
     # A difference that is no number is that of weights which are none: the training's first loss says so.
-    if _any_rank(difference >= (1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2), device):
+    if _any_rank(difference >= (5e-2 if rounds else CAUSAL), device):
         raise UserError(
-            f"model type {model.config.model_type!r} looks ahead: another last token changes the logits before it by "
+            f"model type {model.config.model_type!r} looks ahead: other later tokens change the logits before them by "
             f"{difference:.1e} of the largest. It is an encoder, or set up as one (is_decoder in config.json), and "
             "can't be trained to continue texts: give a causal language model."
         )
@@ -155,6 +165,30 @@ def _check_documents(
         return "longest"
     print_rank_0(f"Padding: free, no token is padding (checked on this model: {detail})")
     return "free"
+
+
+def _check_padding(
+    model: nn.Module, documents: list[torch.Tensor], alone: list[torch.Tensor], device: torch.device
+) -> None:
+    """Compute both documents with padding after them, and print it where they get other logits than alone.
+
+    What is after a token has no part in it, but how long a row is may decide, where the best keys of a sparse
+    attention are chosen among equals.
+    """
+    limit = max_positions(model.config) or math.inf
+    width = int(min(max(map(len, documents)) + SECOND, limit))
+    batch = to_device(collate_padded(_samples(documents), 0, width), device)
+    clear_documents()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs, use_cache=False).logits.float().cpu()
+    padded = [row[: len(document)] for row, document in zip(logits, documents, strict=True)]
+    difference = _relative(torch.cat(padded), torch.cat(alone))
+    if _any_rank(difference >= (1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2), device):
+        print_rank_0(
+            f"Padding: with model type {model.config.model_type!r} a padded sample gets other logits than alone, by "
+            f"{difference:.1e} of the largest: its loss depends on the longest sample of its batch. Batches of one "
+            "sample (--per_device_train_batch_size 1, --per_device_eval_batch_size 1) have no padding"
+        )
 
 
 def _check_loss(
