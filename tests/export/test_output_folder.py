@@ -131,6 +131,23 @@ def test_a_card_that_was_edited_is_no_longer_the_runs(finished, setting, tmp_pat
     assert "README.md (README.md was changed after it was saved)" in printed
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json"])
+def test_a_saved_file_that_somebody_replaced_is_no_longer_the_runs(name, finished, setting, tmp_path):
+    """A later step that saved into the same folder, say, or a setting changed by hand."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    content = bytearray((out / name).read_bytes())
+    content[-3] ^= 1
+    (out / name).write_bytes(content)
+    with pytest.raises(UserError, match=f": {name} \\({name} was changed after it was saved\\). Move it away"):
+        check_output_folder(parse_args([str(word) for word in (*setting, "--output_dir", out)]))
+    assert (out / name).read_bytes() == bytes(content)
+    listed = json.loads((out / ".saved_files.json").read_text())
+    del listed["marks"]  # of a version before: only the card's changes are known
+    (out / ".saved_files.json").write_text(json.dumps(listed))
+    check_output_folder(parse_args([str(word) for word in (*setting, "--output_dir", out)]))
+
+
 def test_a_folder_of_an_earlier_version_without_a_list(finished, setting, tmp_path):
     """Its run.json says that the names of the saved format are a run's, its card too; others are not."""
     out = tmp_path / "out"

@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import make_tiny_opt
+from safetensors.torch import load_file, save_file
 
 from utils.arguments.places import check_model_folder
 from utils.errors import UserError
@@ -83,3 +85,58 @@ def test_another_architecture_in_the_configuration_is_said(tmp_path, capsys):
     check_weights(str(folder), load_model_config(str(folder)))
     said = capsys.readouterr().out
     assert "config.json names OPTForSequenceClassification; it is loaded as OPTForCausalLM" in said
+
+
+def changed_names(source, folder, change):
+    """A copy of a model folder whose weights have other names or dtypes."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(dict(change(name, weight) for name, weight in weights.items()), folder / "model.safetensors")
+    return folder
+
+
+WEIGHTS = {
+    "fsdp": (
+        lambda n, w: (n.replace(".fc1.", "._fsdp_wrapped_module.fc1."), w),
+        "have '_fsdp_wrapped_module.' in them",
+    ),
+    "lora": (lambda n, w: (n.replace("q_proj.", "q_proj.base_layer."), w), "save what merge_and_unload() returns"),
+    "gptq": (lambda n, w: (n.replace("fc1.weight", "fc1.qweight"), w), "Its weights are quantized"),
+    "integers": (lambda n, w: (n, w.to(torch.int32) if "fc1.weight" in n else w), "2 weights of .* as whole numbers"),
+    "int8": (lambda n, w: (n, w.to(torch.int8) if "fc1.weight" in n else w), "2 weights of .* in 8 bits"),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_advice_for_weights_that_do_not_fit(kind, tiny_opt, tmp_path):
+    change, words = WEIGHTS[kind]
+    folder = changed_names(tiny_opt, tmp_path / "changed", change)
+    with pytest.raises(UserError, match=words.replace("()", r"\(\)")):
+        check_weights(str(folder), load_model_config(str(folder)))
+
+
+def test_a_model_without_a_head_is_named_as_such(tmp_path):
+    """As sentence-transformers and reward models are saved, with or without an embedding that is the head too."""
+    folder = make_tiny_opt(tmp_path / "opt", tie_word_embeddings=False)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight for name, weight in weights.items() if "lm_head" not in name}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="What is missing is the head alone"):
+        check_weights(str(folder), load_model_config(str(folder)))
+
+
+@pytest.mark.parametrize("entry", ["module", "model", "state_dict"])
+def test_weights_inside_an_entry_of_a_checkpoint(entry, tiny_opt, tmp_path):
+    folder = shutil.copytree(tiny_opt, tmp_path / "trainer")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({entry: weights, "step": 3}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=f"its weights lie in its entry '{entry}'"):
+        check_weights(str(folder), load_model_config(str(folder)))
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "weights.safetensors", "model-00001-of-00002.safetensors"])
+def test_files_of_weights_under_other_names(name, tiny_opt, tmp_path):
+    folder = shutil.copytree(tiny_opt, tmp_path / "named")
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(UserError, match=f"the weights there \\({name}\\) are not under the names"):
+        check_weights(str(folder), load_model_config(str(folder)))

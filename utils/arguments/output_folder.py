@@ -15,9 +15,9 @@ from utils.distributed.ranks import answer_of_rank_0, is_rank_0
 from utils.errors import UserError
 from utils.export.owned_files import (
     ADAPTER_FOLDER,
-    CARD,
     LIST,
     STRAY_ADAPTER,
+    changed_files,
     is_run_folder,
     owned_files,
     record_files,
@@ -51,8 +51,10 @@ def check_output_folder(args: Namespace) -> None:
             raise UserError(f"--output_dir {folder} is a checkpoint or best model of a run: give another folder.")
     foreign = list(_foreign_files(folder, args.save_lora_adapter, args.sample_prompts is not None))
     if foreign:
-        edited = CARD in foreign and is_run_folder(folder)
-        note = f" ({CARD} was changed after it was saved)" if edited else ""
+        edited = [name for name in changed_files(folder) if name in foreign]
+        note = (
+            f" ({_shown(edited)} {'was' if len(edited) == 1 else 'were'} changed after it was saved)" if edited else ""
+        )
         raise UserError(
             f"--output_dir {folder} holds what no run of this program wrote, and a run would replace it or its saved "
             f"model would be read with it: {_shown(foreign)}{note}. Move it away, or give another --output_dir."

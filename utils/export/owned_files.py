@@ -1,8 +1,8 @@
 """Which files in a model's folder a run of this program wrote: they alone are ever replaced or removed.
 
 `.saved_files.json` inside the folder lists them. A folder that an earlier version saved has no such list; there, the
-names of the saved format count as the run's if its `run.json` is there. All other files are somebody else's: they
-stay, and one that has to make way for a new file is renamed, not lost.
+names of the saved format count as the run's if its `run.json` is there. All other files are somebody else's, and so is
+one of the run's that was changed since: they stay, and one that has to make way for a new file is renamed, not lost.
 """
 
 import json
@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from utils.files import RUN_FILE, read_run_file, sync, sync_tree, write_json
 from utils.logging.console import say
 from utils.logging.loss_curve import PICTURE
+from utils.model.fingerprint import files_fingerprint
 
 LIST = ".saved_files.json"
 FORMAT = 1
@@ -62,10 +63,33 @@ def owned_files(folder: str) -> set[str]:
         return set()
     listed = _read_list(folder)
     if listed is not None:
-        names = {name for name in listed["files"] if name != CARD or _card_checksum(folder) in listed["cards"]}
+        names = {*listed["files"]} - {*_changed(folder, listed)}
     else:
         names = {name for name in saved_names(folder) if name != CARD or _is_own_card(os.path.join(folder, CARD))}
     return names | {PICTURE}  # drawn whenever a run ends, before it is saved with a model
+
+
+def changed_files(folder: str) -> list[str]:
+    """Return the files in `folder` that a run wrote and somebody has changed or replaced since; sorted."""
+    listed = _read_list(folder)
+    return [] if listed is None else _changed(folder, listed)
+
+
+def _changed(folder: str, listed: dict) -> list[str]:
+    """Return what is listed and is not as it was written; lists of earlier versions know it of the card alone."""
+    changed = [
+        name
+        for name, marks in listed.get("marks", {}).items()
+        if name != PICTURE and os.path.isfile(os.path.join(folder, name)) and _mark(folder, name) not in marks
+    ]
+    if CARD in listed["files"] and _card_checksum(folder) not in listed["cards"]:
+        changed.append(CARD)
+    return sorted(changed)
+
+
+def _mark(folder: str, name: str) -> str:
+    """Return a hash of a file's size and of samples of its bytes: enough to tell another save of it."""
+    return files_fingerprint([os.path.join(folder, name)])
 
 
 def is_run_folder(folder: str) -> bool:
@@ -75,8 +99,15 @@ def is_run_folder(folder: str) -> bool:
 
 def record_files(folder: str, names: Iterable[str], work: str | None = None) -> None:
     """Write the list of what runs have written in `folder`, or are about to move there from `work`."""
-    cards = [_card_checksum(place) for place in (folder, work) if place is not None]
-    write_json(os.path.join(folder, LIST), {"format": FORMAT, "files": sorted(names), "cards": cards})
+    places = [place for place in (folder, work) if place is not None]
+    cards = [_card_checksum(place) for place in places]
+    marks = {
+        name: [_mark(place, name) for place in places if os.path.isfile(os.path.join(place, name))]
+        for name in sorted(names)
+        if name not in (CARD, PICTURE)
+    }
+    content = {"format": FORMAT, "files": sorted(names), "cards": cards, "marks": marks}
+    write_json(os.path.join(folder, LIST), content)
 
 
 def withdraw_list(folder: str) -> None:
@@ -157,7 +188,9 @@ def _read_list(folder: str) -> dict | None:
         if not (isinstance(found["files"], list) and isinstance(found["cards"], list)):
             return None
         inside = [name for name in found["files"] if not os.path.isabs(name) and ".." not in name.split("/")]
-        return {**found, "files": inside}  # a list from elsewhere must not reach outside the folder
+        marks = found.get("marks", {})
+        marks = {name: marks[name] for name in inside if isinstance(marks, dict) and isinstance(marks.get(name), list)}
+        return {**found, "files": inside, "marks": marks}  # a list from elsewhere must not reach outside the folder
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
