@@ -46,6 +46,7 @@ from utils.engine.engine import create_engine
 from utils.engine.nvme_swap import remove_swap_folders
 from utils.logging.console import begin, print_any_text
 from utils.machine.interrupts import raise_at_interrupt
+from utils.machine.streams import open_closed_streams
 from utils.model.build import create_model, model_form
 from utils.model.layout_check import choose_layout
 from utils.model.learning_rate import advise_rate
@@ -174,6 +175,7 @@ def train(engine: DeepSpeedEngine, data: TrainingData, config: RunConfig, run: R
 
 def run(argv: list[str] | None = None) -> None:
     """Start `main`; a failure ends with one message and the exit status of its kind."""
+    open_closed_streams()
     print_any_text()
     try:
         adopt_launcher()

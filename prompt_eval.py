@@ -36,6 +36,7 @@ from utils.distributed.failures import (
 )
 from utils.logging.console import begin, print_any_text
 from utils.machine.interrupts import raise_at_interrupt
+from utils.machine.streams import open_closed_streams
 from utils.module.remote_code import trust_remote_code
 from utils.prompt_eval.answers import Results, generate, generate_constrastive_search
 from utils.prompt_eval.arguments import parse_args, with_defaults
@@ -144,6 +145,7 @@ def prompt_eval(
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Run `main`; an error ends it with one message on stderr: status 2 for a user's mistake, 130 for Ctrl-C."""
+    open_closed_streams()
     print_any_text()
     try:
         main(argv)

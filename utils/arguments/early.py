@@ -7,6 +7,7 @@ from utils.arguments.values import check_values
 from utils.distributed.launchers import adopt_launcher, launched_rank
 from utils.errors import EXIT_USER_ERROR, UserError, join_problems
 from utils.machine.interrupts import end_at_interrupt
+from utils.machine.streams import open_closed_streams
 
 
 def answer_early() -> None:
@@ -15,6 +16,7 @@ def answer_early() -> None:
     One rank speaks; the others go on, find the same mistake later, and are ended by their launcher.
     """
     end_at_interrupt()
+    open_closed_streams()
     problems = []
     for check in (adopt_launcher, lambda: problems.extend(check_values(parse_args(announce=False)))):
         try:
