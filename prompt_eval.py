@@ -18,6 +18,7 @@ if __name__ == "__main__":
     answer_early()  # what needs none of the libraries below, whose import takes seconds
 
 import gc
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from utils.data.prompt_dataset import PromptDataset
 from utils.distributed.failures import (
     EXIT_BY_SIGINT,
+    EXIT_BY_SIGPIPE,
     EXIT_CRASH,
     EXIT_USER_ERROR,
     as_user_error,
@@ -152,6 +154,9 @@ def run(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nprompt_eval.py: stopped", file=sys.stderr)
         sys.exit(EXIT_BY_SIGINT)
+    except BrokenPipeError:  # whoever read the answers, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BY_SIGPIPE)
     except Exception as error:
         known = as_user_error(error)
         where = "" if known else f" ({keep_traceback(error)})"

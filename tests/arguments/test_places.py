@@ -2,8 +2,11 @@
 
 import os
 import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
+from fork_runs import start_run
 
 
 @pytest.fixture
@@ -106,4 +109,22 @@ def test_an_output_folder_that_can_not_be_meant(run_arguments, run_inside, tmp_p
     error = refused(run_inside, [*run_arguments, "--output_dir", tmp_path / "link"])
     assert f"--output_dir {tmp_path}/link is a link to {tmp_path}/moved, which is not there" in error
     error = refused(run_inside, [*run_arguments, "--output_dir", os.fsdecode(bytes(tmp_path) + b"/latin-\xff")])
-    assert "is no UTF-8 text: give another name" in error
+    assert "it is no UTF-8 text: give another name" in error
+    name = os.fsdecode(bytes(tmp_path)) + "".join(map(chr, range(0xDCE6, 0xDCE7))) + "\udca8\udca1"  # UTF-8 as ASCII
+    assert "set LC_ALL=C.UTF-8" in refused(run_inside, [*run_arguments, "--output_dir", name])
+
+
+def test_a_tokenizer_that_can_not_be_written(run_arguments, tmp_path):
+    """A limit on the size of files, which the temporary file of the check may not cross either."""
+    run = start_run([*run_arguments, "--output_dir", tmp_path / "out"], file_limits={0: 20_000})
+    assert run.wait() == [2] and "can't be saved (" in run.output() and "Traceback" not in run.output(), run.output()
+
+
+@pytest.mark.parametrize("program", ["main.py", "prompt_eval.py"])
+def test_a_working_directory_that_is_gone(program, tmp_path):
+    """torch's native libraries would end the process with words of their own."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f'cd "{gone}" && rmdir "{gone}" && exec "{sys.executable}" "{ROOT / program}" --model_name_or_path m'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "the working directory is not there any more" in done.stderr, done.stderr

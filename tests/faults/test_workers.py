@@ -33,9 +33,10 @@ def with_workers(argv: list[str]) -> None:
     [
         (signal.SIGTERM, LONG),
         (signal.SIGUSR1, LONG),
+        (signal.SIGHUP, LONG),
         (signal.SIGTERM, [*LONG, "--streaming", "40", "--max_steps", "2000"]),
     ],
-    ids=["cache-SIGTERM", "cache-SIGUSR1", "stream-SIGTERM"],
+    ids=["cache-SIGTERM", "cache-SIGUSR1", "cache-SIGHUP", "stream-SIGTERM"],
 )
 def test_every_process_gets_the_signal(number, more, run_setting, tmp_path):
     run = start_run([*run_setting, *more, "--output_dir", tmp_path, "--logging_steps", "1"], program=with_workers)

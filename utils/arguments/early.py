@@ -7,7 +7,7 @@ from utils.arguments.values import check_values
 from utils.distributed.launchers import adopt_launcher, launched_rank
 from utils.errors import EXIT_USER_ERROR, UserError, join_problems
 from utils.machine.interrupts import end_at_interrupt
-from utils.machine.streams import open_closed_streams
+from utils.machine.streams import check_working_directory, open_closed_streams
 
 
 def answer_early() -> None:
@@ -18,7 +18,11 @@ def answer_early() -> None:
     end_at_interrupt()
     open_closed_streams()
     problems = []
-    for check in (adopt_launcher, lambda: problems.extend(check_values(parse_args(announce=False)))):
+
+    def check_arguments() -> None:
+        problems.extend(check_values(parse_args(announce=False)))
+
+    for check in (check_working_directory, adopt_launcher, check_arguments):
         try:
             check()
         except UserError as err:

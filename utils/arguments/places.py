@@ -43,7 +43,13 @@ def _check_name(folder: str, argument: str) -> None:
     try:
         folder.encode()
     except UnicodeEncodeError as err:
-        raise UserError(f"{argument} {os.fsencode(folder)!r} is no UTF-8 text: give another name.") from err
+        name = os.fsencode(folder)
+        try:
+            name.decode()
+            advice = "with this locale Python can't read it: set LC_ALL=C.UTF-8 (or PYTHONUTF8=1), or give another name"
+        except UnicodeDecodeError:
+            advice = "it is no UTF-8 text: give another name"
+        raise UserError(f"{argument} {name!r}: {advice}.") from err
 
 
 def check_temporary_folder() -> bool:

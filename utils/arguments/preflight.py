@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -41,7 +40,7 @@ from utils.model.checkpoint import check_weights
 from utils.model.config_values import check_length, check_rope
 from utils.model.model_utils import configure_dropout
 from utils.model.special_tokens import token_rows
-from utils.model.tokenizer import load_hf_tokenizer
+from utils.model.tokenizer import check_saving, load_hf_tokenizer
 from utils.module.empty_model import empty_model
 from utils.module.lora_names import check_lora_module_name
 from utils.module.quantized import check_quantization, check_quantized_model
@@ -53,7 +52,6 @@ from utils.prompt_eval.samples import read_asked
 from utils.run_config import decide_dtype
 
 Result = TypeVar("Result")
-PROBE_TEXT = "Human: How many legs has a spider? Assistant: Eight. 蜘蛛有八条腿。"
 
 
 def check_run(args: Namespace) -> None:
@@ -222,14 +220,7 @@ def _check_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
             f"--completion_only_loss needs a fast tokenizer, which tells where each token stands in the text; "
             f"{args.model_name_or_path} has none."
         )
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        again = load_hf_tokenizer(folder)
-    if again(PROBE_TEXT)["input_ids"] != tokenizer(PROBE_TEXT)["input_ids"]:
-        raise UserError(
-            f"the tokenizer of {args.model_name_or_path} gives other ids after being saved and loaded again: with "
-            "this version of transformers a fine-tuned copy of it would be useless."
-        )
+    check_saving(tokenizer, args.model_name_or_path)
     return tokenizer
 
 

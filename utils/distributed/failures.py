@@ -17,6 +17,7 @@ from utils.logging.library_log import LOG
 EXIT_CRASH = 1
 EXIT_INTERRUPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h): stopped as asked, can be resumed
 EXIT_BY_SIGINT = 130
+EXIT_BY_SIGPIPE = 141  # as a shell reports a program that writes to a pipe nobody reads
 FIRST_ERROR = "first_error"
 # What torch, gloo and NCCL say to a rank whose peer has gone.
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process")

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from tqdm import tqdm
@@ -60,11 +60,28 @@ def current_stage() -> str:
 
 
 def say(line: str) -> None:
-    """Print a line on stdout, above the live line if there is one, on any rank that calls this."""
+    """Print a line on stdout, above the live line if there is one, on any rank that calls this.
+
+    A stdout that takes no more (its reader or terminal is gone, the disk of its file is full) does not end what may be
+    days of training: the run goes on without it, and says so on stderr.
+    """
     output = _stdout or sys.stdout
-    with tqdm.external_write_mode(file=output):
-        output.write(f"{line}\n")
-        output.flush()
+    try:
+        with tqdm.external_write_mode(file=output):
+            output.write(f"{line}\n")
+            output.flush()
+    except OSError as err:
+        _lose_stdout(output, err)
+
+
+def _lose_stdout(output: TextIO, err: OSError) -> None:
+    """Lead stdout to nowhere: its buffer still holds a line, and native code has the same descriptor."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output.fileno())
+    os.close(nowhere)
+    with suppress(OSError):
+        sys.stderr.write(f"stdout can't be written any more ({err.strerror}): the run goes on without printing\n")
+        sys.stderr.flush()
 
 
 class PrintLog(io.TextIOBase):

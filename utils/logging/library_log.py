@@ -9,7 +9,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # While ranks wait for each other torch's native code writes warnings with the stack of its calls; what they mean is
 # said by the error that follows. Read when torch is imported.
@@ -74,7 +74,8 @@ class LibraryLog(logging.Handler):
             self._show(record)
 
     def _show(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(f"[{record.levelname}] [{record.name}] {record.getMessage()}\n")
+        with suppress(OSError):  # a terminal that is gone
+            sys.stderr.write(f"[{record.levelname}] [{record.name}] {record.getMessage()}\n")
 
 
 LOG = LibraryLog()  # the one log of the process; `quiet_libraries` closes it

@@ -1,7 +1,9 @@
-"""Standard streams that whoever started the process has closed (`>&-`, a service without a terminal)."""
+"""What whoever started the process has left it without: standard streams (`>&-`), a working directory."""
 
 import os
 import sys
+
+from utils.errors import UserError
 
 
 def open_closed_streams() -> None:
@@ -20,3 +22,15 @@ def open_closed_streams() -> None:
                 os.close(nowhere)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+def check_working_directory() -> None:
+    """Check that the working directory is there: native libraries that are loaded without one end the process.
+
+    Raises:
+        UserError: it was removed.
+    """
+    try:
+        os.getcwd()
+    except OSError as err:
+        raise UserError(f"the working directory is not there any more ({err}): cd to a folder that is.") from err

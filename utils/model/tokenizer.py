@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from importlib.util import find_spec
 
 from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase
@@ -10,6 +11,8 @@ from utils.data.tokenization.tokenize_rows import end_of_conversation_token
 from utils.distributed.ranks import print_rank_0
 from utils.errors import UserError
 from utils.module.remote_code import is_trusted
+
+PROBE_TEXT = "Human: How many legs has a spider? Assistant: Eight. 蜘蛛有八条腿。"
 
 
 def create_tokenizer(model_name_or_path: str, eot_token: str | None) -> PreTrainedTokenizerBase:
@@ -58,6 +61,28 @@ def load_hf_tokenizer(
             tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def check_saving(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Save a tokenizer, load that, and compare: what would fail after training fails now.
+
+    Raises:
+        UserError: it can't be written, or what is loaded gives other ids.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as err:  # tokenizers raises bare ones
+            raise UserError(
+                f"the tokenizer of {name} can't be saved ({' '.join(str(err).split())[:300]}), tried in {folder}: "
+                "after training that would fail too."
+            ) from err
+        again = load_hf_tokenizer(folder)
+    if again(PROBE_TEXT)["input_ids"] != tokenizer(PROBE_TEXT)["input_ids"]:
+        raise UserError(
+            f"the tokenizer of {name} gives other ids after being saved and loaded again: with this version of "
+            "transformers a fine-tuned copy of it would be useless."
+        )
 
 
 def get_tokenizer(model_name_or_path: str, fast_tokenizer: bool = True) -> PreTrainedTokenizerBase:

@@ -4,7 +4,7 @@ import sys
 
 from utils.errors import EXIT_USER_ERROR, UserError
 from utils.machine.interrupts import end_at_interrupt
-from utils.machine.streams import open_closed_streams
+from utils.machine.streams import check_working_directory, open_closed_streams
 from utils.prompt_eval.arguments import parse_args
 
 
@@ -13,6 +13,7 @@ def answer_early() -> None:
     end_at_interrupt()
     open_closed_streams()
     try:
+        check_working_directory()
         parse_args()
     except UserError as error:
         print(f"prompt_eval.py: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
 
@@ -12,11 +13,15 @@ import torch.distributed as dist
 
 from utils.distributed.ranks import is_rank_0
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
-    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning) ask the run to stop; a second SIGINT stops it at once."""
+    """Signals ask the run to stop; a second SIGINT stops it at once.
+
+    They are SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (SLURM's warning), and SIGHUP (the terminal is gone), but where `nohup`
+    has that ignored.
+    """
 
     def __init__(self, timeout_seconds: int, is_busy: Callable[[], bool] = lambda: False) -> None:
         """Begin to note signals.
@@ -36,7 +41,8 @@ class StopRequest:
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)) if several else None
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -50,7 +56,8 @@ class StopRequest:
             if is_rank_0():
                 # Not print: the signal may have come in the middle of one.
                 what = "the training is done, saving goes on" if self._over else "stopping after this step"
-                os.write(sys.stdout.fileno(), f"\n{self.received}: {what} ...\n".encode())
+                with suppress(OSError):  # a terminal that is gone
+                    os.write(sys.stdout.fileno(), f"\n{self.received}: {what} ...\n".encode())
 
     def agreed(self) -> bool:
         """Whether to stop here; the same answer on all ranks, each of which must call it equally often.

@@ -86,7 +86,7 @@ def ignore_stop_signals(worker: int) -> None:
     Launchers and Slurm signal every process of a run. torch's worker dies of SIGTERM, which would end the run with an
     error instead of a checkpoint. At its own end the run's process terminates its workers by the same signal.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_when_terminated_by, args=(os.getppid(),), daemon=True).start()
