@@ -74,6 +74,34 @@ def test_resume_in_another_layout(before, after, run_setting, sources, tmp_path)
     assert resumed == pytest.approx(whole, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, "0", "bf16"), (1, "0", "bf16")), ((1, "0", "bf16"), (1, "2", "bf16")),
+        ((1, "3", "bf16"), (1, "0", "bf16")), ((1, "0", "fp32"), (1, "0", "bf16")),
+        ((1, "0", "bf16"), (1, "0", "fp32")),
+    ],
+)  # fmt: skip
+def test_bf16_without_zero_resumes_in_another_layout(before, after, run_setting, tmp_path):
+    """(ranks, ZeRO stage, precision): without ZeRO, DeepSpeed keeps 16 bits' states in one flat tensor a group.
+
+    A rate of 1e-2, so that a part that stayed as the model began would show.
+    """
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    common = [*run_setting, "--disable_dropout", "--learning_rate", "1e-2", "--lr_scheduler_type", "constant"]
+
+    def command(ranks: int, stage: str, dtype: str, folder) -> list:
+        layout = ["--per_device_train_batch_size", str(16 // ranks), "--zero_stage", stage, "--dtype", dtype]
+        return [*common, *layout, "--output_dir", folder]
+
+    finished_run([*command(*before, whole), "--save_steps", "4", "--save_total_limit", "0"], before[0])
+    copy_at_step(whole, part, step=4)
+    printed = finished_run([*command(*after, part), "--resume_from_checkpoint", "--save_steps", "4"], after[0])
+    assert "Resuming from " in printed
+    assert losses(part) == pytest.approx(losses(whole), abs=0.02)
+    assert losses(whole)[10] < losses(whole)[5] - 0.1, "or the comparison shows nothing"
+
+
 # ------------------------------------------------------------------------------- what is refused
 
 

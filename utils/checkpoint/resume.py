@@ -9,7 +9,7 @@ from typing import Any
 import deepspeed
 
 from utils.checkpoint.checkpoint_folder import Checkpoint, checkpoints_folder, find_checkpoint, list_checkpoints
-from utils.checkpoint.universal import load_full_states
+from utils.checkpoint.universal import flat_groups, load_full_states
 from utils.data.cache import content_sum
 from utils.data.mixture import divided_as
 from utils.data.prompt_dataset import PromptDataset
@@ -146,6 +146,7 @@ def run_record(engine: deepspeed.DeepSpeedEngine, data: dict[str, Any], config: 
         "base": base_record(config.args),
         "layout": layout_record(engine),
         "optimizer_parameters": optimizer_parameter_names(engine),
+        "optimizer_groups": optimizer_group_names(engine),
     }
 
 
@@ -155,6 +156,14 @@ def optimizer_parameter_names(engine: deepspeed.DeepSpeedEngine) -> list[str]:
         return []
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     return [names[id(p)] for group in engine.basic_optimizer.param_groups for p in group["params"] if id(p) in names]
+
+
+def optimizer_group_names(engine: deepspeed.DeepSpeedEngine) -> list[list[str]]:
+    """List the trained parameters of each group in the order of its flat states, where bf16 is saved without ZeRO."""
+    if engine.zero_optimization() or not engine.bfloat16_enabled():
+        return []
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    return [[names[id(parameter)] for parameter in parameters] for parameters, _ in flat_groups(engine)]
 
 
 def check_same_run(checkpoint: Checkpoint, args: Namespace, ranks: int) -> None:
@@ -237,8 +246,7 @@ def check_same_data(checkpoint: Checkpoint, now: dict[str, Any], args: Namespace
 
 def _reads_as_it_is(then: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether DeepSpeed can read the states as written: shards in the same layout, whole states on any ranks."""
-    whole = then["zero_stage"] == 0 and then["precision"] != "bf16"
-    return all(then[key] == now[key] for key in now if not (key == "ranks" and whole))
+    return all(then[key] == now[key] for key in now if not (key == "ranks" and then["zero_stage"] == 0))
 
 
 def describe_position(checkpoint: Checkpoint, state: RunState, plan: RunPlan) -> str:

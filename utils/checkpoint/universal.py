@@ -42,9 +42,10 @@ def load_full_states(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) 
     read, steps, folder = _reader(checkpoint)
     try:
         _make_moments(engine)
+        places = _places_in_groups(engine)
         for name, parameter in engine.module.named_parameters():
             if parameter.requires_grad:
-                _set_states(engine, parameter, read(name))
+                _set_states(engine, parameter, read(name), places.get(id(parameter)))
         _after_setting(engine, steps)
     finally:
         wait_for_all()
@@ -63,6 +64,8 @@ def _reader(checkpoint: Checkpoint) -> tuple[Callable[[str], States], int, str |
             f"{checkpoint.folder} was written by fp16 at ZeRO 0, which keeps its states in one piece: resume in the "
             "same layout."
         )
+    if layout["zero_stage"] == 0:
+        return (*_read_groups(checkpoint), None)
     folder = os.path.abspath(checkpoint.folder) + "-universal"
     fault = answer_of_rank_0(_convert(os.path.abspath(checkpoint.folder), folder) if is_rank_0() else "")
     if fault:
@@ -101,6 +104,53 @@ def _read_plain(checkpoint: Checkpoint) -> tuple[Callable[[str], States], int]:
     return read, checkpoint.state.scheduler_steps
 
 
+def _read_groups(checkpoint: Checkpoint) -> tuple[Callable[[str], States], int]:
+    """Read a checkpoint without ZeRO in bf16, where each group's states are one flat tensor; as `_reader`."""
+    groups = checkpoint.info.get("optimizer_groups")
+    if not groups:
+        raise UserError(
+            f"{checkpoint.folder} was written by bf16 at ZeRO 0 and an earlier version, which did not record what its "
+            "flat states hold: resume in the same layout."
+        )
+    path = os.path.join(checkpoint.folder, "mp_rank_00_model_states.pt")
+    saved = torch.load(path, map_location="cpu", weights_only=False)
+    moments = saved["optimizer"]["optimizer_state_dict"]["state"]
+    places = {}
+    for number, names in enumerate(groups):
+        offset = 0
+        for name in names:
+            places[name] = number, offset
+            offset += saved["module"][name].numel()
+
+    def read(name: str) -> States:
+        (number, offset), shape = places[name], saved["module"][name].shape
+        flats = {"fp32": saved["optimizer"]["fp32_groups_flat"][number], **{k: moments[number][k] for k in MOMENTS}}
+        return {k: flat.detach()[offset : offset + shape.numel()].reshape(shape) for k, flat in flats.items()}
+
+    return read, checkpoint.state.scheduler_steps
+
+
+def flat_groups(engine: deepspeed.DeepSpeedEngine) -> list[tuple[list[torch.nn.Parameter], torch.Tensor]]:
+    """Return (parameters, flat master weights) of each group where 16 bits are trained without ZeRO; else nothing."""
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "fp16_groups") or not hasattr(optimizer, "fp32_groups_flat"):
+        return []
+    return list(zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True))
+
+
+def _places_in_groups(engine: deepspeed.DeepSpeedEngine) -> dict[int, tuple[torch.Tensor, int]]:
+    """Return (flat master weights, offset) by the identity of each parameter that lies in such a group."""
+    if engine.zero_optimization():
+        return {}
+    places = {}
+    for parameters, flat in flat_groups(engine):
+        offset = 0
+        for parameter in parameters:
+            places[id(parameter)] = flat, offset
+            offset += parameter.numel()
+    return places
+
+
 def _make_moments(engine: deepspeed.DeepSpeedEngine) -> None:
     """Give ZeRO's flat tensors the moments that a first step would make."""
     optimizer = engine.optimizer
@@ -112,8 +162,21 @@ def _make_moments(engine: deepspeed.DeepSpeedEngine) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _set_states(engine: deepspeed.DeepSpeedEngine, parameter: torch.nn.Parameter, states: States) -> None:
-    if is_partitioned(parameter):
+def _set_states(
+    engine: deepspeed.DeepSpeedEngine,
+    parameter: torch.nn.Parameter,
+    states: States,
+    place: tuple[torch.Tensor, int] | None,
+) -> None:
+    """Set one parameter's weight and moments; `place` is that in a group's flat tensors, where it lies in one."""
+    if place is not None:
+        flat, offset = place
+        own = engine.basic_optimizer.state[flat]
+        for key, value in states.items():
+            target = flat.data if key == "fp32" else own[key]
+            target.narrow(0, offset, parameter.numel()).copy_(value.flatten())
+        parameter.data.copy_(states["fp32"].reshape(parameter.shape))
+    elif is_partitioned(parameter):
         # The part this rank holds; the last rank's is filled up, since parts are of one size.
         size, rank = parameter.partition_numel(), dist.get_rank()
         for key, value in states.items():
