@@ -81,9 +81,55 @@ def test_another_base_model_under_the_same_path(stopped, resume):
         save_file(before, file, metadata={"format": "pt"})
 
 
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"activation_function": "gelu"}, "activation_function: relu then, gelu now"),
+        ({"layer_norm_elementwise_affine": True, "dropout": 0.3}, "dropout: 0.1 then, 0.3 now"),
+        ({"transformers_version": "4.0", "use_cache": False, "eos_token_id": 3}, None),
+    ],
+)
+def test_another_configuration_under_the_same_path(entries, words, stopped, resume):
+    """Weights of the same shapes that compute something else; who wrote the file, or when, is no difference."""
+    file = stopped[3] / "config.json"
+    before = file.read_text(encoding="utf-8")
+    try:
+        file.write_text(json.dumps({**json.loads(before), **entries}), encoding="utf-8")
+        status, printed, error = resume()
+        assert status == (0 if words is None else 2), error
+        if words is not None:
+            assert f"config.json of {stopped[3]} is not that of the run" in error and words in error
+            assert "Data" not in printed, "before anything is prepared"
+            assert resume("--resume_anyway")[0] == 0
+    finally:
+        file.write_text(before, encoding="utf-8")
+
+
+def test_another_tokenizer_under_the_same_path(stopped, resume):
+    """Two tokens that no sample has change places: the same ids in the data, and another model in the end."""
+    file = stopped[3] / "tokenizer.json"
+    before = file.read_text(encoding="utf-8")
+    content = json.loads(before)
+    vocabulary = content["model"]["vocab"]
+    first, second = [token for token in vocabulary if len(token) == 1 and not token.isascii()][-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    try:
+        file.write_text(json.dumps(content), encoding="utf-8")
+        status, _, error = resume()
+        assert status == 2 and "another tokenizer, whose tokens have other ids" in error, error
+    finally:
+        file.write_text(before, encoding="utf-8")
+
+
+def test_another_clipping_in_the_file_of_deepspeed(resume, tmp_path):
+    (tmp_path / "ds.json").write_text('{"gradient_clipping": 0.1}')
+    status, _, error = resume("--deepspeed_config", tmp_path / "ds.json")
+    assert status == 2 and "gradient_clipping: 1.0 then, 0.1 now" in error, error
+
+
 def test_a_checkpoint_without_fingerprints_goes_on(resume):
     marker = json.loads(resume.marker.read_text(encoding="utf-8"))
-    del marker["base"], marker["data"]["content"]
+    del marker["base"], marker["data"]["content"], marker["configuration"], marker["data"]["vocabulary"]
     resume.marker.write_text(json.dumps(marker), encoding="utf-8")
     status, printed, error = resume()
     assert status == 0, error

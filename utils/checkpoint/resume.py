@@ -7,14 +7,17 @@ from datetime import date
 from typing import Any
 
 import deepspeed
+from transformers import PreTrainedTokenizerBase
 
+from utils.checkpoint.base_identity import changed_configuration, configuration_record, vocabulary_record
 from utils.checkpoint.checkpoint_folder import Checkpoint, checkpoints_folder, find_checkpoint, list_checkpoints
 from utils.checkpoint.universal import flat_groups, load_full_states
 from utils.data.cache import content_sum
 from utils.data.mixture import divided_as
 from utils.data.prompt_dataset import PromptDataset
-from utils.distributed.launchers import launched_rank
+from utils.distributed.launchers import launched_rank, launched_ranks
 from utils.distributed.ranks import answer_of_rank_0, print_rank_0, world_size
+from utils.ds_file.read import read_deepspeed_file
 from utils.engine.engine import recount_updates
 from utils.errors import UserError
 from utils.logging.console import say
@@ -45,6 +48,9 @@ def arguments_record(args: Namespace, ranks: int) -> dict[str, Any]:
             value = [_place(path) for path in value] if isinstance(value, list) else _place(value)
         record[name] = getattr(value, "value", value)
     record["data_split"] = divided_as(args.data_path, args.data_split)
+    record["gradient_clipping"] = float(
+        read_deepspeed_file(args, launched_ranks()).settings.get("gradient_clipping", 1)
+    )
     record["samples per step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
     return record
 
@@ -101,8 +107,10 @@ def newest_checkpoint(args: Namespace) -> str | None:
     return folders[-1] if folders else args.resume_from_checkpoint
 
 
-def data_record(train_data: PromptDataset, args: Namespace) -> dict[str, Any]:
+def data_record(train_data: PromptDataset, args: Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what identifies the training data: its size, and hashes of every sample's length and of its content.
+
+    And the vocabulary whose ids they are.
 
     Of a stream only the first window is known: its files are sampled too.
     """
@@ -111,6 +119,7 @@ def data_record(train_data: PromptDataset, args: Namespace) -> dict[str, Any]:
         "samples": len(lengths),
         "lengths": hashlib.sha256(lengths.tobytes()).hexdigest()[:16],
         "content": f"{content_sum(train_data.table.with_format(None)):08x}",
+        "vocabulary": vocabulary_record(tokenizer),
     }
     if args.streaming:
         names = [parse_source(name).name for name in (*args.data_path, *args.sft_only_data_path)]
@@ -144,6 +153,7 @@ def run_record(engine: deepspeed.DeepSpeedEngine, data: dict[str, Any], config: 
         "decisions": config.decisions,
         "data": data,
         "base": base_record(config.args),
+        "configuration": configuration_record(config.args.model_name_or_path),
         "layout": layout_record(engine),
         "optimizer_parameters": optimizer_parameter_names(engine),
         "optimizer_groups": optimizer_group_names(engine),
@@ -174,6 +184,13 @@ def check_same_run(checkpoint: Checkpoint, args: Namespace, ranks: int) -> None:
             args,
             f"{checkpoint.folder} was written by a run with other arguments ({'; '.join(changed)})",
             "give the same, or --resume_anyway to go on with the new ones.",
+        )
+    configuration = configuration_record(args.model_name_or_path)
+    if other := changed_configuration(checkpoint.info.get("configuration"), configuration):
+        _refuse_or_say(
+            args,
+            f"config.json of {args.model_name_or_path} is not that of the run that wrote {checkpoint.folder} ({other})",
+            "give the model of that run, or --resume_anyway to go on with the new one.",
         )
     then, now = checkpoint.info.get("base"), base_record(args)
     if now is not None and then is None and "base" not in checkpoint.info:
@@ -234,6 +251,7 @@ def check_same_data(checkpoint: Checkpoint, now: dict[str, Any], args: Namespace
         "lengths": "samples of other lengths",
         "content": "other tokens in samples of the same number and lengths",
         "files": "other files of the stream",
+        "vocabulary": "another tokenizer, whose tokens have other ids",
     }
     changed = [key for key in words if key in then and then[key] != now.get(key)]
     if changed:
