@@ -199,6 +199,10 @@ FOLDERS = {
         lambda base, folder: written(base, folder, "generation_config.json", "{x"),
         ["can't be read as JSON"],
     ),
+    "greedy": (
+        lambda base, folder: written(base, folder, "generation_config.json", '{"num_return_sequences": 3}'),
+        ["generation_config.json can't be used (Greedy methods"],
+    ),
     "clip": (lambda base, folder: edited(base, folder, model_type="vit"), ["not a causal language model"]),
 }
 

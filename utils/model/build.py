@@ -19,8 +19,10 @@ from utils.model.model_utils import (
     describe_parameters,
     enable_checkpointing,
     grow_embeddings,
+    load_model_config,
     training_dtype,
 )
+from utils.model.special_tokens import token_rows
 from utils.module.empty_model import empty_model
 from utils.module.experts import describe_joined_experts
 from utils.module.lora import (
@@ -80,7 +82,27 @@ def create_model(
         print_rank_0(f"Base model: {describe_quantized(model)}")
     model = _shape(model, form, print_rank_0)
     print_rank_0(f"Model: {describe_parameters(model)}")
+    if form.lora_dim > 0:
+        describe_untrained_rows(load_model_config(name), model, tokenizer)
     return model
+
+
+def describe_untrained_rows(
+    stored: PretrainedConfig, model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Print how many tokens keep random weights, since LoRA froze the rows that the embedding has grown by.
+
+    Args:
+        stored: the configuration of the files.
+    """
+    new = token_rows(tokenizer) - stored.get_text_config().vocab_size
+    parts = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    frozen = [name for name, part in parts.items() if part is not None and not part.weight.requires_grad]
+    if new > 0 and frozen:
+        print_rank_0(
+            f"LoRA: the {' and the '.join(frozen)} do not train, so the rows of {new} tokens of the tokenizer that the "
+            "model never saw stay random: texts must not hold these tokens (for padding alone they do no harm)"
+        )
 
 
 def create_meta_model(

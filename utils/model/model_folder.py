@@ -31,13 +31,14 @@ def check_files(name: str) -> None:
             f"{len(pointers)} of the files in {name} are git-lfs pointers, a few lines of text in place of their "
             f"content ({', '.join(pointers[:3])}): run `git lfs install && git lfs pull` in that folder."
         )
-    _check_json(os.path.join(name, "generation_config.json"))
+    _check_generation(name)
     if os.path.isfile(os.path.join(name, ADAPTER_CONFIG)):
         raise adapter_error(name, os.path.join(name, ADAPTER_CONFIG))
 
 
-def _check_json(path: str) -> None:
-    """Refuse a file that is there and is no JSON object, where transformers would go on without it."""
+def _check_generation(folder: str) -> None:
+    """Refuse a generation_config.json that is no JSON object, which transformers passes over, or that it can't take."""
+    path = os.path.join(folder, "generation_config.json")
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -47,6 +48,13 @@ def _check_json(path: str) -> None:
         raise UserError(f"{path} can't be read as JSON ({err}): mend it, or take it away.") from err
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: mend it, or take it away.")
+    from transformers import GenerationConfig  # imports what most checks do without
+
+    try:
+        GenerationConfig.from_dict(content)
+    except Exception as err:  # of many kinds, by the value
+        reason = " ".join(str(err).split())[:300]
+        raise UserError(f"{path} can't be used ({reason}): mend it, or take it away.") from err
 
 
 def adapter_error(name: str, path: str) -> UserError:

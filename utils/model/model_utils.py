@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from utils.distributed.ranks import world_size
+from utils.distributed.ranks import print_rank_0, world_size
 from utils.distributed.zero3 import whole_numel, whole_shape
 from utils.errors import UserError
 from utils.machine.precision import DTYPES
@@ -162,7 +162,7 @@ def create_hf_model(
     stop_at(model, end_ids(tokenizer, model))
     for settings in (model.config, model.generation_config):
         settings.pad_token_id = tokenizer.pad_token_id
-    grow_embeddings(model, token_rows(tokenizer))
+    grow_for(model, tokenizer)
     # While the model was built transformers had to know of ZeRO 3. From here on it must not, or rank 0 could not load
     # a model by itself.
     del keep_alive
@@ -211,6 +211,20 @@ def grow_embeddings(model: transformers.PreTrainedModel, entries: int) -> bool:
     model.resize_token_embeddings(rounded_rows(entries), mean_resizing=False)
     torch.set_rng_state(rng_state)
     return True
+
+
+def grow_for(model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model a row for each entry of the tokenizer, and print it where it had too few."""
+    before, entries = embedding_rows(model), token_rows(tokenizer)
+    if not grow_embeddings(model, entries):
+        return
+    now = embedding_rows(model)
+    line = f"Embedding: {before} rows become {now}, a multiple of 8 for the tokenizer's {entries} entries"
+    new = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= before)
+    if new:
+        shown = ", ".join(repr(token) for _, token in new[:3]) + (", ..." if len(new) > 3 else "")
+        line += f"; {len(new)} tokens that the model never saw begin with random weights ({shown})"
+    print_rank_0(line)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

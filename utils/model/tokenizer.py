@@ -112,9 +112,12 @@ def _read_tokenizer(path: str, fast: bool) -> PreTrainedTokenizerBase:
             return _opt_tokenizer(path)
         if local and _is_bare_llama_vocabulary(path, files):
             return LlamaTokenizer.from_pretrained(path, add_bos_token=True, local_files_only=True)
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             path, use_fast=fast, local_files_only=local, trust_remote_code=is_trusted()
         )
+        if not isinstance(tokenizer.chat_template, (str, dict, type(None))):
+            raise ValueError(f"chat_template is {tokenizer.chat_template!r}, not a text")
+        return tokenizer
     except Exception as err:  # of many kinds, since the model's configuration is read too
         reason = " ".join(str(err).split())[:300]
         if not local:

@@ -25,8 +25,7 @@ from utils.model.checkpoint import check_weights
 from utils.model.layout_check import choose_layout
 from utils.model.loading_report import Report, check_report
 from utils.model.model_folder import check_files
-from utils.model.model_utils import grow_embeddings, load_model_config
-from utils.model.special_tokens import token_rows
+from utils.model.model_utils import grow_for, load_model_config
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.remote_code import is_trusted
 from utils.prompt_eval.config import EvalConfig
@@ -89,7 +88,7 @@ def load(
         raise _not_loadable(path, error) from error
     check_report(path, model, Report.of(info), stored)
     # The tokenizer may have gained a pad or end token for which the model has no row.
-    grow_embeddings(model, token_rows(tokenizer))
+    grow_for(model, tokenizer)
     try:
         return model.to(device).eval(), tokenizer
     except torch.OutOfMemoryError as error:
