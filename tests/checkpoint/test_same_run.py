@@ -121,6 +121,20 @@ def test_another_tokenizer_under_the_same_path(stopped, resume):
         file.write_text(before, encoding="utf-8")
 
 
+def test_other_evaluation_data_are_said(stopped, resume):
+    """They change no weight; where they choose the best model or the end of the run, they are refused."""
+    file = stopped[2] / "eval.json"
+    before = file.read_text(encoding="utf-8")
+    try:
+        file.write_text(json.dumps(json.loads(before)[1:]), encoding="utf-8")
+        status, printed, error = resume("--early_stopping_patience", "2")
+        assert status == 2 and "since they choose the best model and the end" in error, error
+        status, printed, error = resume()
+        assert status == 0 and "The evaluation data is not that of" in printed, error
+    finally:
+        file.write_text(before, encoding="utf-8")
+
+
 def test_another_clipping_in_the_file_of_deepspeed(resume, tmp_path):
     (tmp_path / "ds.json").write_text('{"gradient_clipping": 0.1}')
     status, _, error = resume("--deepspeed_config", tmp_path / "ds.json")

@@ -38,9 +38,16 @@ def test_a_model_with_enough_rows_says_nothing(run_arguments, run_inside):
     assert status == 0 and "Embedding:" not in out, err
 
 
-def test_a_chat_template_that_is_no_text(run_arguments, run_inside, tiny_opt, tmp_path):
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"chat_template": 3}, "chat_template is 3, not a text"),
+        ({"model_max_length": "512"}, "model_max_length is '512', not a number"),
+    ],
+)
+def test_settings_of_another_type(entry, words, run_arguments, run_inside, tiny_opt, tmp_path):
     folder = shutil.copytree(tiny_opt, tmp_path / "number")
     file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": 3}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entry}))
     status, _, error = run_inside([*run_arguments, "--model_name_or_path", folder])
-    assert status == 2 and "chat_template is 3, not a text" in error, error
+    assert status == 2 and words in error, error

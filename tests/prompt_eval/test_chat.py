@@ -170,3 +170,9 @@ def test_a_template_that_refuses_is_said(model, tokenizer):
     own.chat_template = "{{ raise_exception('system first') }}"
     printed = talk([Speaker("finetune", model, own)], ["Why?"])
     assert "finetune: [the chat template can't be rendered: system first]" in printed
+
+
+def test_bytes_of_another_encoding_are_no_fault_of_the_template(model, tokenizer):
+    """A terminal in latin-1: what Python keeps of a byte is no text, which a tokenizer would refuse."""
+    printed = talk([Speaker("one", model, tokenizer)], [b"Caf\xe9?".decode("utf-8", "surrogateescape"), "Why?"])
+    assert printed.count("Human: one: ") == 2 and "can't be rendered" not in printed

@@ -69,9 +69,7 @@ class Checkpointer:
         """
         args, engine = self.config.args, self.engine
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, print_rank_0)
-        data = data_record(
-            self.data.train, args, self.tokenizer
-        )  # of a stream at its first window, wherever the run stands
+        data = data_record(self.data, args, self.tokenizer)  # of a stream at its first window, wherever the run stands
         if checkpoint is None:
             forget_best_model(args.output_dir)
             state = RunState()

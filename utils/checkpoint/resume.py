@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.checkpoint.base_identity import changed_configuration, configuration_record, vocabulary_record
 from utils.checkpoint.checkpoint_folder import Checkpoint, checkpoints_folder, find_checkpoint, list_checkpoints
-from utils.checkpoint.universal import flat_groups, load_full_states
+from utils.checkpoint.universal import load_full_states, optimizer_group_names, optimizer_parameter_names
 from utils.data.cache import content_sum
 from utils.data.mixture import divided_as
-from utils.data.prompt_dataset import PromptDataset
+from utils.data.training_data import TrainingData
 from utils.distributed.launchers import launched_rank, launched_ranks
 from utils.distributed.ranks import answer_of_rank_0, print_rank_0, world_size
 from utils.ds_file.read import read_deepspeed_file
@@ -107,18 +107,19 @@ def newest_checkpoint(args: Namespace) -> str | None:
     return folders[-1] if folders else args.resume_from_checkpoint
 
 
-def data_record(train_data: PromptDataset, args: Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def data_record(data: TrainingData, args: Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what identifies the training data: its size, and hashes of every sample's length and of its content.
 
-    And the vocabulary whose ids they are.
+    And the vocabulary whose ids they are, and the content of the evaluation data.
 
     Of a stream only the first window is known: its files are sampled too.
     """
-    lengths = train_data.lengths()
+    lengths = data.train.lengths()
     record = {
         "samples": len(lengths),
         "lengths": hashlib.sha256(lengths.tobytes()).hexdigest()[:16],
-        "content": f"{content_sum(train_data.table.with_format(None)):08x}",
+        "content": f"{content_sum(data.train.table.with_format(None)):08x}",
+        "evaluation": f"{content_sum(data.evaluation.table.with_format(None)):08x}",
         "vocabulary": vocabulary_record(tokenizer),
     }
     if args.streaming:
@@ -158,22 +159,6 @@ def run_record(engine: deepspeed.DeepSpeedEngine, data: dict[str, Any], config: 
         "optimizer_parameters": optimizer_parameter_names(engine),
         "optimizer_groups": optimizer_group_names(engine),
     }
-
-
-def optimizer_parameter_names(engine: deepspeed.DeepSpeedEngine) -> list[str]:
-    """List the trained parameters in the order a plain optimizer numbers them: ZeRO 0 saves their numbers alone."""
-    if engine.zero_optimization() or engine.bfloat16_enabled():
-        return []
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    return [names[id(p)] for group in engine.basic_optimizer.param_groups for p in group["params"] if id(p) in names]
-
-
-def optimizer_group_names(engine: deepspeed.DeepSpeedEngine) -> list[list[str]]:
-    """List the trained parameters of each group in the order of its flat states, where bf16 is saved without ZeRO."""
-    if engine.zero_optimization() or not engine.bfloat16_enabled():
-        return []
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    return [[names[id(parameter)] for parameter in parameters] for parameters, _ in flat_groups(engine)]
 
 
 def check_same_run(checkpoint: Checkpoint, args: Namespace, ranks: int) -> None:
@@ -260,6 +245,16 @@ def check_same_data(checkpoint: Checkpoint, now: dict[str, Any], args: Namespace
             f"the training data is not that of {checkpoint.folder} ({words[changed[0]]})",
             "give the same data, or --resume_anyway to go on with the new.",
         )
+    if "evaluation" in then and then["evaluation"] != now["evaluation"]:
+        what = f"the evaluation data is not that of {checkpoint.folder}: losses before and after can't be compared"
+        if args.load_best_model_at_end or args.early_stopping_patience is not None:
+            _refuse_or_say(
+                args,
+                what,
+                "give the same data, since they choose the best model and the end, or --resume_anyway to go on.",
+            )
+        else:
+            _say_first(what[:1].upper() + what[1:])
 
 
 def _reads_as_it_is(then: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -218,3 +218,19 @@ def _after_setting(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
 
 def _counts_in_tensors(engine: deepspeed.DeepSpeedEngine) -> bool:
     return isinstance(engine.basic_optimizer, torch.optim.AdamW)
+
+
+def optimizer_parameter_names(engine: deepspeed.DeepSpeedEngine) -> list[str]:
+    """List the trained parameters in the order a plain optimizer numbers them: ZeRO 0 saves their numbers alone."""
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        return []
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    return [names[id(p)] for group in engine.basic_optimizer.param_groups for p in group["params"] if id(p) in names]
+
+
+def optimizer_group_names(engine: deepspeed.DeepSpeedEngine) -> list[list[str]]:
+    """List the trained parameters of each group in the order of its flat states, where bf16 is saved without ZeRO."""
+    if engine.zero_optimization() or not engine.bfloat16_enabled():
+        return []
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    return [[names[id(parameter)] for parameter in parameters] for parameters, _ in flat_groups(engine)]

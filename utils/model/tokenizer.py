@@ -117,6 +117,7 @@ def _read_tokenizer(path: str, fast: bool) -> PreTrainedTokenizerBase:
         )
         if not isinstance(tokenizer.chat_template, (str, dict, type(None))):
             raise ValueError(f"chat_template is {tokenizer.chat_template!r}, not a text")
+        _try_length(tokenizer)
         return tokenizer
     except Exception as err:  # of many kinds, since the model's configuration is read too
         reason = " ".join(str(err).split())[:300]
@@ -127,6 +128,12 @@ def _read_tokenizer(path: str, fast: bool) -> PreTrainedTokenizerBase:
         else:
             advice = "check that the folder's tokenizer files are complete"
         raise UserError(f"the tokenizer of {path} can't be loaded ({reason}): {advice}.") from err
+
+
+def _try_length(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a ValueError where model_max_length is no number, which the first text would be compared with."""
+    if isinstance(tokenizer.model_max_length, bool) or not isinstance(tokenizer.model_max_length, (int, float)):
+        raise ValueError(f"model_max_length is {tokenizer.model_max_length!r}, not a number")
 
 
 def _is_bare_opt_vocabulary(path: str, files: set[str]) -> bool:

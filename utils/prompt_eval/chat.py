@@ -96,6 +96,11 @@ def reply(
     return answer
 
 
+def readable(text: str) -> str:
+    """Return a line of input with what is no text, a byte of another encoding, as the sign for that."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def chat(
     speakers: list[Speaker], config: EvalConfig, ask: Callable[[str], str] = input, output: TextIO = sys.stdout
 ) -> None:
@@ -107,7 +112,7 @@ def chat(
     torch.manual_seed(config.args.seed)
     while True:
         try:
-            question = ask("Human: ").strip()
+            question = readable(ask("Human: ")).strip()
         except EOFError:
             output.write("\n")
             return
