@@ -116,3 +116,10 @@ def test_rows_of_texts_and_of_messages_in_one_column(tmp_path):
         raw = open_own(path, tmp_path)
         found = {raw.get_prompt_and_chosen(row) for row in raw.raw_datasets["train"].dataset}
         assert found == {' Human: q Assistant: ["a"]', f" Human: {Q['content']} Assistant: a"}
+
+
+def test_answers_that_a_program_wrote_for_a_missing_value(tmp_path):
+    (tmp_path / "t.csv").write_text("prompt,response\nq,nan\nq,None\nq,None of them\nq,null\nnan,b\n")
+    assert lines_on(tmp_path / "t.csv", tmp_path) == [
+        "3 of 5 rows have an answer that is the word nan, None or null alone, as programs write a missing value"
+    ]

@@ -242,7 +242,7 @@ TALK = {"messages": conversation("p", "r")}
         ("a.csv", 'prompt,response\n"p,r\n', "not valid CSV"),
         ("a.csv", "prompt,prompt\np,r\n", "two columns of the same name"),
         ("a.csv", "prompt,response\n", "holds no records"),
-        ("a.csv", "prompt;response\np;r\n", "has the columns prompt;response: they are none of these formats"),
+        ("a.csv", "prompt;response\np;r\n", "the columns are separated by ';', not by commas"),
         ("a.csv", "messages\nhello\n", '"messages" is a string where a list of messages is needed'),
         ("a.jsonl", '{"body": "t"}', "none of these formats"),
         ("a.jsonl", '{"body": "t"}', "give --columns text=body; if conversations, messages=body"),

@@ -17,9 +17,9 @@ from tests.data.prepared_data import prepare
 from utils.data import prepare as preparation
 from utils.data.data_utils import get_raw_dataset
 from utils.data.reading import arrow_files
+from utils.data.reading.csv_records import iter_csv_records
 from utils.data.reading.data_files import column_names
 from utils.data.reading.find_files import find_data_files, other_files
-from utils.data.reading.records import iter_csv_records
 from utils.errors import UserError
 from utils.model.tokenizer import load_hf_tokenizer
 
@@ -312,6 +312,7 @@ SHAPES = {
         {name: dict(zip("01", texts, strict=True)) for name, texts in COLUMNS.items()},
         "as pandas writes it by default",
     ),
+    "names": ({"a1": PAIR, "a2": OTHER}, r"an object for each of 2 names \(.a1., ...\).*jq -c '\.\[\]'"),
     "index": ({"0": PAIR, "1": OTHER}, 'orient="index"'),
     "split": ({"columns": list(PAIR), "index": [0, 1], "data": [list(PAIR.values())]}, 'orient="split"'),
     "table": ({"schema": {"fields": []}, "data": [PAIR | {"index": 0}]}, 'orient="table"'),

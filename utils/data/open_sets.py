@@ -65,7 +65,8 @@ def get_raw_dataset(
             return OwnFormatDataset(output_path, seed, local_rank, dataset_name, own, streaming)
         except UserError as err:
             if shape := shape_advice(dataset_name):
-                raise UserError(f"{shape} As records it can't be used: {err}") from err
+                is_unknown = "they are none of these formats" in str(err)
+                raise UserError(shape if is_unknown else f"{shape} As records it can't be used: {err}") from err
             raise
         except UnicodeDecodeError as err:
             name_bad_text(dataset_name)
@@ -82,15 +83,21 @@ def open_sets(
         UserError: one of them can't be read or is malformed.
     """
     opened = []
-    for text, shares, use in sources.of_phase(preparation.phase):
+    described = sources.of_phase(preparation.phase)
+    for text, shares, use in described:
         name, weight = parse_source(text)
-        raw = get_raw_dataset(name, preparation.cache_folder, preparation.seed, preparation.local_rank, own, streaming)
+        how = own._replace(evaluates=use == EVALUATION, columns_of_others=len(described) > 1)
+        raw = get_raw_dataset(name, preparation.cache_folder, preparation.seed, preparation.local_rank, how, streaming)
         if use != BOTH and raw.eval_split is None:
             raw.eval_split = raw.train_split  # no row is kept from training, or all are evaluated
         raw.eval_origin = {TRAINING: "the data of --eval_data_path", EVALUATION: "all rows"}.get(
             use, getattr(raw, "eval_origin", "")
         )
         opened.append(OpenSet(raw, shares, weight, use))
+    owns = [one.raw for one in opened if isinstance(one.raw, OwnFormatDataset)]
+    if own.columns and owns and all(raw.ignores_columns for raw in owns):
+        names = ", ".join(own.columns.values())
+        raise UserError(f"--columns: no data set of this run has a column {names}. Correct --columns.")
     _keep_names_apart([one.raw for one in opened], is_printed=preparation.prints and not streaming)
     return opened
 

@@ -42,6 +42,7 @@ class ChatFormat(NamedTuple):
     date: str = ""  # the date that the template sees, as YYYY-MM-DD; empty where it asks for none
     text_arguments: bool = False  # the template reads the arguments of a call as JSON text
     developer_as_system: bool = False  # the template has no place for the role developer
+    content_as_parts: bool = False  # the template reads content as a list of parts, and no text
 
     @property
     def is_template(self) -> bool:
@@ -87,13 +88,17 @@ def resolve_chat_format(
     chat = ChatFormat(TEMPLATE, is_auto, template, tokenizer, end_token, origin, with_tools)
     if _CLOCK in template + with_tools:
         chat = chat._replace(date=date or datetime.date.today().isoformat())
+    chat = _with_habits(chat)
     render(chat, [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}])
-    return _with_habits(chat)
+    return chat
 
 
 def _with_habits(chat: ChatFormat) -> ChatFormat:
-    """Return the format with what the template can't read noted: arguments that are objects, the role developer."""
+    """Return the format with what the template can't read noted: texts, arguments that are objects, developers."""
     user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}
+    if "Hello" not in (_attempt(chat, [user, answer]) or "") and "content" in chat.template:
+        as_parts = chat._replace(content_as_parts=True)
+        chat = as_parts if "Hello" in (_attempt(as_parts, [user, answer]) or "") else chat
     arguments = {"xq0qx": "xq1qx"}
     call = {"id": "call00000", "type": "function", "function": {"name": "xq2qx", "arguments": arguments}}
     talk = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
@@ -188,6 +193,8 @@ def marked_spans(chat: ChatFormat, talk: Conversation) -> list[Span]:
 
 def _as_read(chat: ChatFormat, messages: list[Message]) -> list[Message]:
     """Return the messages as the template reads them."""
+    if chat.content_as_parts:
+        messages = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
     if chat.developer_as_system:
         messages = [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
     if chat.text_arguments:

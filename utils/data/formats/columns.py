@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 
 from utils.data.formats.conversations import ANSWER_ROLES, INPUT_ROLES, PROMPT_ROLES, TALK_ROLES, Rows
 from utils.data.formats.roles import BESIDE, OPTIONAL
-from utils.data.reading.find_files import CSV_SUFFIXES, PARQUET_SUFFIXES
-from utils.data.reading.messages import conversation_fault
-from utils.data.reading.records import iter_csv_records, iter_json_records
+from utils.data.formats.token_rows import OF_TOKENS
+from utils.data.reading.data_files import is_parquet, iter_records
+from utils.data.reading.messages import Malformed, conversation_fault, to_messages
 from utils.data.reading.schema import Kind, Schema, TextOrValue
 from utils.errors import UserError
 
@@ -23,6 +23,14 @@ _ASKS = re.compile(r"prompt|instruct|question|query|task|input|human|user|proble
 _ANSWERS = re.compile(
     r"answer|response|output|completion|reply|chosen|target|solution|assistant|summary", re.IGNORECASE
 )
+# Names in the data of others for what is only one thing: WildChat's, OpenAI's first, OpenOrca's, TRL's.
+_OTHER_NAMES = {
+    "conversations": ("conversation",),
+    "tools": ("functions",),
+    "system": ("system_prompt",),
+    "loss_mask": ("completion_mask", "assistant_masks"),
+}
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 _TALKS = tuple(((role,), ("tools", "system")) for role in TALK_ROLES)
 
 
@@ -41,7 +49,8 @@ FORMATS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     _TALKS[1],
     *(_pair(*roles) for roles in dict.fromkeys(_PAIRS) if roles not in _FIRST),
     (("chosen",), ("rejected", *BESIDE)),
-    (("input_ids",), ("labels",)),
+    (("input_ids", "labels"), ("attention_mask",)),
+    (("input_ids",), ("loss_mask", "attention_mask")),
     (("text",), ()),
 )
 _SHOWN = (
@@ -61,7 +70,7 @@ def column_roles(found: list[str], given: dict[str, str], origin: str) -> dict[s
         UserError: the columns fit no known format.
     """
     for needed, optional in FORMATS:
-        roles = {role: given.get(role, role) for role in (*needed, *optional)}
+        roles = {role: given.get(role) or _usual_name(role, found) for role in (*needed, *optional)}
         if set(given) <= set(roles) and all(roles[role] in found for role in (*needed, *given)):
             return roles
     asked = f" with --columns {','.join(f'{role}={column}' for role, column in given.items())}" if given else ""
@@ -69,6 +78,36 @@ def column_roles(found: list[str], given: dict[str, str], origin: str) -> dict[s
         f"{origin} has the columns {', '.join(found) or 'none'}{asked}: they are none of these formats: {_SHOWN}. "
         f"{_advice(found, given)}"
     )
+
+
+def with_answers_beside(
+    roles: dict[str, str], found: list[str], given: dict[str, str], rows: list[dict[str, Any]]
+) -> dict[str, str]:
+    """Return the roles of rows whose conversations end in a question, where a column `chosen` has their answers.
+
+    Other rows' roles are returned as they are.
+
+    Args:
+        roles: as `column_roles` returns them for these `found` columns and `given` roles.
+        rows: the first ones.
+    """
+    talk = next((role for role in TALK_ROLES if role in roles), None)
+    if talk is None or given or "chosen" not in found or "prompt" in found or not rows:
+        return roles
+    if any(_ends_in_answer(row.get(roles[talk])) for row in rows):
+        return roles
+    return column_roles(found, {"prompt": roles[talk], "chosen": "chosen"}, "")
+
+
+def _ends_in_answer(value: Any) -> bool:
+    try:
+        return to_messages(value, "")[-1]["role"] == "assistant"
+    except Malformed:
+        return True  # which a later check reports
+
+
+def _usual_name(role: str, found: list[str]) -> str:
+    return next((name for name in (role, *_OTHER_NAMES.get(role, ())) if name in found), role)
 
 
 def _advice(found: list[str], given: dict[str, str]) -> str:
@@ -105,13 +144,12 @@ def first_rows(files: list[str]) -> list[dict[str, Any]]:
 
 
 def _rows_of(file: str) -> Any:
-    if file.lower().endswith(PARQUET_SUFFIXES):
+    if is_parquet(file):
         with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(batch_size=ROWS_TRIED):
-                yield from batch.to_pylist()
+                yield from batch.to_pylist(maps_as_pydicts="strict")
         return
-    records = iter_csv_records(file) if file.lower().endswith(CSV_SUFFIXES) else iter_json_records(file)
-    for *_, record in records:
+    for *_, record in iter_records(file):
         yield record
 
 
@@ -142,12 +180,13 @@ def _kind(role: str, values: list[Any]) -> Kind | None:
     """Return the kind of a column from its first values that are not null; None where it can't have the role."""
     if role in (*TALK_ROLES, "history", "tools"):
         return object
-    if role in ("input_ids", "labels"):
+    if role in ("input_ids", *OF_TOKENS):
         return [int]
     if role not in (*PROMPT_ROLES, *ANSWER_ROLES, "rejected"):
-        return None if role in (*BESIDE, *INPUT_ROLES) and values and not isinstance(values[0], str) else str
+        is_text = not values or any(isinstance(value, str) for value in values)
+        return str if is_text or role not in (*BESIDE, *INPUT_ROLES) else None
     return object if any(isinstance(value, str) and _is_talk(value) for value in values) else TextOrValue
 
 
 def _is_talk(text: str) -> bool:
-    return text.lstrip()[:2] in ("[{", "[ ") and not conversation_fault(text, "")
+    return _LIST_OF_OBJECTS.match(text) is not None and not conversation_fault(text, "")

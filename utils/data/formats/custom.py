@@ -10,10 +10,12 @@ import os
 import re
 from itertools import islice
 
+import datasets
+
 from utils.data.formats import chat_template as chat_format
 from utils.data.formats.base import STREAM_EVAL_ROWS
 from utils.data.formats.chat_template import AS_IS, TEMPLATE, ChatFormat
-from utils.data.formats.columns import ROWS_TRIED, column_roles, first_rows, read_as
+from utils.data.formats.columns import ROWS_TRIED, column_roles, first_rows, read_as, with_answers_beside
 from utils.data.formats.conversations import PROMPT_ROLES, TALK_ROLES
 from utils.data.formats.own_texts import OwnOptions, OwnTexts, own_options
 from utils.data.formats.roles import BESIDE, parse_columns
@@ -49,6 +51,7 @@ class OwnFormatDataset(OwnTexts):
         self.dataset_name_clean = re.sub(r"[^\w.]", "_", self.dataset_name)
         self.chat = self.options.chat
         self.files_of: dict[str, list[str]] = {}
+        self.unread: list[str] = []  # files below the folder, or splits, that are not used
         super().__init__(output_path, seed, local_rank, dataset_name, streaming)
         everywhere = [name for data in self.raw_datasets.values() for name in data.columns]
         self.found = list(dict.fromkeys([*self.found, *everywhere]))
@@ -60,15 +63,20 @@ class OwnFormatDataset(OwnTexts):
     def _load(self) -> dict[str, SplitData]:
         if is_saved(self.source):
             found = open_saved(self.source)
-            files_of = own_files(self.source, {name: [name] for name in found})
-            self.found = next(iter(found.values())).column_names
-            rows = (
-                found[files_of["train"][0]].select(range(min(ROWS_TRIED, len(found[files_of["train"][0]])))).to_list()
-            )
+            files_of = saved_splits(self.source, found, self.options.evaluates)
+            used = [name for names in files_of.values() for name in names]
+            self.unread = [f"the split {name}" for name in found if name not in used]
+            train = found[files_of["train"][0]]
+            self.found, rows = train.column_names, train.select(range(min(ROWS_TRIED, len(train)))).to_list()
         else:
-            files_of = self.files_of = own_files(self.source)
+            files_of = self.files_of = own_files(self.source, evaluates=self.options.evaluates)
+            self.unread = other_files(self.source, files_of)
             self.found, rows = column_names(files_of["train"]), first_rows(files_of["train"])
-        roles = column_roles(self.found, self.options.columns, self.source)
+        given = self.options.columns
+        self.ignores_columns = self.options.columns_of_others and not set(given.values()).intersection(self.found)
+        given = {} if self.ignores_columns else given
+        roles = column_roles(self.found, given, self.source)
+        roles = with_answers_beside(roles, self.found, given, rows)
         self.rows, schema = read_as(roles, rows)
         self.eval_split = "eval" if "eval" in files_of else None
         self.eval_origin = ", ".join(os.path.basename(file) for file in files_of.get("eval", []))
@@ -106,8 +114,11 @@ class OwnFormatDataset(OwnTexts):
         kept = f"the first {STREAM_EVAL_ROWS} rows" if self.streaming else "a tenth of the rows"
         evaluation = self.eval_origin or kept
         line = f"Data {self.source}: {columns}; texts: {self.chat.origin}; evaluation: {evaluation}"
-        if ignored := other_files(self.source, self.files_of) if self.files_of else []:
-            line += f"; not read: {', '.join(ignored[:3])}{f' and {len(ignored) - 3} more' * (len(ignored) > 3)}"
+        if self.ignores_columns and self.options.columns:
+            line += "; --columns names none of its columns"
+        if self.unread:
+            more = f" and {len(self.unread) - 3} more" if len(self.unread) > 3 else ""
+            line += f"; not read: {', '.join(self.unread[:3])}{more}"
         if self.chat.kind == TEMPLATE and _misses_bos(self.chat):
             line += "; no BOS, since the template writes none"
         if self.chat.date:
@@ -150,6 +161,16 @@ class OwnFormatDataset(OwnTexts):
         if self.files_of:
             return place_of_row(self.files_of[split], number)
         return super().place_of(split, number)
+
+
+def saved_splits(path: str, found: dict[str, datasets.Dataset], evaluates: bool) -> dict[str, list[str]]:
+    """Return which splits of a `save_to_disk` folder to train and to evaluate on, as `own_files` does for files.
+
+    A single data set is trained on whatever the split that it was, as a single file is whatever its name.
+    """
+    if len(found) == 1 and not os.path.isfile(os.path.join(path, "dataset_dict.json")):
+        return {"train": list(found)}
+    return own_files(path, {name: [name] for name in found}, evaluates)
 
 
 def _misses_bos(chat: ChatFormat) -> bool:

@@ -17,7 +17,8 @@ FIELDS_TRIED = 50
 OTHERS = "other fields"
 _WHERE = {"system": Note.LEFT_SYSTEM, "developer": Note.LEFT_SYSTEM, "user": Note.LEFT_USER, "tool": Note.LEFT_TOOL}
 # Fields that are read whatever the template: they are part of what it always gets.
-_ALWAYS = {"role", "content", "tool_calls"}
+_ALWAYS = {"role", "content"}
+_OF_ANSWERS = MARKS | {"tool_calls"}
 _TAGS = re.compile("</?think>")
 _OF_CALL, _OF_FUNCTION = {"function"}, {"name", "arguments"}
 
@@ -64,11 +65,12 @@ def _fields_of(talk: Conversation) -> set[str]:
     """Return the names of what may be read by nothing, by the role whose turns have it."""
     found = {"tools"} if talk.tools else set()
     for message in talk.messages:
+        role = message["role"]
+        calls = message.get("tool_calls", ()) if role == "assistant" else ()
         if not message.keys() <= _ALWAYS:
-            role = message["role"]
-            others = message.keys() - _ALWAYS - (MARKS if role == "assistant" else set())
+            others = message.keys() - _ALWAYS - (_OF_ANSWERS if role == "assistant" else set())
             found.update(f"{name} of {role} turns" for name in others)
-        for call in message.get("tool_calls", ()):
+        for call in calls:
             others = (call.keys() - _OF_CALL) | (call["function"].keys() - _OF_FUNCTION)
             if call.get("type") == "function":  # says nothing: there is no other type
                 others.discard("type")

@@ -24,11 +24,13 @@ from utils.data.formats.findings import left_out, unread_fields
 from utils.data.formats.labels import answer_spans, last_answer
 from utils.data.formats.rendered import MARKED, Rendering, rendering_of
 from utils.data.formats.roles import BESIDE
+from utils.data.formats.token_rows import read_token_row
 from utils.data.outcomes import Note, Reason
 from utils.data.reading.messages import Malformed, Message
 from utils.errors import UserError
 
 LAST = "last"
+NO_VALUES = frozenset(("nan", "NaN", "<NA>", "None", "null", "NULL"))
 
 
 class OwnOptions(NamedTuple):
@@ -38,6 +40,8 @@ class OwnOptions(NamedTuple):
     chat: ChatFormat = ChatFormat()
     train_turns: str = "all"  # or "last": which answers are labelled with --completion_only_loss
     tokenizer: PreTrainedTokenizerBase | None = None  # None: special tokens in texts are not recognized
+    evaluates: bool = False  # the data are for evaluation alone
+    columns_of_others: bool = False  # `columns` may be meant for other data sets of the run
 
 
 def own_options(
@@ -103,8 +107,11 @@ class OwnTexts(PromptRawDataset):
             return rendering
         if self.chat.kind == AS_IS:
             raise UserError(f"it holds messages, which need a format: --chat_template {AS_IS} has none.")
-        if self.rows.is_talk(sample, whole=True):
-            return None
+        try:
+            if self.rows.is_talk(sample, whole=True):
+                return None
+        except Malformed as err:
+            raise UserError(f"{err}.") from err
         raise UserError(
             "its prompt is a text that is rendered already, and its answer holds messages: write both in one form."
         )
@@ -158,7 +165,7 @@ class OwnTexts(PromptRawDataset):
             talk = self.conversation(sample, rejected)
             return None if talk is None else chat_format.render(self.chat, talk.messages, talk.tools)
         if self.has_ids:
-            ids, tokenizer = sample[self.roles["input_ids"]], self.options.tokenizer
+            ids, tokenizer = self.given_ids(sample)[0], self.options.tokenizer
             return None if not ids else " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
         if "text" in self.roles:
             text = sample[self.roles["text"]]
@@ -238,22 +245,12 @@ class OwnTexts(PromptRawDataset):
 
     def given_ids(self, sample: Sample, may_mask: bool = True) -> tuple[list[int], list[int]]:
         """Return the token ids of a row that brings them, and the starts and ends of their labels in turn."""
-        ids = sample[self.roles["input_ids"]] or []
-        labels = sample.get(self.roles.get("labels", "")) or ids
-        tokenizer = self.options.tokenizer
-        if any(token is None or token < 0 or (tokenizer and token >= len(tokenizer)) for token in ids):
-            raise UserError("input_ids holds ids that this tokenizer does not have: tokenize the data with it.")
-        if len(labels) != len(ids) or any(label not in (-100, token) for label, token in zip(labels, ids, strict=True)):
-            raise UserError("labels must be the row's own input_ids, with -100 where nothing is to be learned.")
-        if not may_mask and -100 in labels[1:]:
-            raise UserError("labels leaves tokens out with -100: give --completion_only_loss, which reads them.")
-        edges = [at for at in range(1, len(ids)) if (labels[at] == -100) != (at == 1 or labels[at - 1] == -100)]
-        return ids, edges if len(edges) % 2 == 0 else [*edges, len(ids)]
+        return read_token_row(self.rows, sample, self.options.tokenizer, may_mask)
 
     def check_row(self, sample: Sample, labels: bool) -> None:
         """Raise UserError where the row can't be rendered, labelled, or trained as it asks to be."""
         if self.has_ids:
-            self.given_ids(sample, labels or sample.get(self.roles.get("labels", "")) is None)
+            self.given_ids(sample, labels)
         else:
             self.read_row(sample, 1, labels)
 
@@ -275,6 +272,7 @@ def _notes_on(talk: Conversation, unanswered: int, samples: int, has_others: boo
     found = {
         Note.BLANK_ANSWER: any(blank), Note.BLANK_TURN: not all(blank), Note.UNANSWERED: unanswered > 0,
         Note.SPLIT_ROW: samples > 1, Note.OTHER_ANSWERS: has_others,
+        Note.NO_VALUE: talk.messages[-1]["content"].strip() in NO_VALUES,
     }  # fmt: skip
     return tuple(note for note, holds in found.items() if holds)
 

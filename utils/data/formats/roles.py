@@ -1,10 +1,11 @@
 """The roles that columns of the user's own data can have, and `--columns`, which gives columns roles."""
 
 from utils.data.formats.conversations import ANSWER_ROLES, INPUT_ROLES, PROMPT_ROLES, TALK_ROLES
+from utils.data.formats.token_rows import OF_TOKENS
 from utils.errors import UserError
 
 BESIDE = ("system", "history", "tools")  # what may stand beside a prompt and its answer
-OPTIONAL = ("rejected", "labels", *INPUT_ROLES, *BESIDE)
+OPTIONAL = ("rejected", *OF_TOKENS, *INPUT_ROLES, *BESIDE)
 ROLE_NAMES = (
     *TALK_ROLES,
     *PROMPT_ROLES,
@@ -14,7 +15,7 @@ ROLE_NAMES = (
     *BESIDE,
     "text",
     "input_ids",
-    "labels",
+    *OF_TOKENS,
 )
 
 

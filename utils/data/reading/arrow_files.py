@@ -16,6 +16,7 @@ import datasets
 import pyarrow as pa
 from filelock import FileLock
 
+from utils.data.reading.csv_records import csv_has_spaces
 from utils.data.reading.data_files import column_names, is_csv, is_parquet, iter_records
 from utils.data.reading.find_files import (
     find_data_files,
@@ -24,11 +25,6 @@ from utils.data.reading.find_files import (
     unread_note,
 )
 from utils.data.reading.parquet_files import ROWS_PER_BATCH, check_rows, check_texts, parquet_batches, parquet_schema
-from utils.data.reading.records import (
-    CSV_ADVICE,
-    SHAPE_ADVICE,
-    csv_has_spaces,
-)
 from utils.data.reading.schema import Schema, TextOrValue, arrow_type, check_dataset, record_fault
 from utils.data.reading.whole_values import encoded, marked
 from utils.errors import UserError
@@ -36,7 +32,7 @@ from utils.files import checksum, write_aside
 from utils.logging.console import say
 
 ARROW_FOLDER = "arrow"
-ARROW_FORM = 3  # of the columns in an Arrow file; another form has files of other names
+ARROW_FORM = 4  # of the columns in an Arrow file, and how files are read; another form has files of other names
 
 
 class SplitData(NamedTuple):
@@ -191,15 +187,12 @@ def _record_batches(
 
 def _checked_records(file: str, schema: Schema, names: dict[str, None]) -> Iterator[dict[str, Any]]:
     """Yield the records of a file; every column that they have is added to `names`."""
-    advice = CSV_ADVICE if is_csv(file) else SHAPE_ADVICE
     for number, line, record in iter_records(file):
         if not record.keys() <= names.keys():
             names.update(dict.fromkeys(record))
         fault = record_fault(record, schema)
         if fault:
-            raise UserError(
-                f"{file}, record {number} (line {line}): {fault}. Correct or remove the record; in all, {advice}."
-            )
+            raise UserError(f"{file}, record {number} (line {line}): {fault}. Correct or remove the record.")
         yield record
 
 

@@ -5,9 +5,10 @@ from itertools import islice
 
 import pyarrow.parquet as pq
 
-from utils.data.reading.find_files import CSV_SUFFIXES, PARQUET_SUFFIXES
+from utils.data.reading.csv_records import csv_columns, iter_csv_records
 from utils.data.reading.parquet_files import parquet_schema
-from utils.data.reading.records import csv_columns, iter_csv_records, iter_json_records
+from utils.data.reading.records import iter_json_records
+from utils.data.reading.text_files import CSV_SUFFIXES, PARQUET_SUFFIXES
 from utils.errors import UserError
 
 RECORDS_TRIED = 1000  # of each file, to learn which columns its records have

@@ -2,8 +2,11 @@
 
 from typing import Any
 
-from utils.data.reading.find_files import CSV_SUFFIXES, DATA_SUFFIXES, JSON_SUFFIXES, find_data_files
-from utils.data.reading.records import CSV_ADVICE, csv_columns, iter_json_records
+from utils.data.reading.csv_records import CSV_ADVICE, csv_columns
+from utils.data.reading.data_files import is_csv
+from utils.data.reading.find_files import find_data_files
+from utils.data.reading.records import iter_json_records
+from utils.data.reading.text_files import DATA_SUFFIXES, JSON_SUFFIXES
 from utils.errors import UserError
 
 _LINES = 'df.to_json(path, orient="records", lines=True)'
@@ -17,8 +20,8 @@ def shape_advice(path: str, is_certain: bool = False) -> str:
     """
     try:
         file = path if path.lower().endswith(DATA_SUFFIXES) else next(iter(find_data_files(path).values()))[0]
-        if file.lower().endswith(CSV_SUFFIXES):
-            return "" if is_certain else _separator_advice(file)
+        if is_csv(file):
+            return _separator_advice(file)
         if not file.lower().endswith(JSON_SUFFIXES):
             return ""
         records = iter_json_records(file)
@@ -32,7 +35,10 @@ def shape_advice(path: str, is_certain: bool = False) -> str:
 def _separator_advice(file: str) -> str:
     names = csv_columns(file)
     marks = [mark for mark in ";\t|" if len(names) == 1 and mark in names[0]]
-    return f"{file}: the columns are separated by {marks[0]!r}, not by commas: {CSV_ADVICE}." if marks else ""
+    if not marks:
+        return ""
+    advice = f"end its name in .tsv, or {CSV_ADVICE}" if marks[0] == "\t" else CSV_ADVICE
+    return f"{file}: the columns are separated by {marks[0]!r}, not by commas: {advice}."
 
 
 def _pandas_shape(record: dict[str, Any]) -> str | None:
@@ -45,10 +51,20 @@ def _pandas_shape(record: dict[str, Any]) -> str | None:
         if all(name.isdigit() for name in record):
             return f'as pandas writes it with orient="index": write it again with {_LINES}'
         by_column = f"as pandas writes it by default, a column after the other: write it again with {_LINES}"
-        return by_column if all(map(_is_column, values)) else None
+        if all(map(_is_column, values)):
+            return by_column if all(name.isdigit() for value in values for name in value) else _named_shape(record)
+        return None
     if len(values) > 1 and all(isinstance(value, list) and _is_texts(value) for value in values):
         return f"a list for each column: write it again with {_LINES}, or one object per line"
     return None
+
+
+def _named_shape(record: dict[str, Any]) -> str:
+    """Return what to do with an object of objects, which are records or columns."""
+    return (
+        f'which holds an object for each of {len(record)} names ("{next(iter(record))}", ...): if these are records, '
+        f"write them alone, for example with `jq -c '.[]' in.json > out.jsonl`; if they are columns, with {_LINES}"
+    )
 
 
 def _wrapped_shape(record: dict[str, Any]) -> str | None:

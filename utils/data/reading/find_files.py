@@ -7,13 +7,18 @@ from collections.abc import Iterable, Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from utils.data.reading.records import first_names, is_blank, lone_object_names
+from utils.data.reading.data_files import is_parquet, iter_records
+from utils.data.reading.records import is_blank, lone_object_names
+from utils.data.reading.text_files import (
+    CSV_SUFFIXES,
+    DATA_SUFFIXES,
+    JSON_SUFFIXES,
+    OTHER_SUFFIXES,
+    PACKED_SUFFIXES,
+    PARQUET_SUFFIXES,
+    SHOWN_SUFFIXES,
+)
 from utils.errors import UserError
-
-PARQUET_SUFFIXES = (".parquet",)
-JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-CSV_SUFFIXES = (".csv",)
-DATA_SUFFIXES = PARQUET_SUFFIXES + JSON_SUFFIXES + CSV_SUFFIXES
 
 # `datasets` writes these beside the data; they hold no records.
 _METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -51,7 +56,7 @@ def find_data_files(path: str, config: str | None = None) -> dict[str, list[str]
     Raises:
         UserError: there are no data files.
     """
-    chosen = _files_of_one_kind(path)
+    chosen = _files_by_kind(path)[0]
     if config is not None:
         # The configurations of a data set may overlap: all of them together would repeat rows.
         chosen = [file for file in chosen if config in name_parts(file, path)] or chosen
@@ -62,16 +67,33 @@ def find_data_files(path: str, config: str | None = None) -> dict[str, list[str]
     return by_split
 
 
-def _files_of_one_kind(path: str) -> list[str]:
-    files = sorted(file for file in _walk(path) if file.lower().endswith(DATA_SUFFIXES))
+def _files_by_kind(path: str) -> list[list[str]]:
+    """Return the data files below a folder: parquet, JSON and CSV, as far as there are any."""
+    found = list(_walk(path))
+    files = sorted(file for file in found if file.lower().endswith(DATA_SUFFIXES) and not _unpacked_beside(file))
     stray = _stray_files(files)
-    for suffixes in (PARQUET_SUFFIXES, JSON_SUFFIXES, CSV_SUFFIXES):
-        chosen = [file for file in files if file.lower().endswith(suffixes) and file not in stray]
-        if chosen:
-            return chosen
+    kinds = [
+        [file for file in files if file.lower().endswith(suffixes) and file not in stray]
+        for suffixes in (PARQUET_SUFFIXES, JSON_SUFFIXES, CSV_SUFFIXES)
+    ]
+    if any(kinds):
+        return [kind for kind in kinds if kind]
     raise UserError(
-        f"{path} holds no data: a folder made by save_to_disk is needed, or files ending in {', '.join(DATA_SUFFIXES)}."
+        f"{path} holds no data: a folder made by save_to_disk is needed, or files ending in {SHOWN_SUFFIXES}"
+        f"{_other_kinds(found)}."
     )
+
+
+def _unpacked_beside(file: str) -> str | None:
+    """Return the file that a compressed one was made from (or unpacked to), where it lies beside it."""
+    stem, ending = os.path.splitext(file)
+    return stem if ending.lower() in PACKED_SUFFIXES and os.path.isfile(stem) else None
+
+
+def _other_kinds(files: list[str]) -> str:
+    """Return the end of a message that names a file of data in a form that is not read."""
+    names = sorted(os.path.basename(file) for file in files if file.lower().endswith(OTHER_SUFFIXES))
+    return f"; {names[0]} is none of these: export it to one of them" if names else ""
 
 
 def _stray_files(files: list[str]) -> set[str]:
@@ -90,12 +112,10 @@ def _stray_files(files: list[str]) -> set[str]:
 
 def _names_in(file: str) -> set[str]:
     """Return the columns of a data file, of JSON those of its first record; none of a file that can't be read."""
-    if file.lower().endswith(PARQUET_SUFFIXES):
-        try:
-            return set(pq.read_schema(file).names)
-        except (pa.ArrowException, OSError):
-            return set()
-    return first_names(file, is_csv=file.lower().endswith(CSV_SUFFIXES))
+    try:
+        return set(pq.read_schema(file).names if is_parquet(file) else next(iter_records(file), (0, 0, {}))[2])
+    except (pa.ArrowException, OSError, UserError):
+        return set()
 
 
 def _is_named_as_data(file: str) -> bool:
@@ -116,10 +136,10 @@ def _by_split(files: list[str], root: str) -> dict[str, list[str]]:
 
 def _with_rows(files: list[str]) -> list[str]:
     """Leave out files that hold nothing, which some programs write as shards, unless all of them do."""
-    return [file for file in files if file.lower().endswith(PARQUET_SUFFIXES) or not is_blank(file)] or files
+    return [file for file in files if is_parquet(file) or not is_blank(file)] or files
 
 
-def own_files(path: str, splits: dict[str, list[str]] | None = None) -> dict[str, list[str]]:
+def own_files(path: str, splits: dict[str, list[str]] | None = None, evaluates: bool = False) -> dict[str, list[str]]:
     """Return the files of the user's own data to train on, as "train", and to evaluate on, as "eval" if there are any.
 
     A single file is trained on whatever its name. Its evaluation file lies beside it: `eval.jsonl` (or test,
@@ -128,25 +148,36 @@ def own_files(path: str, splits: dict[str, list[str]] | None = None) -> dict[str
     Args:
         path: a file or folder.
         splits: files by split, where they are already known.
+        evaluates: nothing is trained on; files for evaluation alone are then "train" too, of which all is evaluated.
 
     Raises:
         UserError: there is no data file, or none to train on.
     """
     if os.path.isfile(path):
         if not path.lower().endswith(DATA_SUFFIXES):
-            raise UserError(f"{path} is no data file: its name must end in one of {', '.join(DATA_SUFFIXES)}.")
+            raise UserError(f"{path} is no data file: its name must end in {SHOWN_SUFFIXES}.")
         beside = _evaluation_file_beside(path)
         return {"train": [path]} | ({"eval": [beside]} if beside else {})
-    splits = splits or _by_split(_files_of_one_kind(path), path)
+    if splits is None:
+        kinds = [_by_split(kind, path) for kind in _files_by_kind(path)]
+        # The first that holds something to train on; only its files are read.
+        splits = next((kind for kind in kinds if evaluates or not set(EVAL_NAMES).issuperset(kind)), kinds[0])
     train = [name for name in splits if name not in EVAL_NAMES]
+    evaluation = next((name for name in EVAL_NAMES if name in splits), None)
+    if evaluates and evaluation and not train:
+        return {"train": splits[evaluation]}
+    found = train
     if len(train) > 1:
         train = [name for name in train if name in ("train", "training")]
     if len(train) != 1:
-        raise UserError(
-            f"{path} does not say which of its data to train on (found: {', '.join(sorted(splits))}): name the files, "
-            "for example, train.jsonl and eval.jsonl, or give --data_path one file."
+        choice = (
+            f"give --data_path one of them, for example {os.path.join(path, found[0])}"
+            if found and os.path.isdir(os.path.join(path, found[0]))
+            else "name the files, for example, train.jsonl and eval.jsonl, or give --data_path one file"
         )
-    evaluation = next((name for name in EVAL_NAMES if name in splits), None)
+        raise UserError(
+            f"{path} does not say which of its data to train on (found: {', '.join(sorted(splits))}): {choice}."
+        )
     return {"train": splits[train[0]]} | ({"eval": splits[evaluation]} if evaluation else {})
 
 
@@ -160,13 +191,21 @@ def other_files(path: str, used: dict[str, list[str]]) -> list[str]:
         return []
     taken = {file for files in used.values() for file in files}
     real = {os.path.realpath(file): file for file in taken}
-    others = sorted(file for file in _walk(path) if file.lower().endswith(DATA_SUFFIXES) and file not in taken)
-    found = []
-    for file in others:
-        same, name = real.get(os.path.realpath(file)), os.path.relpath(file, path)
-        is_empty = not file.lower().endswith(PARQUET_SUFFIXES) and is_blank(file)
-        found.append(f"{name} (links to {os.path.relpath(same, path)})" if same else name + " (empty)" * is_empty)
+    endings = DATA_SUFFIXES + OTHER_SUFFIXES
+    others = sorted(file for file in _walk(path) if file.lower().endswith(endings) and file not in taken)
+    found = [os.path.relpath(file, path) + _why_unread(file, path, real) for file in others]
     return found + [f"{os.path.relpath(folder, path)} (links to a folder that is read)" for folder in _loops(path)]
+
+
+def _why_unread(file: str, root: str, used: dict[str, str]) -> str:
+    """Return in brackets why a file is not read, where it is known; `used` has files by their real paths."""
+    if same := used.get(os.path.realpath(file)):
+        return f" (links to {os.path.relpath(same, root)})"
+    if (unpacked := _unpacked_beside(file)) in used.values():
+        return f" (a compressed copy of {os.path.relpath(unpacked, root)})"
+    if not file.lower().endswith(DATA_SUFFIXES):
+        return " (another format)"
+    return " (empty)" if not is_parquet(file) and is_blank(file) else ""
 
 
 def unread_note(path: str, used: dict[str, list[str]]) -> str:

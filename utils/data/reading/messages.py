@@ -20,13 +20,13 @@ _SPEAKERS = {role: role for role in ROLES} | {
     "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant", "ai": "assistant",
     "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool",
-    "function_call": "assistant", "tool_call": "assistant",
+    "ipython": "tool", "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
 _CALLERS = ("function_call", "tool_call")
 _APART = re.compile(r"[\s_-]+")
 # Fields that say whether an answer is to be learned: OpenAI's, axolotl's (two), ms-swift's (two), LLaMA-Factory's.
 MARKS = frozenset(("weight", "train", "training", "loss", "loss_scale", "loss_weight"))
-_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", bytes: "bytes", type(None): "null"}
 
 
 class Malformed(ValueError):
@@ -69,11 +69,26 @@ def to_messages(value: Any, where: str) -> list[Message]:
     value = without_nulls(parsed(value))
     if value is None or value == "":
         value = []
+    if isinstance(value, dict):
+        value = _turns_in_columns(value)
     if not isinstance(value, list):
         raise Malformed(f'"{where}" is {kind_of(value)} where a list of messages is needed')
     if not value:
         raise Malformed(f'"{where}" holds no message')
-    return [_message(message, f"{where}[{place}]") for place, message in enumerate(value)]
+    return [_message(parsed(message), f"{where}[{place}]") for place, message in enumerate(value)]
+
+
+def _turns_in_columns(value: dict[str, Any]) -> Any:
+    """Return a list of messages where each field is a list of its values in all of them, as `datasets` may keep them.
+
+    Other objects are returned as they are.
+    """
+    columns = list(value.values())
+    if not is_message(value) or not all(isinstance(column, list) for column in columns):
+        return value
+    if len({len(column) for column in columns}) != 1:
+        return value
+    return [without_nulls(dict(zip(value, turn, strict=True))) for turn in zip(*columns, strict=True)]
 
 
 def conversation_fault(value: Any, where: str) -> str | None:
@@ -113,14 +128,14 @@ def kind_of(value: Any) -> str:
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
         raise Malformed(f'"{where}" is {kind_of(message)} where a message is needed')
-    message = _with_role(message, where)
+    message, said = _with_role(message, where)
     if "function_call" in message:  # the name of tool_calls in OpenAI's first version
         message.setdefault("tool_calls", message.pop("function_call"))
     if "tool_calls" in message:
         message["tool_calls"] = _calls(message["tool_calls"], f"{where}.tool_calls")
         if not message["tool_calls"]:
             del message["tool_calls"]
-    message["content"] = _content(message, where)
+    message["content"] = _content(message, f"{where}.{said}")
     if message["role"] == "assistant":
         for name in MARKS & message.keys():
             if message[name] not in (0, 1):
@@ -128,26 +143,27 @@ def _message(message: Any, where: str) -> Message:
     return message
 
 
-def _with_role(message: Message, where: str) -> Message:
-    """Return a copy that has `role`, one of `ROLES`, and `content`."""
-    if message.get("role") in ROLES:
-        return dict(message)
+def _with_role(message: Message, where: str) -> tuple[Message, str]:
+    """Return a copy that has `role`, one of `ROLES`, and `content`; and the field in which the content was."""
+    if message.get("role") in ROLES and ("content" in message or "value" not in message):
+        return dict(message), "content"
     if not is_message(message):
         raise Malformed(f'"{where}" has neither "role" nor "from" (it has {", ".join(message) or "nothing"})')
-    named, said = ("role", "content") if "role" in message else ("from", "value")
+    named = "role" if "role" in message else "from"
+    said, other = ("content", "value") if named == "role" else ("value", "content")
+    if said not in message and other in message:
+        said, other = other, said
     given = message[named]
     speaker = _APART.sub("_", given.strip().lower()) if isinstance(given, str) else ""
     if speaker not in _SPEAKERS:
         raise Malformed(f'"{where}.{named}" is {given!r}: it must be one of {", ".join(_SPEAKERS)}')
+    if named == "from" and said in message and message.get(other, message[said]) != message[said]:
+        raise Malformed(f'"{where}" holds different texts in "value" and "content": remove one of them')
     others = {name: value for name, value in message.items() if name not in (named, said)}
-    if said in message and message.get("content", message[said]) != message[said]:
-        raise Malformed(f'"{where}" holds different texts in "{said}" and "content": remove one of them')
-    changed = {"role": _SPEAKERS[speaker]}
-    if said in message or "content" not in message:
-        changed["content"] = message.get(said)
+    changed = {"role": _SPEAKERS[speaker], "content": message.get(said)}
     if speaker in _CALLERS and "tool_calls" not in message:
         changed |= {"content": "", "tool_calls": message.get(said)}
-    return others | changed
+    return others | changed, said
 
 
 def _content(message: Message, where: str) -> str:
@@ -155,16 +171,17 @@ def _content(message: Message, where: str) -> str:
     if content is None:
         if "tool_calls" in message:
             return ""  # how OpenAI writes a message that is a call alone
-        state = "null or missing" if "content" not in message else "null"
-        raise Malformed(f'"{where}.content" is {state} where a string is needed')
+        others = [name for name in message if name not in ("role", "content")]
+        beside = f" (it has {', '.join(others)} beside the role)" if others else ""
+        raise Malformed(f'"{where}" is null or missing where a string is needed{beside}')
     if isinstance(content, list) and (message["role"] != "tool" or _are_parts(content)):
-        text = "".join(_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
+        text = "".join(_part(part, f"{where}[{place}]") for place, part in enumerate(content))
         fields = {name for part in content if isinstance(part, dict) for name in part if name not in ("type", "text")}
         return PartsText(text).with_fields(fields) if fields else text
     if message["role"] == "tool" and not isinstance(content, str):  # what a function returned
         return json.dumps(content, ensure_ascii=False)
     if not isinstance(content, str):
-        raise Malformed(f'"{where}.content" is {kind_of(content)} where a string is needed')
+        raise Malformed(f'"{where}" is {kind_of(content)} where a string is needed')
     return content
 
 
@@ -194,7 +211,10 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     function = parsed(call.get("function")) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Malformed(f'"{where}" is no call of a function: {{"name": ..., "arguments": ...}} is needed')
-    given = function.get("arguments", {})
+    # Llama's and Anthropic's names for the same.
+    name = next((name for name in ("arguments", "parameters", "input") if name in function), "arguments")
+    given = function.get(name, {})
     arguments = parsed(given) if isinstance(given, str) and given.strip() else given or {}
     arguments = arguments if isinstance(arguments, dict) else given
-    return {**call, "function": {**function, "arguments": arguments}}
+    others = {field: value for field, value in function.items() if field != name}
+    return {**call, "function": {**others, "arguments": arguments}}

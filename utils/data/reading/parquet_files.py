@@ -27,6 +27,24 @@ def parquet_schema(file: str) -> pa.Schema:
         raise UserError(f"{file} is no complete parquet file: {err}. Copy it again.") from err
 
 
+def _with_empty_columns(file: str, found: pa.Schema) -> pa.Schema:
+    """Return the columns of a file, those of numbers that are null in every row with no type.
+
+    pandas keeps a column of missing texts as numbers.
+    """
+    numbers = [name for name in found.names if pa.types.is_floating(found.field(name).type)]
+    if not numbers:
+        return found
+    about = pq.read_metadata(file)
+    places = {about.schema.column(place).path: place for place in range(about.num_columns)}
+    for name in numbers:
+        groups = [about.row_group(number) for number in range(about.num_row_groups)]
+        parts = [(group.num_rows, group.column(places[name]).statistics) for group in groups]
+        if all(stats is not None and stats.null_count == rows for rows, stats in parts):
+            found = found.set(found.get_field_index(name), pa.field(name, pa.null()))
+    return found
+
+
 def parquet_batches(files: list[str], schema: Schema) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     """Return the schema of parquet files and their batches; a column that no file has is left out.
 
@@ -35,7 +53,7 @@ def parquet_batches(files: list[str], schema: Schema) -> tuple[pa.Schema, Iterat
     """
     found = {file: parquet_schema(file) for file in files}
     for file, file_schema in found.items():
-        check_columns(file_schema, schema, file)
+        check_columns(_with_empty_columns(file, file_schema), schema, file)
     there = {name for file_schema in found.values() for name in file_schema.names}
     target = pa.schema([(name, arrow_type(kind)) for name, kind in schema.columns.items() if name in there])
 
@@ -72,11 +90,20 @@ def checked_batch(
         if field.name not in batch.schema.names:
             columns.append(pa.nulls(len(batch), field.type))
         elif form := _form_of(schema.columns[field.name], batch.column(field.name).type):
-            values = batch.column(field.name).to_pylist()
+            values = _values(batch.column(field.name), field.name, where)
             columns.append(pa.array(map(form, values), field.type, size=len(values)))
         else:
             columns.append(_converted(batch.column(field.name), field.type))
     return pa.RecordBatch.from_arrays(columns, schema=target)
+
+
+def _values(column: pa.Array | pa.ChunkedArray, name: str, where: str) -> list[Any]:
+    """Return the values of a column, maps as dicts and bytes as text."""
+    try:
+        values = column.to_pylist(maps_as_pydicts="strict")
+        return [_as_text(value) for value in values] if _holds_bytes(column.type) else values
+    except KeyError as err:
+        raise UserError(f'{where}s: "{name}" holds a map with one key twice ({err}). {_ADVICE}') from err
 
 
 def _form_of(kind: Kind, found: pa.DataType) -> Callable[[Any], str | None] | None:
@@ -118,7 +145,7 @@ def check_rows(batch: pa.RecordBatch | pa.Table, schema: Schema, where: str, bef
             row = before + batch.column(name).is_null().index(True).as_py() + 1
             raise UserError(f'{where} {row}: "{name}" is null. {_ADVICE}')
     for name in schema.conversations:
-        for row, value in enumerate(batch.column(name).to_pylist(), before + 1):
+        for row, value in enumerate(_values(batch.column(name), name, where), before + 1):
             if fault := conversation_fault(value, name):
                 raise UserError(f"{where} {row}: {fault}. {_ADVICE}")
 
@@ -129,7 +156,7 @@ def check_texts(dataset: datasets.Dataset, schema: Schema, origin: str) -> None:
         if name not in dataset.column_names:
             continue
         column = dataset.data.column(name)
-        if kind is not object and _holds_bytes(column.type):
+        if (kind is not object or name in schema.conversations) and _holds_bytes(column.type):
             raise UserError(f'{origin}: "{name}" holds {column.type} where text is needed: cast it to strings.')
         _check_text(column, name, f"{origin}, record", 0)
 

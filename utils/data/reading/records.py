@@ -1,31 +1,29 @@
-"""Reads the records of JSON and CSV files one by one, strictly; errors name the record and the line.
+"""Reads the records of JSON files one by one, strictly; errors name the record and the line.
 
-A JSON file is a list of objects, or one object per line (JSON Lines); either may be compressed with gzip. It is read
-in blocks, so a large file takes little memory.
+A JSON file is a list of objects, or one object per line (JSON Lines); either may be compressed. It is read in blocks,
+so a large file takes little memory.
 """
 
-import codecs
-import csv
-import gzip
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from utils.data.reading.text_files import BAD_FILES, LIST_SUFFIXES, not_utf8, not_whole, open_text, unreadable
+from utils.data.reading.whole_values import RepeatedName, object_of
 from utils.errors import UserError
 
 BLOCK_CHARS = 1 << 20
-LONGEST_FIELD = 1 << 30  # of CSV; the csv module's default limit, 128 KiB, is less than a long document
-_GZIP = b"\x1f\x8b"
 _LARGEST_BLANK = 4096  # bytes
-CSV_ADVICE = "write one record per line below a line of column names, texts with commas or line breaks in double quotes"
 SHAPE_ADVICE = 'write a list of objects, [{"...": "..."}, ...], or one object per line (JSON Lines)'
 
 # Files that were put together from several have a byte order mark at the beginning of each.
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
-_DECODER = json.JSONDecoder()
+# A missing number, as Python and pandas write it, is a missing value.
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=object_of, parse_constant=lambda name: None if name == "NaN" else float(name)
+)
 _JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 
 
@@ -41,41 +39,26 @@ def iter_json_records(path: str) -> Iterator[tuple[int, int, dict]]:
         UserError: the file is missing, empty, not UTF-8, not JSON, cut off, or holds something but objects.
     """
     try:
-        with _open_text(path) as stream:
+        with open_text(path) as stream:
             yield from _records(_Reader(stream), path)
     except UnicodeDecodeError as err:
-        raise UserError(_not_utf8(path, err)) from err
-    except (EOFError, zlib.error, gzip.BadGzipFile) as err:
-        raise UserError(f"{path} is no complete gzip file ({err}): copy it again.") from err
+        raise not_utf8(path, err) from err
+    except BAD_FILES as err:
+        raise not_whole(path, err) from err
     except OSError as err:
-        raise UserError(f"{path} cannot be read: {err.strerror or err}. Put the file there.") from err
-
-
-def _open_text(path: str) -> TextIO:
-    # utf-8-sig: files from Windows tools begin with a byte order mark.
-    if path.lower().endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig")
+        raise unreadable(path, err) from err
 
 
 def lone_object_names(path: str) -> set[str]:
     """Return the fields of the one object that is all a .json file holds; none of any other file."""
-    if not path.lower().endswith((".json", ".json.gz")):
+    if not path.lower().endswith(LIST_SUFFIXES):
         return set()
     try:
-        with _open_text(path) as stream:
+        with open_text(path) as stream:
             reader = _Reader(stream)
             value = reader.value() if reader.peek() == "{" else None
             return set(value) if isinstance(value, dict) and reader.peek() == "" else set()
-    except (OSError, EOFError, ValueError, zlib.error, RecursionError):
-        return set()
-
-
-def first_names(path: str, is_csv: bool) -> set[str]:
-    """Return the fields of a file's first record; none where it can't be read."""
-    try:
-        return set(next(iter_csv_records(path) if is_csv else iter_json_records(path), (0, 0, {}))[2])
-    except UserError:
+    except (*BAD_FILES, OSError, ValueError, RecursionError):
         return set()
 
 
@@ -84,28 +67,10 @@ def is_blank(path: str) -> bool:
     try:
         if os.path.getsize(path) > _LARGEST_BLANK:
             return False
-        with _open_text(path) as stream:
+        with open_text(path) as stream:
             return stream.read().strip(" \t\r\n\ufeff") in ("", "[]")
-    except (OSError, EOFError, ValueError, zlib.error):
+    except (*BAD_FILES, OSError, ValueError):
         return not os.path.exists(path) or os.path.getsize(path) == 0
-
-
-def _not_utf8(path: str, err: UnicodeDecodeError) -> str:
-    """Return the message for a file that is not UTF-8, with the first line that is not."""
-    place, encoding = "", "another encoding"
-    with open(path, "rb") as stream:
-        if stream.read(2) == _GZIP and not path.lower().endswith(".gz"):
-            return f"{path} is compressed by gzip: end its name in .gz."
-    with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                encoding = "UTF-16"
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                place = f"line {number}: "
-                break
-    return f"{path} is not UTF-8 text, but {encoding} ({place}{err.reason}): save it as UTF-8."
 
 
 class _Reader:
@@ -214,74 +179,19 @@ def _value(reader: _Reader, path: str, number: int) -> Any:
             raise UserError(f"{where}: texts stand in double quotes there, not in single ones as in Python.") from err
         if found == "]":
             raise UserError(f"{where}: remove the comma before it, which follows the last record.") from err
+        if found == ",":
+            raise UserError(
+                f"{where}: remove the comma before it; only a list, in [ ], has commas between records."
+            ) from err
+        if err.msg.startswith("Invalid control character"):
+            raise UserError(f"{where}: a line break or tab inside a text must be written as \\n or \\t.") from err
+        if found == "\0":
+            raise UserError(f"{where}: zero bytes. If it is UTF-16, save it as UTF-8; else copy it again.") from err
         raise UserError(
             f"{where}: {err.msg}. Correct that line; if it is the last one, the file was cut off and must be copied "
             "again."
         ) from err
+    except RepeatedName as err:
+        raise UserError(f"{path}, record {number} (line {reader.line}): {err}. Remove or rename one of them.") from err
     except RecursionError as err:
         raise UserError(f"{path}, record {number} (line {reader.line}) is nested too deeply: flatten it.") from err
-
-
-def iter_csv_records(path: str) -> Iterator[tuple[int, int, dict[str, str]]]:
-    """Yield `(record number from 1, line number from 1, record)` for every row below the header.
-
-    White space around the names of columns is no part of them. Where the header has spaces after its commas, those
-    after the commas of the rows are no part of the texts either.
-
-    Raises:
-        UserError: the file is missing, empty, not UTF-8, or a row has more or fewer fields than the header.
-    """
-    csv.field_size_limit(LONGEST_FIELD)
-    before = 0
-    try:
-        # utf-8-sig: files from spreadsheets begin with a byte order mark.
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            # Files that were put together from several have a byte order mark at the beginning of each.
-            lines = (line.removeprefix("\ufeff") for line in stream)
-            rows = csv.reader(lines, strict=True)
-            names = next(rows, None)
-            if names is None:
-                raise UserError(f"{path} is empty: {CSV_ADVICE}.")
-            before = rows.line_num
-            is_spaced, header = _header(names, path)
-            rows = csv.reader(lines, strict=True, skipinitialspace=is_spaced)
-            number, line = 0, before + 1
-            for fields in rows:
-                if fields:  # an empty line is no record
-                    number += 1
-                    if len(fields) != len(header):
-                        raise UserError(
-                            f"{path}, record {number} (line {line}) has {len(fields)} fields where the header has "
-                            f"{len(header)}: {CSV_ADVICE}."
-                        )
-                    yield number, line, dict(zip(header, fields, strict=True))
-                line = before + rows.line_num + 1
-    except UnicodeDecodeError as err:
-        raise UserError(_not_utf8(path, err)) from err
-    except csv.Error as err:
-        raise UserError(f"{path}, line {before + rows.line_num} is not valid CSV ({err}): {CSV_ADVICE}.") from err
-    except OSError as err:
-        raise UserError(f"{path} cannot be read: {err.strerror or err}. Put the file there.") from err
-
-
-def csv_columns(path: str) -> list[str]:
-    """Return the columns of a CSV file, also where no row follows; raises UserError."""
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as stream:
-        return _header(next(csv.reader(stream), []), path)[1]
-
-
-def csv_has_spaces(path: str) -> bool:
-    """Whether spaces follow the commas of a CSV file's header, so that they are left out everywhere."""
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as stream:
-        return _header(next(csv.reader(stream), []), path)[0]
-
-
-def _header(names: list[str], path: str) -> tuple[bool, list[str]]:
-    """Return whether spaces follow the commas, and the names of the columns."""
-    is_spaced = any(name != name.lstrip() for name in names[1:])
-    if is_spaced:  # quotes after a space were read as letters
-        names = next(csv.reader([",".join(names)], skipinitialspace=True))
-    header = [name.strip() for name in names]
-    if len(set(header)) < len(header):
-        raise UserError(f"{path} has two columns of the same name ({', '.join(header)}): rename one.")
-    return is_spaced, header

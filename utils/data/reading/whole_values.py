@@ -7,16 +7,38 @@ In a column of kind `TextOrValue`, where a text may look like JSON and be a text
 """
 
 import json
+from decimal import Decimal
 from typing import Any
 
 VALUE = "\x00json:"
+
+
+class RepeatedName(ValueError):
+    """A name that stands twice in one object of JSON, with different values."""
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; raises RepeatedName where only one of two values could be kept."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for name, value in pairs:
+            if found[name] != value:
+                raise RepeatedName(f'"{name}" stands twice in one object, with different values')
+    return found
 
 
 def encoded(value: Any) -> str | None:
     """Return a value as JSON text, without the nulls that parquet fills in; a text stays as it is."""
     if value is None or isinstance(value, str):
         return value
-    return json.dumps(without_nulls(value), ensure_ascii=False, default=str)
+    return json.dumps(without_nulls(value), ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of Arrow in the type that JSON has for it, as text where there is none."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return str(value)
 
 
 def marked(value: Any) -> str | None:
