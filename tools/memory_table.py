@@ -13,7 +13,7 @@ from transformers import OPTConfig, PretrainedConfig
 
 from utils.distributed.failures import end_run
 from utils.dry_run.activation_memory import Layout, count, simulated_model
-from utils.dry_run.memory import CHOICES, GB, USABLE, stage_name
+from utils.dry_run.memory import GB, USABLE, quantized_counts, stage_choices, stage_name
 from utils.dry_run.zero_memory import Sizes, estimate, setting_from_config
 from utils.ds_utils import get_train_ds_config
 from utils.errors import UserError
@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lora_dim", type=int, default=0, help="as in training; 0 as there")
     add("--lora_module_name", default="auto", help="as in training; auto, since it fits every family")
     add("--only_optimize_lora", action="store_true", help="as in training; off as there")
+    add("--quantize_base", choices=["nf4"], default=None, help="as in training; none as there; not at ZeRO 3")
     return parser
 
 
@@ -54,6 +55,8 @@ def check(args: Namespace) -> None:
     wrong += [f"--max_seq_len must be at least 2, not {args.max_seq_len}."] if args.max_seq_len < 2 else []
     if args.only_optimize_lora and args.lora_dim <= 0:
         wrong.append("--only_optimize_lora needs --lora_dim above 0.")
+    if args.quantize_base and not (args.lora_dim > 0 and args.only_optimize_lora):
+        wrong.append("--quantize_base needs --lora_dim above 0 and --only_optimize_lora.")
     if wrong:
         raise UserError(" ".join(wrong))
 
@@ -71,11 +74,12 @@ def sizes_of(config: PretrainedConfig, args: Namespace, **changes: Any) -> Sizes
     """Count a model on GPUs when all samples have the full length; `changes` replace fields of its form."""
     form = ModelForm(
         lora_dim=args.lora_dim, lora_module_name=args.lora_module_name, only_optimize_lora=args.only_optimize_lora,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )  # fmt: skip
+        gradient_checkpointing=args.gradient_checkpointing, quantize_base=args.quantize_base,
+    )._replace(**changes)  # fmt: skip
     tokens = args.per_device_train_batch_size * args.max_seq_len
     layout = Layout(1, tokens, tokens - args.per_device_train_batch_size)
-    return Sizes(*count(simulated_model(config, form._replace(**changes), args.dtype), layout))
+    packed = quantized_counts(config, form)
+    return Sizes(*count(simulated_model(config, form, args.dtype), layout)._replace(**packed))
 
 
 def table(args: Namespace) -> str:
@@ -84,13 +88,14 @@ def table(args: Namespace) -> str:
     own = sizes_of(load_model_config(args.model_name_or_path), args)
     family = {name: sizes_of(opt_config(name), args) for name in OPT}
     checkpointing = "on" if args.gradient_checkpointing else "off"
+    in_4_bits = f", {own.quantized / GB:.3g}B parameters in 4 bits, which ZeRO 3 can't hold" * (own.quantized > 0)
     lines = [
         f"{args.gpus} GPUs of {args.gpu_memory:g} GB, {USABLE:.0%} of it for tensors; {own.parameters / GB:.3g}B "
         f"parameters, {own.trainable / GB:.3g}B train;\n{args.per_device_train_batch_size} samples of "
-        f"{args.max_seq_len} tokens per GPU, {args.dtype}, checkpointing {checkpointing}\n",
+        f"{args.max_seq_len} tokens per GPU, {args.dtype}, checkpointing {checkpointing}{in_4_bits}\n",
         "| ZeRO | GB per GPU | fits | CPU GB per GPU | largest OPT that fits |\n| --- | --- | --- | --- | --- |",
     ]
-    for stage, offload in CHOICES:
+    for stage, offload in stage_choices(own.quantized > 0):
         setting = setting_from_config(
             get_train_ds_config(offload, stage, args.dtype), args.gpus, 4 if args.dtype == "fp32" else 2, on_cpu=False
         )
@@ -106,6 +111,7 @@ def table(args: Namespace) -> str:
 def rule_of_thumb(args: Namespace, usable: float) -> str:
     """Return the rule of thumb, GPU gigabytes / 3 in billions of parameters, beside the estimate for it."""
     lora = {"lora_dim": args.lora_dim or 128, "only_optimize_lora": True, "gradient_checkpointing": True}
+    lora["quantize_base"] = None  # which ZeRO 3 can't hold
     size = 4 if args.dtype == "fp32" else 2
     setting = setting_from_config(get_train_ds_config(False, 3, args.dtype), args.gpus, size, on_cpu=False)
     from_large = reversed(OPT)

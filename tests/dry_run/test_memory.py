@@ -1,8 +1,11 @@
 """The memory estimate: against what DeepSpeed's engine really holds, and against sums done by hand."""
 
+import re
+
 import pytest
 import torch
 from conftest import ROOT
+from transformers import AutoTokenizer, LlamaConfig
 
 from tests.module.test_lora import CONFIGS
 from tools.memory_table import build_parser, check, opt_config, table
@@ -205,6 +208,35 @@ def test_table(tmp_path, monkeypatch):
     assert "8 x 16 GB / 3 = up to 43B parameters" in text
 
 
+def test_table_of_a_base_in_4_bits(tmp_path, monkeypatch, run_inside, json_data, cache_folder):
+    """It is what --dry_run says of the same micro batch, without ZeRO 3."""
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=1816,
+        num_key_value_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(ROOT / "demo" / "tiny_opt").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("tools.memory_table.OPT", {"125m": (2, 768, 12)})
+    monkeypatch.setattr("utils.dry_run.dry_run.largest_micro_batch", lambda *_: Layout(1, 4 * 64, 4 * 63))
+    lora = ["--lora_dim", "4", "--only_optimize_lora", "--quantize_base", "nf4", "--max_seq_len", "64"]
+    model = ["--model_name_or_path", str(tmp_path / "model")]
+    args = build_parser().parse_args([*model, *lora, "--gpus", "8", "--gpu_memory", "16"])
+    check(args)
+    text = table(args)
+    in_gigabytes = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")][2:]
+    assert [row[0].strip() for row in in_gigabytes] == ["0", "1", "1 + offload", "2", "2 + offload"]
+    assert "0.000328B parameters in 4 bits, which ZeRO 3 can't hold" in text  # 2 x (4 x 128 x 128 + 3 x 128 x 256)
+    data = ["--data_path", json_data, "--data_split", "10,0,0", "--data_output_path", cache_folder]
+    options = ["--lora_module_name", "auto", "--disable_dropout", "--dry_run", "8x16"]
+    status, out, err = run_inside([*model, *lora, *data, *options])
+    assert status == 0, err
+    stages = re.search(r"by ZeRO stage (.*)", out)[1]
+    peaks = {name: float(size) * {"GB": 1e9, "MB": 1e6}[unit]
+             for name, size, unit in re.findall(r"(\d(?: \+ offload)?): ([\d.]+) ([GM]B)", stages)}  # fmt: skip
+    for name, gigabytes, *_ in in_gigabytes:
+        assert float(gigabytes) == pytest.approx(peaks[name.strip()] / 1e9, abs=0.06)
+
+
 def test_table_refuses_nonsense(tmp_path):
     from utils.errors import UserError
 
@@ -213,3 +245,5 @@ def test_table_refuses_nonsense(tmp_path):
         check(build_parser().parse_args(arguments))
     for words in ("--gpus must be above 0", "--gpu_memory must be above 0", "--only_optimize_lora needs"):
         assert words in str(caught.value)
+    with pytest.raises(UserError, match="--quantize_base needs --lora_dim above 0 and --only_optimize_lora"):
+        check(build_parser().parse_args(["--model_name_or_path", str(ROOT), "--quantize_base", "nf4"]))

@@ -92,7 +92,7 @@ def describe(memory: MemoryEstimate, budget: MemoryBudget) -> str:
     host = f", and {size_words(total.host)} of CPU memory per rank" if total.host and not setting.on_cpu else ""
     parts = zip(PARTS, (size_words(size) for size in total[: len(PARTS)]), strict=True)
     others = []
-    for stage, offload in CHOICES if not counts.quantized else [choice for choice in CHOICES if choice[0] < 3]:
+    for stage, offload in stage_choices(counts.quantized > 0):
         peak = estimate(Sizes(*counts), setting._replace(stage=stage, offload=offload, nvme=False)).peak
         others.append(
             f"{stage_name(stage, offload)}: {size_words(peak)}{'' if peak <= budget.bytes_each else ' (too much)'}"
@@ -105,6 +105,11 @@ def describe(memory: MemoryEstimate, budget: MemoryBudget) -> str:
         f"{budget.device}\n"
         f"  by ZeRO stage {', '.join(others)}"
     )
+
+
+def stage_choices(quantized: bool) -> list[tuple[int, bool]]:
+    """Return the pairs of ZeRO stage and offload there are; weights in 4 bits can't be divided, as stage 3 does."""
+    return [choice for choice in CHOICES if choice[0] < 3 or not quantized]
 
 
 def size_words(size: float) -> str:

@@ -16,10 +16,9 @@ ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054) divides AdamW's
 
 from typing import Any, NamedTuple
 
+from utils.module.nf4 import BITS
+
 FULL = 4  # bytes of a float32
-# Bytes of a weight in 4 bits: with 8 bits for each block of 64 and 32 for each 256 blocks, 4.127 bits (QLoRA, Dettmers
-# et al. 2023, https://arxiv.org/abs/2305.14314, section 3).
-QUANTIZED = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 MOMENTS = 8  # AdamW's two, in float32
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed's, in elements
 UNBUCKETED = 500_000_000  # elements DeepSpeed's plain all-reduce joins at a time
@@ -110,7 +109,7 @@ def estimate(sizes: Sizes, setting: Setting) -> Estimate:
 
 def _weight_bytes(sizes: Sizes, setting: Setting) -> float:
     """Return the bytes of the whole model's weights."""
-    return setting.dtype_bytes * (sizes.parameters - sizes.quantized) + QUANTIZED * sizes.quantized
+    return setting.dtype_bytes * (sizes.parameters - sizes.quantized) + BITS / 8 * sizes.quantized
 
 
 def _without_zero(sizes: Sizes, setting: Setting) -> Estimate:

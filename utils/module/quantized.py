@@ -18,12 +18,10 @@ from utils.distributed.zero3 import is_quantized, whole_numel
 from utils.errors import UserError
 from utils.logging.console import chatter_to_log
 from utils.module.empty_model import empty_model
+from utils.module.nf4 import BITS, BLOCK
 from utils.notation import HERE
 
 NF4 = "nf4"
-BLOCK, OUTER_BLOCK = 64, 256
-# 4 for the number, 8 for each block's largest, 32 for each outer block's: 4.127 (section 3 of the paper).
-BITS = 4 + 8 / BLOCK + 32 / (BLOCK * OUTER_BLOCK)
 
 
 def check_quantization(kind: str | None, stage: int) -> None:
