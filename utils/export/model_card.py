@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.formats.chat_template import AS_IS, AUTO, HUMAN_ASSISTANT, SPEAKERS, ChatFormat, render
-from utils.export.next_steps import elsewhere
+from utils.export import other_programs
+from utils.export.next_steps import saved_architecture
 from utils.export.owned_files import CARD
 from utils.logging.console import say
 from utils.logging.loss_curve import PICTURE, draw_losses
@@ -56,7 +57,8 @@ def describe_model(
         if has_records and picture:
             draw_losses(output_dir, folder)
         with open(os.path.join(folder, CARD), "w", encoding="utf-8") as file:
-            file.write(model_card(config.args, config.decisions, read_metrics(output_dir) if has_records else []))
+            metrics = read_metrics(output_dir) if has_records else []
+            file.write(model_card(config.args, config.decisions, metrics, saved_architecture(folder)))
 
     return write
 
@@ -64,13 +66,16 @@ def describe_model(
 # ------------------------------------------------------------------------------------------------ the card
 
 
-def model_card(args: Namespace, decisions: dict[str, Any], records: list[dict[str, float]]) -> str:
+def model_card(
+    args: Namespace, decisions: dict[str, Any], records: list[dict[str, float]], architecture: str | None
+) -> str:
     """Return the card as Markdown with the header that the hub reads.
 
     Args:
         args: the run's arguments as given.
         decisions: what was decided from them, see `RunConfig.decisions`.
         records: those of metrics.jsonl up to the state that is saved.
+        architecture: the model class that config.json names.
     """
     sources = [parse_source(text).name for text in (*args.data_path, *args.sft_only_data_path)]
     title = os.path.basename(os.path.normpath(args.model_name_or_path))
@@ -86,13 +91,19 @@ def model_card(args: Namespace, decisions: dict[str, Any], records: list[dict[st
     parts += ["## Settings", settings_table(args, decisions)]
     if args.lora_dim > 0:
         parts.append("The LoRA weights are merged in.")
-    programs = "\n".join(f"{command}  # {purpose}" for purpose, command in elsewhere("FOLDER").items())
-    parts += [
-        "## Use",
-        f"With transformers, `AutoModelForCausalLM.from_pretrained`; in other programs:\n\n```bash\n{programs}\n```",
-    ]
+    parts += ["## Use", *use(architecture)]
     parts += ["## Command", f"```text\n{command_line()}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def use(architecture: str | None) -> list[str]:
+    """Return how the model is used, by the programs that read its class, as parts of Markdown."""
+    parts = ["With transformers: `AutoModelForCausalLM.from_pretrained`."]
+    if commands := other_programs.commands("FOLDER", architecture):
+        lines = "\n".join(f"{command}  # {purpose}" for purpose, command in commands.items())
+        parts.append(f"In other programs:\n\n```bash\n{lines}\n```")
+    notes = other_programs.notes(architecture)
+    return [*parts, "\n".join(f"* {note}" for note in notes)] if notes else parts
 
 
 def card_header(base: str, sources: list[str]) -> str:
