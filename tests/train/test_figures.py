@@ -17,8 +17,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from tools.tiny_families import tiny_config
 from utils.data.batching.collate import IGNORE_INDEX
 from utils.module.fused_loss import BatchFigures, install_loss, last_figures, summed_loss
+from utils.module.router_loss import describe_routers, router_of
 from utils.train.step_losses import StepLosses
 
 SIZES = {
@@ -75,6 +77,42 @@ def test_the_router_loss_is_that_of_transformers(name, fused):
     for name, weight in model.named_parameters():
         if name in routers:
             torch.testing.assert_close(weight.grad, routers[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "flex_olmo", "granitemoe", "jetmoe", "phimoe"])
+def test_families_that_name_their_experts_otherwise(family):
+    config = tiny_config(family)
+    config.output_router_logits = True
+    model = tiny(config)
+    for name in ("router_aux_loss_coef", "aux_loss_coef"):
+        if hasattr(model, name):
+            setattr(model, name, 0.5)
+    model.eval()  # no dropout, no noise
+    batch, labels, mask = padded_batch()
+    expected = model(input_ids=batch["input_ids"], attention_mask=mask, labels=labels)
+    install_loss(model, True)
+    model.training = True
+    loss = summed_loss(model, batch) / len(batch["targets"])
+    assert last_figures(model).router_loss.item() == pytest.approx(expected.aux_loss.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+def test_numbers_are_those_that_the_model_computes_with(monkeypatch):
+    """As DBRX's, whose configuration has them in a part of it."""
+    model = tiny(EXPERTS["mixtral"])
+    model.num_experts, model.num_experts_per_tok, model.router_aux_loss_coef = 4, 2, 0.25
+    for name in ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"):
+        monkeypatch.setattr(model.config, name, None)
+    assert router_of(model) == (4, 2, 0.25)
+
+
+def test_an_auxiliary_loss_of_another_kind_is_named(capsys):
+    config = tiny_config("doge")
+    config.is_moe, config.output_router_logits = True, True
+    model = tiny(config)
+    assert router_of(model) is None
+    describe_routers(model)
+    assert "does NOT count here: that of doge" in capsys.readouterr().out
 
 
 def test_the_router_loss_counts_only_where_it_is_asked_for_and_in_training():

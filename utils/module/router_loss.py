@@ -8,6 +8,8 @@ experts get the same.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ import transformers
 from utils.distributed.ranks import print_rank_0
 
 ROUTER_LOGITS = "router_logits"
+USUAL = ["gate_logits", "num_experts", "top_k", "attention_mask"]  # of transformers' load_balancing_loss_func
 
 
 class Router(NamedTuple):
@@ -27,31 +30,48 @@ class Router(NamedTuple):
 
 
 def router_of(model: transformers.PreTrainedModel) -> Router | None:
-    """Return how the model's routers work; None for a model without, or whose routers transformers does not record.
+    """Return how the model's routers work; None for a model without, or whose routers are not measured in this way.
 
-    The auxiliary loss counts where the configuration says `output_router_logits`, as in transformers.
+    The auxiliary loss counts where the configuration says `output_router_logits`, as in transformers. Numbers are those
+    that transformers' own class of the model computes with, else its configuration's.
     """
     config = model.config.get_text_config()
-    per_token = getattr(config, "num_experts_per_tok", None)
-    experts = next(
-        (count for name in ("num_experts", "num_local_experts") if (count := getattr(config, name, None))), 0
-    )
-    if (
-        not per_token
-        or not experts
-        or ROUTER_LOGITS not in (getattr(model.base_model, "_can_record_outputs", None) or {})
-    ):
+    recorded = ROUTER_LOGITS in (getattr(model.base_model, "_can_record_outputs", None) or {})
+    if not recorded or not _is_usual(model):
         return None
-    names = ("router_aux_loss_coef", "aux_loss_coef")
-    coefficient = next((value for name in names if (value := getattr(config, name, None)) is not None), 0.0)
-    asked = bool(getattr(config, "output_router_logits", False))
-    return Router(int(experts), int(per_token), float(coefficient) if asked else 0.0)
+    experts = _first((model, config), ("num_experts", "num_local_experts"))
+    per_token = _first((model, config), ("num_experts_per_tok",))
+    if not experts or not per_token:
+        return None
+    coefficient = _first((model, config), ("router_aux_loss_coef", "aux_loss_coef")) or 0.0
+    return Router(int(experts), int(per_token), float(coefficient) if _is_asked_for(model) else 0.0)
+
+
+def _first(places: tuple[Any, ...], names: tuple[str, ...]) -> Any:
+    """Return the first of the attributes that one of the places has; None where none has."""
+    found = (getattr(place, name, None) for place in places for name in names)
+    return next((value for value in found if value is not None), None)
+
+
+def _is_usual(model: transformers.PreTrainedModel) -> bool:
+    """Whether the family's own auxiliary loss, if it has one, is that of `balance`: Doge's has two routers' halves."""
+    own = getattr(sys.modules.get(type(model).__module__), "load_balancing_loss_func", None)
+    return own is None or list(inspect.signature(own).parameters) == USUAL
+
+
+def _is_asked_for(model: transformers.PreTrainedModel) -> bool:
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
 
 
 def describe_routers(model: transformers.PreTrainedModel) -> None:
     """Print whether the routers' auxiliary loss counts; nothing for a model without routers."""
     router = router_of(model)
     if router is None:
+        if _is_asked_for(model):
+            print_rank_0(
+                "Experts: the model's configuration asks for the routers' auxiliary loss (output_router_logits), which "
+                f"does NOT count here: that of {model.config.model_type} is none of the usual kind"
+            )
         return
     if router.coefficient:
         print_rank_0(
