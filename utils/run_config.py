@@ -159,8 +159,9 @@ class RunConfig:
 
     @property
     def plain_arguments(self) -> dict[str, Any]:
-        """Return every argument as typed, as a JSON file holds it."""
-        given = {name: value for name, value in vars(self.args).items() if name != "typed"}
+        """Return every argument as typed, also where `--fit` stepped down, as a JSON file holds it."""
+        args = getattr(self.args, "as_typed", self.args)
+        given = {name: value for name, value in vars(args).items() if name != "typed"}
         values = {key: getattr(value, "value", value) for key, value in given.items()}
         plain = (str, int, float, bool, list, type(None))
         return {key: value if isinstance(value, plain) else str(value) for key, value in values.items()}
@@ -174,6 +175,7 @@ class RunConfig:
             "gradient_accumulation_steps": self.batches.accumulation,
             "gradient_checkpointing": self.gradient_checkpointing, "padding": self.layout, "packing": self.packing,
             "save_only_model": self.save_only_model, "local_rank": self.local_rank, "template_date": self.template_date,
+            "fit": self.args.fit, "resume_from_checkpoint": self.args.resume_from_checkpoint,
         }  # fmt: skip
 
 

@@ -1,18 +1,20 @@
-"""`--fit`: what it chooses fits and is the fastest, leaves what was typed, and changes no step."""
+"""`--fit`: what it chooses fits and is the fastest, as estimated or measured; what was typed and every step stay."""
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
-from fork_runs import finished_run, losses
+from fork_runs import finished_run, losses, outcome
 
 from tools.memory_table import opt_config
 from utils.arguments.parser import parse_args
 from utils.arguments.values import check_values
-from utils.dry_run import step_down
-from utils.dry_run.fit import Choice, LastFit, Row, divisors
+from utils.dry_run import measured, step_down
+from utils.dry_run.choices import Choice, Row, divisors
+from utils.dry_run.fit import LastFit, choose
 from utils.dry_run.step_down import run_stepping_down
 from utils.dry_run.step_time import ADAM_BYTES, Load, Machine, sent_bytes, step_seconds
 from utils.errors import UserError
@@ -20,7 +22,7 @@ from utils.errors import UserError
 ROW = re.compile(
     r"^  (?P<mark>[* ]) micro batch (?P<micro>\d+) x (?P<accumulation>\d+) accumulation, checkpointing (?P<on>on|off), "
     r"ZeRO (?P<stage>\d)(?P<offload> \+ offload)?: (?P<size>[\d.]+) (?P<unit>[MG]B).*, time (?P<time>[\d.]+), "
-    r"(?P<fits>fits|too much)$",
+    r"((?P<measured>[\d.]+) ms measured, )?(?P<fits>fits|too much)$",
     re.MULTILINE,
 )
 BYTES = {"MB": 1e6, "GB": 1e9}
@@ -135,19 +137,63 @@ def test_only_a_fitted_run_on_one_rank_steps_down(monkeypatch):
     run_stepping_down(main, fitted, lambda args: "new", lambda: None)
     assert calls == [("here", None), ("16", "new")] and fitted.fit == "here"
     calls.clear()
-    monkeypatch.setattr(step_down, "world_size", lambda: 2)
-    with pytest.raises(UserError, match=r"micro batch 4 x 4 .* start again with --fit 16, and with --resume"):
+    monkeypatch.setattr(step_down, "world_size", lambda: 2)  # the others wait for the one that failed
+    with pytest.raises(UserError, match=r"micro batch 4 x 4 .* with --fit 16 --resume_from_checkpoint at its end"):
         run_stepping_down(main, fitted, lambda args: "new", lambda: None)
     assert len(calls) == 1
+
+
+def row_of(cut: int, seconds: float, **more) -> Row:
+    return Row(
+        Choice(cut, 16 // cut, more.pop("on", False), 0, None), int(1e9), 0, seconds, more.pop("fits", True), **more
+    )
+
+
+def test_measured_times_decide():
+    """Nearly equal ones leave it to the estimate; so does a best setting that could not be measured."""
+    first, second = row_of(16, 1.0), row_of(8, 1.2)
+    assert choose([second, first])[0] == first
+    by_time = [first._replace(measured=0.2), second._replace(measured=0.1)]
+    assert choose(by_time) == (by_time[1], "the fastest as measured")
+    nearly = [first._replace(measured=0.104), second._replace(measured=0.1)]
+    assert choose(nearly) == (nearly[0], "the best estimate, and within 5% of the fastest as measured")
+    failed = [first._replace(problem="no port"), second._replace(measured=0.1)]
+    assert choose(failed)[0] == failed[0]
+    slow = [first._replace(problem="took more than 9 s", too_slow=True), second._replace(measured=0.1)]
+    assert choose(slow)[0] == slow[1]
+    full = [first._replace(problem="ran out of memory", fits=False), second._replace(measured=0.1)]
+    assert choose(full)[0] == full[1]
+    assert choose([first._replace(fits=False)])[0] is None
+
+
+def test_what_is_worth_measuring(monkeypatch):
+    config = SimpleNamespace(gpus=None, offload=None)
+    monkeypatch.setattr(measured, "real_cut", lambda config, data, row: row.choice[:2])
+    monkeypatch.setattr(measured, "free_memory", lambda: 1e9)
+    rows = [row_of(16, 1.0), row_of(8, 1.1), row_of(16, 1.33, on=True), row_of(4, 1.2, on=True), row_of(2, 1.4),
+            row_of(1, 1.6), row_of(1, 1.0, fits=False)]  # fmt: skip
+    found = measured.contest(config, None, rows, 1000)
+    # Checkpointing of the same cut only adds work; three are tried, of those within 1.5 times the best.
+    assert [row.seconds for row in found.rows] == [1.0, 1.1, 1.2] and found.why_not is None
+    for other, words in (
+        (rows[:1], "nothing else that could be faster is estimated to be within 1.5 times"),
+        ([row._replace(seconds=100 * row.seconds) for row in rows], "estimated to take more than 180 s"),
+    ):
+        assert words in measured.contest(config, None, other, 1000).why_not
+    assert "does not fit the CPU's free memory" in measured.contest(config, None, rows, int(3e8)).why_not
+    assert "other GPUs" in measured.contest(SimpleNamespace(gpus=2), None, rows, 1000).why_not
+    monkeypatch.setattr(measured, "real_cut", lambda config, data, row: "as the others")
+    assert "nothing else" in measured.contest(config, None, rows[:2], 1000).why_not
 
 
 # ------------------------------------------------------------------------------------------ whole runs
 
 
 def out_of_memory_once(argv: list[str]) -> None:
-    """main.py whose device runs out of memory once, in the third step."""
+    """main.py whose device runs out of memory once, in the third step; nothing is timed."""
     import main
 
+    measured.SECONDS = 0.0
     micro_step, steps, failed = main.micro_step, [], []
 
     def failing(engine, batch, device):
@@ -169,15 +215,40 @@ def plain_losses(tmp_path_factory, run_arguments) -> dict[int, float]:
     return losses(folder)
 
 
-def test_two_ranks_take_the_same_steps_as_one(tmp_path, run_arguments, plain_losses):
-    """In 4.5 MB the estimate has room for ZeRO 2 with a quarter of each rank's samples at once, and not for ZeRO 0."""
-    arguments = [*run_arguments, "--max_steps", "6", "--per_device_train_batch_size", "8", "--fit", "0.0045"]
-    printed = finished_run([*arguments, "--output_dir", tmp_path], ranks=2)
-    assert "Fit: micro batch 2 x 4 accumulation, checkpointing off, ZeRO 2, the fastest that fits" in printed
-    assert losses(tmp_path) == pytest.approx(plain_losses, rel=1e-4)
-    run = json.loads((tmp_path / "run.json").read_text())
-    assert run["starts"][0]["zero_stage"] == run["decisions"]["zero_stage"] == 2
+def timing_two(argv: list[str]) -> None:
+    """main.py that times two settings at most."""
+    import main
+
+    measured.CONTENDERS = 2
+    main.run(argv)
+
+
+def test_a_fitted_run_on_two_ranks_is_that_of_its_settings_typed(tmp_path, run_arguments, plain_losses):
+    """Bit for bit: what was timed for it, on both ranks together, leaves no trace. Its steps are those of one rank.
+
+    In 4.5 MB the estimate has no room for ZeRO 0.
+    """
+    arguments = [*run_arguments, "--max_steps", "6", "--per_device_train_batch_size", "8"]
+    fitted, typed, again = (tmp_path / name for name in ("fitted", "typed", "again"))
+    printed = finished_run([*arguments, "--fit", "0.0045", "--output_dir", fitted], ranks=2, program=timing_two)
+    rows = rows_of(printed)
+    timed = [float(row["measured"]) for row in rows if row["measured"]]
+    (chosen,) = [row for row in rows if row["mark"] == "*"]
+    assert len(timed) == 2 and float(chosen["measured"]) <= 1.05 * min(timed)
+    assert "Fit: timed up to 3 steps of each of the 2 settings" in printed and "as measured" in printed
+    assert all(row["fits"] == "too much" for row in rows if row["stage"] == "0")
+    assert losses(fitted) == pytest.approx(plain_losses, rel=1e-4)
+    run = json.loads((fitted / "run.json").read_text())
+    assert run["starts"][0]["zero_stage"] == run["decisions"]["zero_stage"] == int(chosen["stage"])
     assert run["arguments"]["zero_stage"] == 0 and run["arguments"]["fit"] == "0.0045"
+    setting = ["--gradient_accumulation_steps", chosen["accumulation"], "--zero_stage", chosen["stage"]]
+    setting += ["--gradient_checkpointing"] if chosen["on"] == "on" else []
+    setting += ["--per_device_train_batch_size", chosen["micro"]]
+    finished_run([*arguments, *setting, "--output_dir", typed], ranks=2)
+    assert outcome(fitted) == outcome(typed)
+    printed = finished_run(["--like", fitted, "--output_dir", again], ranks=2)
+    assert "as the earlier run; takes" in printed and not rows_of(printed)
+    assert outcome(again) == outcome(fitted)
 
 
 def test_a_run_that_runs_out_of_memory_steps_down_once(tmp_path, run_arguments, plain_losses):
@@ -186,6 +257,7 @@ def test_a_run_that_runs_out_of_memory_steps_down_once(tmp_path, run_arguments, 
     # The whole batch without checkpointing is estimated to take 8.6 MB, at ZeRO 0, the only one on one CPU.
     fitted = [*arguments, "--fit", "0.009", "--save_steps", "2", "--output_dir", tmp_path / "fitted"]
     printed = finished_run(fitted, program=out_of_memory_once)
+    assert "Fit: nothing was timed: building the model and its steps are estimated to take more than 0 s" in printed
     first, second = re.findall(r"^  \* (.*?): ", printed, re.MULTILINE)
     assert first == "micro batch 16 x 1 accumulation, checkpointing off, ZeRO 0"
     assert re.search(
@@ -199,9 +271,12 @@ def test_a_run_that_runs_out_of_memory_steps_down_once(tmp_path, run_arguments, 
     run = json.loads((tmp_path / "fitted" / "run.json").read_text())
     assert run["status"] == "finished" and [start["status"] for start in run["starts"]] == ["failed", "finished"]
     assert run["arguments"]["per_device_train_batch_size"] == 16 and not run["arguments"]["gradient_checkpointing"]
+    assert run["arguments"]["fit"] == "0.009" and run["arguments"]["resume_from_checkpoint"] is None, "as typed"
+    assert float(run["decisions"]["fit"]) < 0.009
+    assert run["decisions"]["resume_from_checkpoint"].endswith("step-000002")
     decided = run["decisions"]
     cut = f"{decided['per_device_train_batch_size']} x {decided['gradient_accumulation_steps']}"
     checkpointing = "on" if decided["gradient_checkpointing"] else "off"
     assert second == f"micro batch {cut} accumulation, checkpointing {checkpointing}, ZeRO {decided['zero_stage']}"
     again = finished_run([*fitted, "--resume_from_checkpoint"])
-    assert f"Fit: {second}, as the run that is resumed" in again
+    assert f"Fit: {second}, as the earlier run" in again

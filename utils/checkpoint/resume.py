@@ -20,6 +20,7 @@ from utils.distributed.ranks import answer_of_rank_0, print_rank_0, world_size
 from utils.ds_file.read import read_deepspeed_file
 from utils.engine.engine import recount_updates
 from utils.errors import UserError
+from utils.files import read_run_file
 from utils.logging.console import say
 from utils.model.fingerprint import base_fingerprint, files_fingerprint
 from utils.notation import parse_source
@@ -94,10 +95,12 @@ def date_of_run(args: Namespace) -> str:
 
 
 def decisions_of_run(args: Namespace) -> dict[str, Any] | None:
-    """Return the decisions of the run that is resumed, for one that chooses anew with `--fit`; None for others."""
-    if args.fit is None or (checkpoint := find_checkpoint(args.output_dir, args.resume_from_checkpoint)) is None:
+    """Return the decisions that a run with `--fit` keeps: of the run that is resumed, else of `--like`'s; else None."""
+    if args.fit is None:
         return None
-    return checkpoint.info.get("decisions")
+    if (checkpoint := find_checkpoint(args.output_dir, args.resume_from_checkpoint)) is not None:
+        return checkpoint.info.get("decisions")
+    return None if args.like is None else read_run_file(args.like).get("decisions")
 
 
 def newest_checkpoint(args: Namespace) -> str | None:

@@ -198,15 +198,10 @@ def untrained_bytes(estimate: MemoryEstimate) -> int:
     return max(4 * estimate.counts.parameters, estimate.total.host)
 
 
-def measure_time(
-    config: RunConfig,
-    ds_config: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    data: PromptDataset,
-    plan: RunPlan,
-    groups: Namespace | None,
-) -> str:
-    """Train a few micro batches of an untrained model, as slow as a trained one, and return what the run will take."""
+def untrained_engine(
+    config: RunConfig, ds_config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, groups: Namespace | None
+) -> tuple[deepspeed.DeepSpeedEngine, RunConfig]:
+    """Return the engine of an untrained model, as slow as a trained one, and the configuration with its layout."""
     args = config.args
     form = model_form(args, config.gradient_checkpointing)
     model = create_model(args.model_name_or_path, form, tokenizer, ds_config, untrained=True)
@@ -215,8 +210,21 @@ def measure_time(
         engine.module, config.layout, len(tokenizer), config.device, config.sequence_part, args.max_seq_len
     )
     engine.train()
-    units = units_of_epoch(config, data, 1)
-    timed = TimedRun(engine, data, units, replace(config, layout=layout))
+    return engine, config.with_layout(layout)
+
+
+def measure_time(
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    data: PromptDataset,
+    plan: RunPlan,
+    groups: Namespace | None,
+) -> str:
+    """Train a few micro batches of an untrained model and return what the run will take."""
+    engine, laid_out = untrained_engine(config, ds_config, tokenizer, groups)
+    units = units_of_epoch(laid_out, data, 1)
+    timed = TimedRun(engine, data, units, laid_out)
     cut = config.batches
     # On a CPU one sample a rank tells how many samples can be measured in the time there is.
     first = replace(cut, micro_batch=1 if cut.on_cpu else cut.micro_batch, accumulation=1)

@@ -2,7 +2,7 @@
 
 Micro batch and accumulation, gradient checkpointing, ZeRO stage and offload change no step: its samples, their order
 and its mathematics stay. What was typed is left as it is; of the rest every setting's memory is estimated and its time
-compared (`step_time.py`).
+compared (`choices.py`, `step_time.py`), and the few best are timed (`measured.py`).
 """
 
 from __future__ import annotations
@@ -11,65 +11,23 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from deepspeed.accelerator import get_accelerator
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from utils.data.prompt_dataset import PromptDataset
 from utils.distributed.ranks import answer_of_rank_0, is_rank_0, print_rank_0
-from utils.dry_run.activation_memory import Counts, count, simulated_model
-from utils.dry_run.dry_run import largest_micro_batch
-from utils.dry_run.memory import USABLE, memory_budget, quantized_counts, size_words, stage_name
-from utils.dry_run.step_time import CPU, Load, Machine, step_seconds
-from utils.dry_run.zero_memory import Sizes, estimate, setting_from_config
-from utils.ds_file.read import merge_config
-from utils.ds_utils import get_train_ds_config, scale_settings
-from utils.engine.device_settings import zero_settings_of_device
+from utils.dry_run.choices import Choice, Limits, Row, Table, apply, choices, samples_each
+from utils.dry_run.measured import FACTOR, SECONDS, TIE, Contest, contest, fastest, time_steps
+from utils.dry_run.memory import USABLE, memory_budget, size_words
+from utils.dry_run.timed_step import OUT_OF_MEMORY, STEPS
 from utils.errors import UserError
 from utils.machine.device import free_memory
-from utils.model.build import model_form
-from utils.model.model_utils import load_model_config
 from utils.model.special_tokens import token_rows
 from utils.notation import parse_fit
 from utils.run_config import RunConfig
-from utils.train.plan import fit_micro_batches, units_of_epoch
+from utils.train.plan import fit_micro_batches
 
 GB = 1e9
 HINT = "lower --max_seq_len, train with --lora_dim or --quantize_base, use more devices, or type fewer settings"
-
-
-class Choice(NamedTuple):
-    """One way to run a step; a dictionary of it has the names of the arguments."""
-
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    gradient_checkpointing: bool
-    zero_stage: int
-    offload: str | None
-
-    @property
-    def words(self) -> str:
-        checkpointing = "on" if self.gradient_checkpointing else "off"
-        return (
-            f"micro batch {self.per_device_train_batch_size} x {self.gradient_accumulation_steps} accumulation, "
-            f"checkpointing {checkpointing}, ZeRO {stage_name(self.zero_stage, self.offload is not None)}"
-        )
-
-
-class Row(NamedTuple):
-    """A choice, what it takes, and whether it fits."""
-
-    choice: Choice
-    peak: int  # bytes of the device
-    host: int  # bytes of CPU memory per rank
-    seconds: float  # of a step, for comparing
-    fits: bool
-
-
-class Limits(NamedTuple):
-    """What one rank may use, in bytes."""
-
-    device: float
-    host: float
-    words: str
 
 
 class LastFit:
@@ -78,60 +36,77 @@ class LastFit:
     row: Row | None = None
 
 
+class Found(NamedTuple):
+    """What the estimates say."""
+
+    limits: Limits
+    rows: list[Row]
+    contest: Contest
+    kept: Row | None = None  # what the earlier run had
+
+
 def fit_to_memory(
     config: RunConfig, data: PromptDataset, tokenizer: PreTrainedTokenizerBase, earlier: dict[str, Any] | None
 ) -> RunConfig:
     """Return the configuration with the settings that `--fit` chooses; without the flag, with its batches alone.
 
-    Every rank must call it, and gets the choice of rank 0.
+    Every rank must call it, and gets the same choice.
 
     Args:
-        earlier: the decisions of the run that is resumed; kept where they fit.
+        earlier: the decisions of the run that is resumed, or of `--like`'s; kept where they fit.
 
     Raises:
         UserError: nothing fits.
     """
     if config.args.fit is not None:
-        row = answer_of_rank_0(_choose(config, data, token_rows(tokenizer), earlier) if is_rank_0() else None)
-        if isinstance(row, str):
-            raise UserError(row)
-        LastFit.row = row
-        config = apply(config, row.choice)
+        found = answer_of_rank_0(_look(config, data, token_rows(tokenizer), earlier) if is_rank_0() else None)
+        LastFit.row = found.kept or _decide(config, data, found)
+        config = apply(config, LastFit.row.choice)
     return replace(config, batches=fit_micro_batches(config, data))
 
 
-def apply(config: RunConfig, choice: Choice) -> RunConfig:
-    """Return the configuration with a choice's settings."""
-    return config.with_zero(choice.zero_stage, choice.offload).with_cut(
-        choice.per_device_train_batch_size, choice.gradient_accumulation_steps, choice.gradient_checkpointing
-    )
-
-
-def _choose(config: RunConfig, data: PromptDataset, entries: int, earlier: dict[str, Any] | None) -> Row | str:
-    """Return the fastest row that fits, and print the table; where none does, return the error."""
+def _look(config: RunConfig, data: PromptDataset, entries: int, earlier: dict[str, Any] | None) -> Found:
+    """Return all settings as estimated, and which of them are worth timing."""
     limits = limits_of(config)
     table = Table(config, data, entries, limits)
     kept = earlier_choice(config, earlier)
     if kept is not None:
         row = table.row(kept)
         if row.fits:
-            print_rank_0(f"Fit: {kept.words}, as the run that is resumed; takes {_memory(row)} of {limits.words}")
-            return row
-        print_rank_0(f"Fit: what the run had that is resumed ({kept.words}) takes {_memory(row)}: chosen anew")
+            print_rank_0(f"Fit: {kept.words}, as the earlier run; takes {row.memory} of {limits.words}")
+            return Found(limits, [row], Contest([]), row)
+        print_rank_0(f"Fit: what the earlier run had ({kept.words}) takes {row.memory}: chosen anew")
     rows = table.rows()
-    best = min((row for row in rows if row.fits), key=_order, default=None)
-    print_rank_0("\n".join(describe(rows, best, limits)))
+    return Found(limits, rows, contest(config, data, rows, table.parameters))
+
+
+def _decide(config: RunConfig, data: PromptDataset, found: Found) -> Row:
+    """Return the fastest row that fits, as measured where that was possible, and print the table."""
+    timed = {row.choice: row for row in time_steps(config, data, found.contest.rows)}
+    rows = [timed.get(row.choice, row) for row in found.rows]
+    best, why = choose(rows)
+    print_rank_0("\n".join(describe(rows, best, why, found)))
     if best is None:
         least = min(rows, key=lambda row: row.peak)
-        smallest = f"the smallest, {least.choice.words}, takes {_memory(least)}"
-        return f"--fit: no setting fits {limits.words}: {smallest}: {HINT}."
+        smallest = f"the smallest, {least.choice.words}, takes {least.memory}"
+        raise UserError(f"--fit: no setting fits {found.limits.words}: {smallest}: {HINT}.")
     return best
 
 
-def _order(row: Row) -> tuple:
-    """Return what rows are compared by: time, then the plainer setting."""
-    choice = row.choice
-    return (row.seconds, choice.zero_stage, choice.offload is not None, choice.gradient_checkpointing)
+def choose(rows: list[Row]) -> tuple[Row | None, str]:
+    """Return the row to run with and why; None where no row fits.
+
+    Measured times decide, but not where the best by estimate could not be measured for a reason of its own.
+    """
+    first = min((row for row in rows if row.fits), key=lambda row: row.order, default=None)
+    measured = fastest(rows)
+    if first is None or measured is None or (first.problem is not None and not first.too_slow):
+        of_all = first is not None and first.seconds == min(row.seconds for row in rows)
+        why = "the fastest of all" if of_all else "the fastest that fits"
+        return first, f"{why} by estimated memory and relative time"
+    if measured.measured > min(row.measured for row in rows if row.measured is not None):
+        return measured, f"the best estimate, and within {TIE - 1:.0%} of the fastest as measured"
+    return measured, "the fastest as measured"
 
 
 def limits_of(config: RunConfig) -> Limits:
@@ -149,125 +124,42 @@ def limits_of(config: RunConfig) -> Limits:
 
 
 def earlier_choice(config: RunConfig, earlier: dict[str, Any] | None) -> Choice | None:
-    """Return the choice among an earlier run's decisions; None where they make other steps than this run's."""
+    """Return the choice among an earlier run's decisions; None where they make other steps, or are typed otherwise."""
     if earlier is None or not set(Choice._fields) <= earlier.keys():
         return None
     choice = Choice(**{name: earlier[name] for name in Choice._fields})
     same = choice.per_device_train_batch_size * choice.gradient_accumulation_steps == samples_each(config)
-    return choice if same else None
+    return choice if same and choice[2:] in {possible[2:] for possible in choices(config)} else None
 
 
-def samples_each(config: RunConfig) -> int:
-    """Return the samples, or packed rows, of a step on each device."""
-    return config.batches.micro_batch * config.batches.accumulation
+def describe(rows: list[Row], best: Row | None, why: str, found: Found) -> list[str]:
+    """Return the table, its fastest settings first: what was timed, and of each kind the largest micro batch that fits.
 
-
-def choices(config: RunConfig) -> list[Choice]:
-    """List the settings that make this run's steps and leave what was typed; larger micro batches first."""
-    typed, zero = config.args.typed, config.overrides.get("zero_optimization", {})
-    on_cpu = config.gpus is None and config.device.type == "cpu"
-    stages = [config.zero_stage] if "zero_stage" in typed or "stage" in zero else [0, 1, 2, 3]
-    if config.args.quantize_base or config.args.torch_compile:  # which are refused at stage 3
-        stages = [stage for stage in stages if stage < 3]
-    is_placed = config.offload is not None or "offload" in typed or any(name.startswith("offload") for name in zero)
-    places = [config.offload] if is_placed else [None] if on_cpu else [None, "cpu"]
-    checkpointing = [True] if config.args.gradient_checkpointing else [False, True]
-    pairs = [(stage, place) for stage in stages for place in places if stage > 0 or place is None]
-    if config.ranks == 1 and len(stages) > 1:  # nothing is shared: a stage is only the way to offload
-        pairs = [(stage, place) for stage, place in pairs if stage in (0, 2, 3) and (stage == 0 or place)] or pairs
-    cuts = [config.batches.micro_batch]
-    if "gradient_accumulation_steps" not in typed:
-        cuts = divisors(samples_each(config))
-    each = samples_each(config)
-    return [Choice(cut, each // cut, is_on, *pair) for cut in cuts for is_on in checkpointing for pair in pairs]
-
-
-def divisors(number: int) -> list[int]:
-    """Return divisors of a number from it to 1, each at most half of the one before."""
-    found = [number]
-    while found[-1] > 1:
-        found.append(max(part for part in range(1, found[-1] // 2 + 1) if number % part == 0))
-    return found
-
-
-class Table:
-    """Memory and time of settings; a model is simulated once for each micro batch with and without checkpointing."""
-
-    def __init__(self, config: RunConfig, data: PromptDataset, entries: int, limits: Limits) -> None:
-        self.config, self.data, self.entries, self.limits = config, data, entries, limits
-        self.tokens = float(units_of_epoch(config, data, 1).tokens.mean()) * samples_each(config)
-        self.counted: dict[tuple[int, bool], Counts] = {}
-
-    def rows(self) -> list[Row]:
-        """Return the rows of all settings; of smaller micro batches only where a larger one does not fit."""
-        rows: list[Row] = []
-        fitting: set[tuple] = set()
-        for choice in choices(self.config):
-            if choice[2:] not in fitting:
-                rows.append(self.row(choice))
-                if rows[-1].fits:
-                    fitting.add(choice[2:])
-        return rows
-
-    def row(self, choice: Choice) -> Row:
-        """Return what a setting takes."""
-        config = apply(self.config, choice)
-        counts = self._counts(config)
-        on_cpu = config.gpus is None and config.device.type == "cpu"
-        size = 4 if config.dtype == "fp32" else 2
-        setting = setting_from_config(trial_ds_config(config), config.ranks, size, on_cpu)
-        guess = estimate(Sizes(*counts), setting)
-        fits = guess.peak <= self.limits.device and (on_cpu or guess.host <= self.limits.host)
-        load = Load(
-            counts.parameters, counts.trainable, size, self.tokens / config.args.sequence_parallel_size,
-            choice.gradient_accumulation_steps, config.ranks, choice.zero_stage, choice.offload is not None,
-            choice.gradient_checkpointing,
-        )  # fmt: skip
-        seconds = step_seconds(load, CPU if on_cpu else Machine())
-        return Row(choice, guess.peak, 0 if on_cpu else guess.host, seconds, fits)
-
-    def _counts(self, config: RunConfig) -> Counts:
-        key = (config.batches.micro_batch, config.gradient_checkpointing)
-        if key not in self.counted:
-            form = model_form(config.args, config.gradient_checkpointing)
-            layout = largest_micro_batch(config, self.data)
-            model_config: PretrainedConfig = load_model_config(config.args.model_name_or_path)
-            packed = quantized_counts(model_config, form)
-            model = simulated_model(model_config, form, config.dtype, self.entries)
-            self.counted[key] = count(model, layout, config.layout != "max_length")._replace(**packed)
-        return self.counted[key]
-
-
-def trial_ds_config(config: RunConfig) -> dict[str, Any]:
-    """Return what the memory estimate reads of the DeepSpeed configuration that a run would have; prints nothing."""
-    ds_config = get_train_ds_config(config.flag_offload, config.zero_stage, config.dtype)
-    device = zero_settings_of_device(config, say=lambda line: None)
-    ds_config = merge_config(ds_config, {"zero_optimization": device})
-    ds_config["zero_optimization"] |= scale_settings(config, is_trial=True)
-    ds_config["gradient_accumulation_steps"] = config.batches.accumulation
-    ds_config = merge_config(ds_config, config.overrides)
-    ds_config["zero_optimization"]["stage"] = config.zero_stage
-    ds_config["sequence_parallel_size"] = config.args.sequence_parallel_size
-    return ds_config
-
-
-def describe(rows: list[Row], best: Row | None, limits: Limits) -> list[str]:
-    """Return the table, its fastest settings first: of each kind the largest micro batch that fits, else the last.
-
-    Times are relative to the fastest setting that was looked at, in the table or not.
+    Where none of a kind fits it is the smallest. Times are relative to the fastest setting that was looked at, in the
+    table or not.
     """
-    shown = list({row.choice[2:]: row for row in rows}.values())
-    fastest = min(row.seconds for row in rows)
-    lines = [f"Fit: settings of the same optimizer steps, for {limits.words}"]
-    for row in sorted(shown, key=_order):
+    fitting = {row.choice[2:]: row for row in reversed(rows) if row.fits}
+    largest = {row.choice[2:]: row for row in rows} | fitting
+    tried = [row for row in rows if row.measured is not None or row.problem is not None]
+    shown = {row.choice: row for row in (*largest.values(), *tried)}.values()
+    least = min(row.seconds for row in rows)
+    lines = [f"Fit: settings of the same optimizer steps, for {found.limits.words}"]
+    for row in sorted(shown, key=lambda row: row.order):
+        parts = [f"{row.choice.words}: {row.memory}", f"time {row.seconds / least:.2f}"]
+        if row.measured is not None:
+            parts.append(f"{1000 * row.measured:.4g} ms measured")
+        elif row.problem is not None:
+            parts.append(f"not measured: {row.problem}")
         mark = "*" if row == best else " "
-        fits = "fits" if row.fits else "too much"
-        lines.append(f"  {mark} {row.choice.words}: {_memory(row)}, time {row.seconds / fastest:.2f}, {fits}")
+        tight = row.problem == OUT_OF_MEMORY or not row.fits
+        lines.append(f"  {mark} {', '.join(parts)}, {'too much' if tight else 'fits'}")
+    if found.contest.rows:
+        lines.append(
+            f"Fit: timed up to {STEPS} steps of each of the {len(found.contest.rows)} settings estimated to be within "
+            f"{FACTOR:g} times the best, with random weights in processes of their own (at most {SECONDS:.0f} s)"
+        )
+    elif best is not None:
+        lines.append(f"Fit: nothing was timed: {found.contest.why_not}")
     if best is not None:
-        why = "the fastest of all" if best.seconds == fastest else "the fastest that fits"
-        lines.append(f"Fit: {best.choice.words}, {why} by estimated memory and relative time")
+        lines.append(f"Fit: {best.choice.words}, {why}")
     return lines
-
-
-def _memory(row: Row) -> str:
-    return size_words(row.peak) + (f" and {size_words(row.host)} of CPU memory" if row.host else "")

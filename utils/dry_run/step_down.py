@@ -1,4 +1,8 @@
-"""A run with `--fit` whose device ran out of memory: once, it goes on with a setting that takes a fifth less."""
+"""A run with `--fit` whose device ran out of memory: once, it goes on with a setting that takes a fifth less.
+
+On one rank alone. Of several, the one that failed knows, and the others wait for it in a collective that can be ended
+only with its process: all have to start again, which is the launcher's part. So the message has what to add.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +60,14 @@ def _lower(args: Namespace, words: str, checkpoint: str | None) -> Namespace:
     limit = f"{LESS * row.peak / GB:.4g}"
     what = f"the device ran out of memory ({words}) with {row.choice.words}"
     if world_size() > 1:
+        go_on = "" if checkpoint is None else " --resume_from_checkpoint"
         raise UserError(
-            f"{what}, which --fit chose: start again with --fit {limit}, and with --resume_from_checkpoint where there "
-            "are checkpoints."
+            f"{what}, which --fit chose: start all ranks again, by the same command with --fit {limit}{go_on} at its "
+            "end (a later argument replaces an earlier one)."
         )
     where = "from the beginning" if checkpoint is None else f"from {checkpoint}"
     print_rank_0(f"Fit: {what}; once, it goes on with --fit {limit}, a fifth less than estimated, {where}")
     again = copy.copy(args)
+    again.as_typed = args
     again.fit, again.resume_from_checkpoint = limit, checkpoint
     return again

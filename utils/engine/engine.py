@@ -3,6 +3,7 @@
 import subprocess
 from argparse import Namespace
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import deepspeed
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
 from deepspeed.runtime.utils import clip_grad_norm_
 from torch import nn
 
@@ -26,6 +28,8 @@ BETAS = (0.9, 0.95)
 NO_DECAY_NAMES = ("bias", "layer_norm.weight", "layernorm.weight", "norm.weight", "ln_f.weight")
 LEFT_WEIGHT = "lora_left_weight"
 LORA_NAMES = ("lora_right_weight", LEFT_WEIGHT)
+# What is raised where a kernel can't be compiled or loaded.
+UNBUILT = (RuntimeError, ImportError, OSError, subprocess.CalledProcessError, AssertionError)
 
 
 @chatter_to_log()
@@ -49,13 +53,24 @@ def create_optimizer(
     try:
         with phase("preparing the optimizer"):  # compiled the first time
             optimizer = kernel(groups, lr=learning_rate, betas=BETAS)
-    except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError, AssertionError) as err:
+    except UNBUILT as err:
         fused = not offload and all(one.device.type == "cuda" for group in groups for one in group["params"])
         name = "torch AdamW, fused" if fused else "torch AdamW"
         print_rank_0(f"Optimizer: {name}, since {kernel.__name__} can't be built here ({first_error(str(err))})")
         return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=fused or None)
     print_rank_0(f"Optimizer: {kernel.__name__}")
     return optimizer
+
+
+@chatter_to_log()
+def build_kernels(offloads: Iterable[bool]) -> None:
+    """Compile the kernels that `create_optimizer` loads, with `offload` or not, where they can be built here."""
+    headers = find_cuda_headers()
+    if headers is not None:
+        print_rank_0(headers)
+    for builder in {CPUAdamBuilder if offload else FusedAdamBuilder for offload in offloads}:
+        with suppress(*UNBUILT), phase("preparing the optimizer"):
+            builder().load()
 
 
 def create_engine(

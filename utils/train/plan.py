@@ -2,6 +2,7 @@
 
 import math
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -27,7 +28,9 @@ class RunPlan(NamedTuple):
         return state.step >= self.steps
 
 
-def fit_micro_batches(config: RunConfig, train_data: PromptDataset) -> BatchCut:
+def fit_micro_batches(
+    config: RunConfig, train_data: PromptDataset, say: Callable[[str], None] = print_rank_0
+) -> BatchCut:
     """Return the cut of batches to run: on a CPU without ZeRO, micro batches of at most 2,048 tokens on average.
 
     More and smaller micro batches make the same optimizer steps. The activations of larger ones are blocks above 32 MB,
@@ -44,7 +47,7 @@ def fit_micro_batches(config: RunConfig, train_data: PromptDataset) -> BatchCut:
     if micro == asked:
         return config.batches
     unit = "packed rows" if config.packing else "samples"
-    print_rank_0(
+    say(
         f"Micro batches: {asked} {unit} as {asked // micro} x {micro}, the same optimizer step "
         "(a CPU is as fast so, in less memory)"
     )
