@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from tests.module.test_lora import CONFIGS
 from utils.errors import UserError
+from utils.model import model_utils
 from utils.model.config_values import max_positions
-from utils.model.model_utils import create_hf_model, enable_checkpointing, grow_embeddings
+from utils.model.model_utils import (
+    check_activation_offloading,
+    create_hf_model,
+    enable_checkpointing,
+    grow_embeddings,
+)
 from utils.model.tokenizer import load_hf_tokenizer
 
 
@@ -126,8 +133,21 @@ def test_checkpointing_by_the_name_of_an_older_transformers():
     older = SimpleNamespace(gradient_checkpointing_enable=lambda **options: calls.append(options))
     enable_checkpointing(older, offload=False)
     assert calls == [{"gradient_checkpointing_kwargs": {"use_reentrant": False}}]
-    with pytest.raises(UserError, match="--activation_offloading needs a newer transformers"):
+    with pytest.raises(UserError, match="--activation_offloading needs transformers"):
         enable_checkpointing(older, offload=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "has_it", "words"),
+    [("cpu", True, "on a CPU"), ("cuda", False, "5.23 or newer"), ("cuda", True, None)],
+)
+def test_activation_offloading_is_refused_before_a_model_is_loaded(device, has_it, words, monkeypatch):
+    accelerator = SimpleNamespace(device_name=lambda: device)
+    monkeypatch.setattr(model_utils, "get_accelerator", lambda: accelerator)
+    loader = SimpleNamespace(activation_checkpointing_enable=None) if has_it else SimpleNamespace()
+    monkeypatch.setattr(model_utils, "transformers", SimpleNamespace(PreTrainedModel=loader, __version__="5.17.0"))
+    with nullcontext() if words is None else pytest.raises(UserError, match=words):
+        check_activation_offloading()
 
 
 @needs_shared

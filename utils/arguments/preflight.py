@@ -38,7 +38,7 @@ from utils.logging.trackers import check_monitors, check_reports, wanted_reports
 from utils.model.build import create_meta_model, model_form
 from utils.model.checkpoint import check_weights
 from utils.model.config_values import check_length, check_rope
-from utils.model.model_utils import configure_dropout
+from utils.model.model_utils import check_activation_offloading, configure_dropout
 from utils.model.special_tokens import token_rows
 from utils.model.tokenizer import check_saving, load_hf_tokenizer
 from utils.module.empty_model import empty_model
@@ -121,7 +121,7 @@ def _check_machine(args: Namespace, gpus: Gpus | None, ranks: int, attempt: Call
     attempt(check_reports, args.report_to, args.enable_tensorboard)
     attempt(_check_groups, args.sequence_parallel_size, ranks)
     if args.activation_offloading and gpus is None:
-        attempt(_check_offloading)
+        attempt(check_activation_offloading)
     zero = merged_zero(args, file or {})
     attempt(check_quantization, args.quantize_base, zero.stage)
     problems = check_zero(args, zero) if args.deepspeed_config and file is not None else []
@@ -156,14 +156,6 @@ def _check_deepspeed_file(args: Namespace, ranks: int) -> dict[str, Any]:
 def _check_groups(size: int, ranks: int) -> None:
     if size > 1 and ranks % size:
         raise UserError(f"--sequence_parallel_size {size} must divide the number of ranks, which is {ranks}.")
-
-
-def _check_offloading() -> None:
-    if get_accelerator().device_name() == "cpu":
-        raise UserError(
-            "--activation_offloading: this run is on a CPU, where activations are in CPU memory anyway: it would "
-            "save nothing. Leave it out."
-        )
 
 
 def _check_resume(args: Namespace) -> None:

@@ -174,9 +174,31 @@ def enable_checkpointing(model: transformers.PreTrainedModel, offload: bool) -> 
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(offload=offload)
     elif offload:
-        raise UserError("--activation_offloading needs a newer transformers: this one can't move activations.")
-    else:  # the name in transformers 5.17
+        raise _no_offloading()
+    else:  # the name before transformers 5.23
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def check_activation_offloading() -> None:
+    """Check that this machine and this transformers can keep activations in CPU memory.
+
+    Raises:
+        UserError: the run is on a CPU, or transformers is too old.
+    """
+    if get_accelerator().device_name() == "cpu":
+        raise UserError(
+            "--activation_offloading: this run is on a CPU, where activations are in CPU memory anyway: it would "
+            "save nothing. Leave it out."
+        )
+    if not hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable"):
+        raise _no_offloading()
+
+
+def _no_offloading() -> UserError:
+    return UserError(
+        f"--activation_offloading needs transformers 5.23 or newer: {transformers.__version__} can't move activations. "
+        "Install a newer one, or leave the flag out."
+    )
 
 
 def embedding_rows(model: transformers.PreTrainedModel) -> int:
