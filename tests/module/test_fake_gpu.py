@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from fake_gpu import Operations, compile_fake_device, move_to_gpu, on_fake_gpu
 from fork_runs import finished_run
+from packaging.version import Version
 
 LENGTHS = (19, 11, 2)
 # With soft-capped scores (Gemma 2) or attention of its own (BLOOM) there is no kernel for documents.
@@ -26,6 +28,11 @@ OPT_CASES = {  # of one family, as nothing in them depends on it
     "LoRA": {"lora": True},
     "longest, checkpointing": {"padding": "longest", "checkpointing": True},
 }
+
+
+# Before 5.21 transformers makes the zero of a mask of scores (`eager_mask`) on the host and copies it, once in a
+# forward. Of the families here BLOOM alone has such a mask; its one wait is left, as a newer version has none.
+ZEROS_OF_MASKS = 1 if Version(transformers.__version__) < Version("5.21") else 0
 
 
 class Engine:
@@ -186,7 +193,8 @@ def test_every_family_stays_on_the_gpu_without_a_wait(case, found):
         assert "error" not in result, (family, result)
         assert result["loss"] == ["cuda:0", "torch.float32"], family
         assert result["gradients"] == [f"cuda:0 torch.{settings.get('dtype', 'bfloat16')}"], family
-        assert result["stepped"] and result["copies"] == [0, 0], (family, "the batch is all that is copied")
+        expected = [ZEROS_OF_MASKS if family == "bloom" else 0, 0]
+        assert result["stepped"] and result["copies"] == expected, (family, "the batch is all that is copied")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES | OPT_CASES if "longest" not in case])
