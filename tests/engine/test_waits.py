@@ -1,4 +1,4 @@
-"""How often a step reads a value from the device: each read waits for a GPU."""
+"""How often a step waits for the device: each read of a value, and each synchronization, does on a GPU."""
 
 import json
 import re
@@ -7,41 +7,28 @@ import pytest
 from fork_runs import copy_at_step, finished_run, outcome
 
 
-def count_reads(argv: list[str]) -> None:
-    """main.py that prints the reads (`aten::_local_scalar_dense`) of each micro batch with its optimizer step."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
+def count(argv: list[str]) -> None:
+    """main.py that prints the waits of each micro batch with its optimizer step."""
     import main
+    from benchmarks.waits import allow_fp16, count_waits
 
-    class Reads(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            Reads.count += func is torch.ops.aten._local_scalar_dense.default
-            return func(*args, **(kwargs or {}))
-
-    original = main.micro_step
-
-    def counted(engine, batch, device):
-        Reads.count = 0
-        with Reads():
-            loss = original(engine, batch, device)
-        print("READS", Reads.count, sum(p.requires_grad for p in engine.module.parameters()), flush=True)
-        return loss
-
-    main.micro_step = counted
+    if "fp16" in argv:
+        allow_fp16()
+    found = count_waits(main)
     main.run(argv)
+    print("WAITS " + json.dumps(found), flush=True)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_reads_do_not_grow_with_the_number_of_tensors(dtype, run_arguments):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_waits_do_not_grow_with_the_number_of_tensors(dtype, run_arguments):
+    """DeepSpeed by itself reads a value for each tensor, and synchronizes twice in a micro batch from the third on."""
     arguments = [argument.replace("fp32", dtype) for argument in run_arguments]
-    printed = finished_run([*arguments, "--max_steps", "3", "--per_device_train_batch_size", "8"], program=count_reads)
-    found = [tuple(map(int, pair)) for pair in re.findall(r"READS (\d+) (\d+)", printed)]
-    assert len(found) == 3
-    # One of them is of the host: OPT's layer drop draws a number with transformers 5.17.
-    assert all(reads <= 5 < tensors / 4 for reads, tensors in found), found
+    printed = finished_run([*arguments, "--max_steps", "4", "--per_device_train_batch_size", "8"], program=count)
+    found = json.loads(re.search(r"WAITS (.*)", printed)[1])
+    assert len(found) == 4
+    # One of the reads is of the host: OPT's layer drop draws a number with transformers 5.17.
+    assert all(one["reads"] <= 5 < one["trained"] / 4 for one in found), found
+    assert not any(one["synchronizations"] or one["reductions"] for one in found), found
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
