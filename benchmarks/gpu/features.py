@@ -35,7 +35,15 @@ def answers(context: Context) -> Outcome:
         ["prompt_eval.py", "--model_name_or_path_baseline", context.small, "--model_name_or_path_finetune",
          context.small, "--max_new_tokens", 8]
     )  # fmt: skip
-    return done.failure() or Outcome(RIGHT, f"{len(done.output.splitlines())} lines")
+    if done.failure():
+        return done.failure()
+    texts: dict[str, list[str]] = {"Baseline": [], "finetune": []}
+    for name, text in re.findall(r"^=+(Baseline|finetune): [^\n]*=\n(.*?)(?=^=====)", done.output, re.M | re.S):
+        texts[name].append(text.strip())
+    same = texts["Baseline"] == texts["finetune"]
+    right = same and texts["Baseline"] and all(texts["Baseline"])
+    words = "answers, the same from both" if same else "answers, not the same from both"
+    return Outcome(RIGHT if right else WRONG, f"{len(texts['Baseline'])} {words}")
 
 
 def like_float32(context: Context, flags: Sequence[Any] = (), common: Sequence[Any] = (), said: str = "") -> Outcome:

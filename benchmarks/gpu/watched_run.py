@@ -12,6 +12,7 @@ fail to build. The last line is `WATCHED` and a JSON object.
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -21,6 +22,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 PROFILED = 3  # micro batches
+# Words in the names of kernels, of operators on a CPU; the first kind with a match counts.
+KINDS = {
+    "attention": r"flash|fmha|attention",
+    "optimizer": r"multi_tensor|adam",
+    "products": r"gemm|cutlass|cublas|nvjet|xmma|aten::(addmm|mm|bmm)",
+    "copies": r"memcpy|memset|copy",
+}
 
 import main as program  # noqa: E402
 
@@ -145,13 +153,26 @@ def synchronize() -> None:
 
 
 def profile_figures(profiler: Any, wall: float) -> dict[str, Any]:
-    """Return the share of `wall` seconds in which the device computes, and of the kernels that take most of it."""
+    """Return what bounds `wall` seconds: how busy the device is, the share of each kind of kernel, the longest ones."""
     key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, key))
-    on_device = [event for event in events if key == "self_cpu_time_total" or "CUDA" in str(event.device_type)]
-    busy = sum(getattr(event, key) for event in on_device) / 1e6
+    on_device = [
+        event
+        for event in events
+        # Annotations span the kernels in them, which would count twice.
+        if (key == "self_cpu_time_total" or "CUDA" in str(event.device_type)) and not event.is_user_annotation
+    ]
+    shares = dict.fromkeys([*KINDS, "the rest"], 0.0)
+    for event in on_device:
+        kind = next((name for name, words in KINDS.items() if re.search(words, event.key, re.IGNORECASE)), "the rest")
+        shares[kind] += getattr(event, key) / 1e6 / wall
+    shares["no kernel"] = max(1 - sum(shares.values()), 0.0)
+    most = max(shares, key=lambda name: shares[name])
     top = [f"{event.key[:60]} {getattr(event, key) / 1e6 / wall:.1%} x{event.count}" for event in on_device[:12]]
-    return {"busy": f"{busy / wall:.0%}", "profile of": f"{PROFILED} micro batches, {wall * 1000:.0f} ms", "top": top}
+    return {
+        "busy": f"{1 - shares['no kernel']:.0%}", "profile of": f"{PROFILED} micro batches, {wall * 1000:.0f} ms",
+        "most time in": most, "kinds": ", ".join(f"{name} {share:.0%}" for name, share in shares.items()), "top": top,
+    }  # fmt: skip
 
 
 def main() -> None:

@@ -280,3 +280,15 @@ def test_the_smoke_test(tmp_path):
         assert "time limit" in outcome.words, (tmp_path / "log").read_text()
         return
     assert set(outcome.figures) == {"imports", "step", "collective"} and "bf16" in outcome.figures["step"]
+
+
+def test_only_one_run_is_profiled_and_thirty_steps_are_timed(tmp_path):
+    checks = all_checks("cuda")
+    profiled = [name for name, check in checks.items() if getattr(check, "keywords", {}).get("profiled")]
+    assert profiled == ["speed 1.3b, full, packed 512"]
+    made, flags = context(tmp_path, speed_run(42e9)), []
+    run = made.run
+    made.run = lambda *given, **options: (flags.extend([*given, *options["watch"]]), run())[1]
+    checks[profiled[0]](made)
+    after = {flag: flags[flags.index(flag) + 1] for flag in ("--max_steps", "--logging_steps", "--profile_at")}
+    assert after == {"--max_steps": 40, "--logging_steps": 10, "--profile_at": "5"}, "the first ten are not timed"
