@@ -12,7 +12,6 @@ fail to build. The last line is `WATCHED` and a JSON object.
 import argparse
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -22,13 +21,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 PROFILED = 3  # micro batches
-# Words in the names of kernels, of operators on a CPU; the first kind with a match counts.
-KINDS = {
-    "attention": r"flash|fmha|attention",
-    "optimizer": r"multi_tensor|adam",
-    "products": r"gemm|cutlass|cublas|nvjet|xmma|aten::(addmm|mm|bmm)",
-    "copies": r"memcpy|memset|copy",
-}
 
 import main as program  # noqa: E402
 
@@ -44,6 +36,7 @@ import utils.model.model_utils  # noqa: E402
 from utils.dry_run.dry_run import largest_micro_batch  # noqa: E402
 from utils.dry_run.memory import estimate_memory  # noqa: E402
 from utils.model.build import model_form  # noqa: E402
+from utils.train.step_profile import shares_by_kind, times_by_name  # noqa: E402
 
 
 def estimate_before_training(seen: dict[str, Any]) -> None:
@@ -154,24 +147,15 @@ def synchronize() -> None:
 
 def profile_figures(profiler: Any, wall: float) -> dict[str, Any]:
     """Return what bounds `wall` seconds: how busy the device is, the share of each kind of kernel, the longest ones."""
-    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, key))
-    on_device = [
-        event
-        for event in events
-        # Annotations span the kernels in them, which would count twice.
-        if (key == "self_cpu_time_total" or "CUDA" in str(event.device_type)) and not event.is_user_annotation
-    ]
-    shares = dict.fromkeys([*KINDS, "the rest"], 0.0)
-    for event in on_device:
-        kind = next((name for name, words in KINDS.items() if re.search(words, event.key, re.IGNORECASE)), "the rest")
-        shares[kind] += getattr(event, key) / 1e6 / wall
-    shares["no kernel"] = max(1 - sum(shares.values()), 0.0)
-    most = max(shares, key=lambda name: shares[name])
-    top = [f"{event.key[:60]} {getattr(event, key) / 1e6 / wall:.1%} x{event.count}" for event in on_device[:12]]
+    events = profiler.key_averages()
+    longest = sorted(times_by_name(events), key=lambda one: -one[1])
+    busy = sum(time for _, time, _ in longest) / 1e6 / wall
+    shares = [*((kind, share * busy) for kind, share in shares_by_kind(events)), ("no kernel", max(1 - busy, 0.0))]
+    top = [f"{name[:60]} {time / 1e6 / wall:.1%} x{count}" for name, time, count in longest[:12]]
     return {
-        "busy": f"{1 - shares['no kernel']:.0%}", "profile of": f"{PROFILED} micro batches, {wall * 1000:.0f} ms",
-        "most time in": most, "kinds": ", ".join(f"{name} {share:.0%}" for name, share in shares.items()), "top": top,
+        "busy": f"{busy:.0%}", "profile of": f"{PROFILED} micro batches, {wall * 1000:.0f} ms",
+        "most time in": max(shares, key=lambda one: one[1])[0],
+        "kinds": ", ".join(f"{kind} {share:.0%}" for kind, share in shares), "top": top,
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from utils.distributed.ranks import is_rank_0
@@ -76,13 +77,25 @@ def shares_by_kind(events: Any) -> list[tuple[str, float]]:
     Args:
         events: a profiler's averages by name.
     """
-    clock = f"self_{_clock(events)}_time_total"
     times: dict[str, float] = {}
-    for event in events:
-        kind = kind_of(event.key)
-        times[kind] = times.get(kind, 0.0) + getattr(event, clock)
+    for name, time, _ in times_by_name(events):
+        times[kind_of(name)] = times.get(kind_of(name), 0.0) + time
     total = sum(times.values()) or 1.0
     return sorted(((kind, time / total) for kind, time in times.items() if time > 0), key=lambda pair: -pair[1])
+
+
+def times_by_name(events: Any) -> list[tuple[str, float, int]]:
+    """Return (name, microseconds, count) of a device's kernels, or of operators where there is no device.
+
+    The operators that started the kernels, and annotations around these, have the kernels' time too: with them it would
+    count several times.
+    """
+    clock = _clock(events)
+    return [
+        (event.key, getattr(event, f"self_{clock}_time_total"), event.count)
+        for event in events
+        if clock == "cpu" or (event.device_type != DeviceType.CPU and not event.is_user_annotation)
+    ]
 
 
 def kind_of(name: str) -> str:
