@@ -40,7 +40,8 @@ from utils.module.row_kernels import FLASH_CAPABILITY  # noqa: E402
 VOCABULARY = 120
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**SMALL, "intermediate_size": 192, "num_key_value_heads": 2, "max_position_embeddings": 512, "head_dim": 64}
-# They cover windows shorter than the documents, fewer key heads, heads of 80 as in OPT-2.7b, and soft-capped scores.
+# They cover windows shorter than the documents, fewer key heads, heads of 80 as in OPT-2.7b, soft-capped scores, and
+# values narrower than queries.
 FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {**SMALL, "ffn_dim": 256, "word_embed_proj_dim": 128, "max_position_embeddings": 512},
     "opt, heads of 80": {
@@ -53,6 +54,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": LLAMA,
     "gemma2": {**LLAMA, "sliding_window": 24, "query_pre_attn_scalar": 64},
     "mistral": {**LLAMA, "sliding_window": 24},
+    "deepseek_v3": {
+        **LLAMA, "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16, "v_head_dim": 32, "first_k_dense_replace": 2, "n_routed_experts": 4, "n_group": 1,
+        "topk_group": 1, "num_experts_per_tok": 2,
+    },
 }  # fmt: skip
 NO_ROWS, SOFT_CAPPED = ("bloom",), ("gemma2",)  # trains in padded batches; can't use a kernel for rows
 LENGTHS = (13, 130, 1, 64, 77)

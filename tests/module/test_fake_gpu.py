@@ -14,8 +14,9 @@ from fork_runs import finished_run
 from packaging.version import Version
 
 LENGTHS = (19, 11, 2)
+TINY = ("deepseek_v3", "gemma4_text")  # values narrower than queries; layers with heads of two sizes
 # With soft-capped scores (Gemma 2) or attention of its own (BLOOM) there is no kernel for documents.
-WITH_KERNEL = ("opt", "gpt2", "gpt_neox", "llama", "qwen3", "mistral")
+WITH_KERNEL = ("opt", "gpt2", "gpt_neox", "llama", "qwen3", "mistral", *TINY)
 CASES: dict[str, dict[str, Any]] = {
     "free": {},
     "longest": {"padding": "longest"},
@@ -63,6 +64,7 @@ def build(family: str, dtype: str, padding: str, lora: bool, checkpointing: bool
     from model.test_families import CONFIGS
     from transformers import AutoModelForCausalLM
 
+    from tools.tiny_families import tiny_config
     from utils.model.model_utils import enable_checkpointing
     from utils.module.attention import use_document_attention
     from utils.module.fused_loss import can_fuse, install_loss
@@ -72,7 +74,8 @@ def build(family: str, dtype: str, padding: str, lora: bool, checkpointing: bool
         only_optimize_lora_parameters,
     )
 
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=getattr(torch, dtype))
+    config = tiny_config(family) if family in TINY else CONFIGS[family]
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     if lora:
         convert_linear_layer_to_lora(model, "auto", 4)
         only_optimize_lora_parameters(model)
@@ -151,7 +154,7 @@ def all_steps(argv: list[str]) -> None:
     row_kernels.find_fault = lambda *args: None  # it compares values
     torch.rand = lambda size: 1.0  # with transformers 5.17 OPT's layer drop draws a number, on the host
     with on_fake_gpu(Path(argv[0])) as mode:
-        for family in CONFIGS:
+        for family in (*CONFIGS, *TINY):
             for case, settings in (CASES | OPT_CASES if family == "opt" else CASES).items():
                 if family == "bloom" and settings.get("padding") != "longest":
                     continue
@@ -188,7 +191,7 @@ def found(printed) -> dict[str, dict[str, dict]]:
 @pytest.mark.parametrize("case", CASES | OPT_CASES)
 def test_every_family_stays_on_the_gpu_without_a_wait(case, found):
     settings = {**CASES, **OPT_CASES}[case]
-    assert len(found[case]) == (1 if case in OPT_CASES else 8 if case == "longest" else 7)
+    assert len(found[case]) == (1 if case in OPT_CASES else 10 if case == "longest" else 9)
     for family, result in found[case].items():
         assert "error" not in result, (family, result)
         assert result["loss"] == ["cuda:0", "torch.float32"], family

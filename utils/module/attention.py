@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import transformers
 
 from utils.module.cpu_attention import cpu_attention
-from utils.module.row_kernels import Row, check_kernels, kernels_for
+from utils.module.row_kernels import Row, check_kernels, compute, kernels_for
 
 NAME = "documents"
 _UNSUPPORTED = ("position_bias", "s_aux", "cache")  # learned biases, sinks, paged caches: refused, never ignored
@@ -99,7 +99,7 @@ def document_attention(
         row = Row(Documents.cu_seqlens, max(lengths), scaling, sliding_window, dropout)
         if kernels := kernels_for(query, value, row):
             query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-            return kernels[0](query, key, value, row)[None], None
+            return compute(kernels[0], query, key, value, row)[None], None
     if _can_use_cpu_kernel(query, value, dropout, softcap, sliding_window, max(lengths)):
         return cpu_attention(query, key, value, lengths, scaling), None
     # Split and joined as [batch, length, heads, size]: each document is one block of memory, in the backward too.

@@ -16,9 +16,11 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import transformers
 
 from utils.distributed.ranks import print_rank_0
+from utils.module.head_sizes import Heads, attention_dropout, has_windows, heads_of
 
 FLASH_CAPABILITY = (8, 0)  # Ampere: flash kernels raise an error on older GPUs
 FLASH_3_CAPABILITY = (9, 0)  # Hopper alone
@@ -116,7 +118,7 @@ def kernels_for(query: torch.Tensor, value: torch.Tensor, row: Row) -> list[Kern
     query, value: [batch, heads, tokens, head size]
     """
     size = query.shape[-1]
-    if query.device.type != "cuda" or query.shape[0] != 1 or size != value.shape[-1]:
+    if query.device.type != "cuda" or query.shape[0] != 1 or size < value.shape[-1]:
         return []
     found: list[Kernel] = []
     has_flash = torch.cuda.get_device_capability(query.device) >= FLASH_CAPABILITY
@@ -128,6 +130,12 @@ def kernels_for(query: torch.Tensor, value: torch.Tensor, row: Row) -> list[Kern
     if aligned and (has_flash or query.dtype != torch.bfloat16) and (row.window is None or row.longest <= row.window):
         found.append(efficient)
     return [kernel for kernel in found if kernel not in _wrong]
+
+
+def compute(kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: Row) -> torch.Tensor:
+    """Compute attention by a kernel, which takes values of the queries' size: narrower ones get zeros behind them."""
+    size, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
+    return kernel(query, key, F.pad(value, (0, missing)) if missing else value, row)[..., :size]
 
 
 def check_kernels(config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -142,62 +150,51 @@ def check_kernels(config: transformers.PretrainedConfig, dtype: torch.dtype, dev
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         print_rank_0("Attention: document by document, as no kernel soft-caps scores")
         return
-    dropout = attention_dropout(config)
-    candidates = _candidates(config, dtype, device, dropout)
-    if dropout == 0 and flash in candidates and _activate_flash_3(device):
-        if (fault := find_fault(flash, config, dtype, device, dropout)) is None:
+    dropout, kinds = attention_dropout(config), heads_of(config)
+    has_flash = all(flash in _candidates(heads, dtype, device, dropout) for heads in kinds)
+    if dropout == 0 and has_flash and _activate_flash_3(device):
+        faults = [find_fault(flash, config, dtype, device, dropout, heads) for heads in kinds]
+        if (fault := next(filter(None, faults), None)) is None:
             print_rank_0("Attention: FlashAttention-3 (forward and gradients checked on this GPU)")
             return
         _restore_flash_2()
         print_rank_0(f"Attention: FlashAttention-3 is installed but not used: {fault}")
-    for kernel in candidates:
-        fault = find_fault(kernel, config, dtype, device, dropout)
-        if fault is None:
-            print_rank_0(f"Attention: torch's {kernel.__name__} kernel (forward and gradients checked on this GPU)")
-            return
-        _wrong.add(kernel)
-        print_rank_0(f"Attention: torch's {kernel.__name__} kernel is not used: {fault}")
-    print_rank_0("Attention: document by document, as no kernel of this GPU computes a row of them")
+    for heads in kinds:
+        what = "Attention" if len(kinds) == 1 else f"Attention, heads of {heads.size}"
+        for kernel in _candidates(heads, dtype, device, dropout):
+            fault = find_fault(kernel, config, dtype, device, dropout, heads)
+            if fault is None:
+                print_rank_0(f"{what}: torch's {kernel.__name__} kernel (forward and gradients checked on this GPU)")
+                break
+            _wrong.add(kernel)
+            print_rank_0(f"{what}: torch's {kernel.__name__} kernel is not used: {fault}")
+        else:
+            print_rank_0(f"{what}: document by document, as no kernel of this GPU computes a row of them")
 
 
-def attention_dropout(config: transformers.PretrainedConfig) -> float:
-    """Return the dropout of a model's attention weights, under any of its names; 0 where it has none."""
-    found = [value for name, value in config.get_text_config().to_dict().items() if "att" in name and "drop" in name]
-    return max((float(value) for value in found if isinstance(value, (int, float))), default=0.0)
-
-
-def _heads(config: transformers.PretrainedConfig) -> tuple[int, int]:
-    """Return (query heads for one key head, head size) of a model."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 1
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    return heads // key_heads, getattr(text, "head_dim", None) or text.hidden_size // heads
-
-
-def _candidates(
-    config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device, dropout: float
-) -> list[Kernel]:
-    shape = torch.empty((1, 1, 1, _heads(config)[1]), dtype=dtype, device=device)
-    return kernels_for(shape, shape, Row(shape, 1, 1.0, None, dropout))
+def _candidates(heads: Heads, dtype: torch.dtype, device: torch.device, dropout: float) -> list[Kernel]:
+    query, value = (torch.empty((1, 1, 1, size), dtype=dtype, device=device) for size in heads[1:])
+    return kernels_for(query, value, Row(query, 1, 1.0, None, dropout))
 
 
 def find_fault(
-    kernel: Kernel, config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device, dropout: float
-) -> str | None:
-    """Return what is wrong with a kernel on this device, with the heads of this model; None for nothing."""
-    groups, size = _heads(config)
+    kernel: Kernel, config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device, dropout: float,
+    heads: Heads,
+) -> str | None:  # fmt: skip
+    """Return what is wrong with a kernel on this device, with these heads of the model; None for nothing."""
+    groups, size, value_size = heads
     # Slices of one projection, as some families' queries, keys and values are: in steps larger than their size.
     shape = (sum(LENGTHS), 2 * groups + 4, size)
     fused = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0).to(device, torch.int32)
     row = Row(offsets, max(LENGTHS), 0.7 * size**-0.5)
     rows = [row]
-    if kernel is not efficient and getattr(config.get_text_config(), "sliding_window", None):
+    if kernel is not efficient and has_windows(config):
         rows.append(row._replace(window=8))
     try:
         with torch.enable_grad():
-            faults = [_fault_of_values(kernel, fused, device, one) for one in rows]
-            faults.append(_fault_of_dropout(kernel, fused.to(device), row) if dropout > 0 else None)
+            faults = [_fault_of_values(kernel, fused, device, one, value_size) for one in rows]
+            faults.append(_fault_of_dropout(kernel, fused.to(device), row, value_size) if dropout > 0 else None)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError) as err:
@@ -205,10 +202,12 @@ def find_fault(
     return next((fault for fault in faults if fault), None)
 
 
-def _fault_of_values(kernel: Kernel, fused: torch.Tensor, device: torch.device, row: Row) -> str | None:
+def _fault_of_values(
+    kernel: Kernel, fused: torch.Tensor, device: torch.device, row: Row, value_size: int
+) -> str | None:
     """Compare output and gradient with those of plain attention in float32, document by document."""
-    actual = _outcome(kernel, fused.to(device), row)
-    expected = _outcome(_plain, fused.float(), row)
+    actual = _outcome(kernel, fused.to(device), row, value_size)
+    expected = _outcome(_plain, fused.float(), row, value_size)
     for name, one, right in zip(("output", "gradient"), actual, expected, strict=True):
         error = ((one.float().cpu() - right).abs().max() / right.abs().max()).item()
         if not error < LIMITS[fused.dtype]:
@@ -216,22 +215,23 @@ def _fault_of_values(kernel: Kernel, fused: torch.Tensor, device: torch.device, 
     return None
 
 
-def _fault_of_dropout(kernel: Kernel, fused: torch.Tensor, row: Row) -> str | None:
+def _fault_of_dropout(kernel: Kernel, fused: torch.Tensor, row: Row, value_size: int) -> str | None:
     """Check that the backward drops the weights that the forward dropped.
 
     The output is linear in the values, so its product with itself is that of the values with their gradient in the
     direction of the output. With other weights dropped the two differ by half.
     """
-    output, gradient = _outcome(kernel, fused, row._replace(dropout=0.5))
+    output, gradient = _outcome(kernel, fused, row._replace(dropout=0.5), value_size)
     own, other = output.float().square().sum(), (gradient[:, -2:].float() * fused[:, -2:].float()).sum()
     return None if ((own - other).abs() < 0.1 * own).item() else "its backward drops other weights than its forward"
 
 
-def _outcome(kernel: Kernel, fused: torch.Tensor, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+def _outcome(kernel: Kernel, fused: torch.Tensor, row: Row, value_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the output, and the gradient in the output's direction, of [tokens, heads + 2 * key heads, size]."""
     fused = fused.detach().requires_grad_()
     query, key, value = fused.split([fused.shape[1] - 4, 2, 2], dim=1)
-    output = kernel(query, key, value, row)
+    value = value[..., :value_size]
+    output = kernel(query, key, value, row) if kernel is _plain else compute(kernel, query, key, value, row)
     (gradient,) = torch.autograd.grad(output, fused, output.detach())
     return output.detach(), gradient
 
