@@ -55,9 +55,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**LLAMA, "sliding_window": 24, "query_pre_attn_scalar": 64},
     "mistral": {**LLAMA, "sliding_window": 24},
     "deepseek_v3": {
-        **LLAMA, "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 16, "v_head_dim": 32, "first_k_dense_replace": 2, "n_routed_experts": 4, "n_group": 1,
-        "topk_group": 1, "num_experts_per_tok": 2,
+        **SMALL, "intermediate_size": 192, "num_key_value_heads": 4, "max_position_embeddings": 512, "kv_lora_rank": 32,
+        "q_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 4,
+        "first_k_dense_replace": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
     },
 }  # fmt: skip
 NO_ROWS, SOFT_CAPPED = ("bloom",), ("gemma2",)  # trains in padded batches; can't use a kernel for rows
