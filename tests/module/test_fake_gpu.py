@@ -115,7 +115,7 @@ def one_step(
     return {
         "loss": [str(loss.device), str(loss.dtype)],
         "gradients": sorted({f"{p.grad.device} {p.grad.dtype}" if p.grad is not None else "none" for p in trained}),
-        "layers": model.config.num_hidden_layers,
+        "layers": model.config.get_text_config().num_hidden_layers,
         "stepped": engine.stepped,
         "copies": [count["copy_to_cuda"] - tensors, count["copy_to_cpu"]],
         "kernels": {name: number for name, number in count.items() if "attention" in name or "varlen" in name},
@@ -207,9 +207,11 @@ def test_documents_go_through_the_kernel(case, found):
         layers = result["layers"]
         forwards = layers * 2 if "checkpointing" in case else layers
         name = "efficient" if case in ("fp32", "fp16, Volta") else "flash"
-        expected = {f"_{name}_attention_forward": forwards, f"_{name}_attention_backward": layers}
-        expected = expected if family in WITH_KERNEL else {}
-        assert result["kernels"] == expected, family
+        # Flash attention has heads of at most 256: those of the second layer have 512.
+        names = ("flash", "efficient") if family == "gemma4_text" else (name,)
+        expected = {f"_{one}_attention_forward": forwards // len(names) for one in names}
+        expected |= {f"_{one}_attention_backward": layers // len(names) for one in names}
+        assert result["kernels"] == (expected if family in WITH_KERNEL else {}), family
 
 
 def test_figures_of_steps_are_sent_without_a_wait(printed):

@@ -192,20 +192,19 @@ def test_the_heads_of_every_kind_of_layer():
 def test_each_kind_of_heads_has_its_kernel_and_its_line(monkeypatch, capsys):
     monkeypatch.setattr(row_kernels, "heads_of", lambda config: [Heads(2, 48, 32), Heads(1, 512, 512)])
     monkeypatch.setattr(row_kernels, "_candidates", lambda heads, *_: [row_kernels._plain] if heads.size < 300 else [])
-    checked = []
-    fault_of_values = row_kernels._fault_of_values
+    checked, find_fault = [], row_kernels.find_fault
 
-    def noted(kernel, fused, device, row, value_size):
-        checked.append((tuple(fused.shape[1:]), value_size))
-        return fault_of_values(kernel, fused, torch.device("cpu"), row, value_size)
+    def noted(*args):
+        checked.append(args[5])
+        return find_fault(*args[:3], torch.device("cpu"), *args[4:])
 
-    monkeypatch.setattr(row_kernels, "_fault_of_values", noted)
+    monkeypatch.setattr(row_kernels, "find_fault", noted)
     row_kernels.check_kernels(LLAMA, torch.float32, SimpleNamespace(type="cuda"))
     assert capsys.readouterr().out.splitlines() == [
         "Attention, heads of 48: torch's _plain kernel (forward and gradients checked on this GPU)",
         "Attention, heads of 512: document by document, as no kernel of this GPU computes a row of them",
     ]
-    assert checked == [((8, 48), 32)]
+    assert checked == [(2, 48, 32)]
 
 
 def scaled_backward(function, query, key, value, row):
