@@ -101,6 +101,7 @@ WEIGHTS = {
         "have '_fsdp_wrapped_module.' in them",
     ),
     "lora": (lambda n, w: (n.replace("q_proj.", "q_proj.base_layer."), w), "save what merge_and_unload() returns"),
+    "reward": (lambda n, w: (n.replace("model.", "rwtransformer.", 1), w), "It is a reward model"),
     "gptq": (lambda n, w: (n.replace("fc1.weight", "fc1.qweight"), w), "Its weights are quantized"),
     "integers": (lambda n, w: (n, w.to(torch.int32) if "fc1.weight" in n else w), "2 weights of .* as whole numbers"),
     "int8": (lambda n, w: (n, w.to(torch.int8) if "fc1.weight" in n else w), "2 weights of .* in 8 bits"),

@@ -84,6 +84,8 @@ def _advice(model: transformers.PreTrainedModel, name: str, missing: list[str], 
             "It was saved with LoRA that is not merged, as a DeepSpeed-Chat run can leave it: "
             f"`python -m tools.merge_lora {name} MERGED_FOLDER` merges it."
         )
+    if any(key.startswith("rwtransformer.") for key in unexpected):
+        return "It is a reward model, of step 2 of DeepSpeed-Chat: give the model that step began with."
     if any(part in key for key in unexpected for part in PEFT_PARTS):
         return "It was saved with a PEFT adapter that is not merged: save what merge_and_unload() returns."
     if any(key.endswith(QUANTIZED) for key in unexpected):
