@@ -137,6 +137,8 @@ def test_a_conversation_needs_a_model_and_has_no_report():
         prompt_eval.parse_args(["--interactive"])
     with pytest.raises(UserError, match="a conversation has no report"):
         make_config("--report=x")
+    with pytest.raises(UserError, match="asks what you type and measures nothing: leave out --prompt, --data_path"):
+        make_config("--prompt=Why?", "--data_path", "x")
 
 
 CHATML = (
@@ -170,6 +172,10 @@ def test_a_template_that_refuses_is_said(model, tokenizer):
     own.chat_template = "{{ raise_exception('system first') }}"
     printed = talk([Speaker("finetune", model, own)], ["Why?"])
     assert "finetune: [the chat template can't be rendered: system first]" in printed
+    own.chat_template = "{# for later #}"
+    assert "finetune: [the chat template writes nothing for a question" in talk(
+        [Speaker("finetune", model, own)], ["?"]
+    )
 
 
 def test_bytes_of_another_encoding_are_no_fault_of_the_template(model, tokenizer):

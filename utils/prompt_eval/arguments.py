@@ -23,6 +23,8 @@ from utils.prompt_eval.config import (
 from utils.prompt_eval.prompts import PROMPTS
 from utils.shared_flags import add_shared
 
+UNUSED_IN_TALK = ("prompt", "prompt_file", "data_path", "sft_only_data_path", "eval_data_path", "scorer_command")
+
 
 # An argument per two or three lines is easier to read than a word per line.
 # fmt: off
@@ -189,6 +191,9 @@ def _wrong_models(args: argparse.Namespace) -> list[str]:
         missing = ["--interactive: give a model to talk to"] if len(missing) == len(given) else []
         if args.report:
             missing.append("--report: a conversation has no report; leave out --interactive or --report")
+        unused = [f"--{name}" for name in UNUSED_IN_TALK if getattr(args, name)]
+        if unused:
+            missing.append(f"--interactive asks what you type and measures nothing: leave out {', '.join(unused)}")
     return missing
 
 

@@ -31,11 +31,14 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, turns: Turns, question: str
     A tokenizer without a template has the Human/Assistant form.
 
     Raises:
-        UserError: the template refuses them.
+        UserError: the template refuses them, or writes nothing.
     """
     if not tokenizer.chat_template:
         return list(tokenizer(next_prompt(turns, question))["input_ids"])
-    return list(_rendered(tokenizer, turns, question, tokenize=True)["input_ids"])
+    ids = list(_rendered(tokenizer, turns, question, tokenize=True)["input_ids"])
+    if not ids:
+        raise UserError("the chat template writes nothing for a question: it is no template for conversations")
+    return ids
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Turns, question: str, tokenize: bool) -> dict | str:
