@@ -295,3 +295,20 @@ def test_columns_are_named_for_the_data_that_have_them(tmp_path):
         open_sets(DataSources([str(known), str(known)], None), preparation, own)
     with pytest.raises(UserError, match="There is no column frag: correct --columns"):
         open_sets(DataSources([str(known)], None), preparation, own)
+
+
+def test_a_run_of_sets_in_different_forms(tmp_path, tiny_opt, run_inside):
+    """The checks before a run open the data as the run does."""
+    (tmp_path / "rows.tsv").write_text("frage\tantwort\n" + "q\ta\n" * 12)
+    turns = [{"role": "user", "value": "q"}, {"role": "assistant", "value": "a"}]
+    talks = "".join(json.dumps({"conversation": turns}) + "\n" for _ in range(12))
+    (tmp_path / "talks.ndjson.zst").write_bytes(pa.compress(talks.encode(), "zstd", asbytes=True))
+    write(tmp_path / "held" / "test.jsonl", [{"prompt": "q", "response": "a"}] * 3)
+    common = ["--model_name_or_path", tiny_opt, "--data_output_path", tmp_path / "cache", "--output_dir",
+              tmp_path / "out", "--dry_run", "--max_seq_len", "64", "--eval_data_path", tmp_path / "held",
+              "--data_path", tmp_path / "rows.tsv", tmp_path / "talks.ndjson.zst"]  # fmt: skip
+    status, out, error = run_inside([*map(str, common), "--columns", "prompt=frage,response=antwort"])
+    assert status == 0, error
+    assert "Data train: 24 samples" in out and "Data eval: 3 samples" in out
+    status, _, error = run_inside([*map(str, common), "--columns", "prompt=frag,response=antwor"])
+    assert status == 2 and "--columns" in error

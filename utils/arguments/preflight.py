@@ -99,14 +99,15 @@ def check_run(args: Namespace) -> None:
         names = [parse_source(name).name for name in (*args.data_path, *args.sft_only_data_path)]
         is_own = any(known_name(name) is None for name in names)
         attempt(read_asked, args, chat if is_own else None, tokenizer, config)
-    own = OwnOptions(columns or {}, chat or ChatFormat(), args.train_turns, tokenizer)
+    many = len([*args.data_path, *args.sft_only_data_path, *args.eval_data_path]) > 1
+    own = OwnOptions(columns or {}, chat or ChatFormat(), args.train_turns, tokenizer, columns_of_others=many)
     if attempt(check_writable, args.data_output_path, "--data_output_path") and can_split(args.seed, args.data_split):
         for name in args.data_path:
             attempt(_check_data, name, shares_of(name, args.data_split), args, own)
         for name in args.sft_only_data_path:
             attempt(_check_data, name, SFT_ONLY_SPLIT, args, own)
         for name in args.eval_data_path:
-            attempt(_check_data, name, SFT_ONLY_SPLIT, args, own)
+            attempt(_check_data, name, SFT_ONLY_SPLIT, args, own._replace(evaluates=True))
     if not problems and config is not None and os.path.isdir(args.model_name_or_path) and not args.dry_run:
         attempt(check_weights, args.model_name_or_path, config, False)  # imports the model's code, so it comes last
     if problems:
