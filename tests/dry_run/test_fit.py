@@ -186,6 +186,22 @@ def test_what_is_worth_measuring(monkeypatch):
     assert "nothing else" in measured.contest(config, None, rows[:2], 1000).why_not
 
 
+@pytest.mark.parametrize(("script", "found"), [
+    ("kill -9 $$", {"problem": "ran out of memory"}),  # as the system ends what takes too much
+    ("exit 3", {"problem": "its process ended with status 3"}),
+    ("exec sleep 60", {"problem": "took more than 1 s", "too_slow": True}),
+])  # fmt: skip
+def test_how_a_measuring_process_can_end(script, found, tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(measured.sys, "executable", str(program))
+    assert measured._one(None, None, 1.0) == found
+    row = measured._agreed(row_of(16, 1.0), [{"seconds": 0.1}, found])
+    assert (row.measured, row.fits, row.too_slow) == (None, "memory" not in row.problem, "too_slow" in found)
+    assert measured._agreed(row, [{"seconds": 0.1}, {"seconds": 0.2}]).measured == 0.2, "of the slowest rank"
+
+
 # ------------------------------------------------------------------------------------------ whole runs
 
 
