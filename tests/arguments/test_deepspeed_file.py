@@ -208,6 +208,14 @@ def test_what_agrees_with_the_flags_is_taken(arguments):
     assert "not used: activation_checkpointing (--gradient_checkpointing is this program's)" in file.notes
 
 
+def test_what_has_no_effect_is_said(arguments):
+    weights = {"offload_param": {"device": "cpu"}}
+    file = read_deepspeed_file(arguments({"zero_optimization": weights, "compile": {"deepcompile": True}}), ranks=1)
+    assert file.settings == {"zero_optimization": weights}
+    assert file.notes == ["not used: compile", "offload_param has no effect below ZeRO 3, which alone divides weights"]
+    assert not read_deepspeed_file(arguments({"zero_optimization": {"stage": 3, **weights}}), ranks=1).notes
+
+
 @pytest.mark.parametrize(
     ("block", "flags", "words"),
     [

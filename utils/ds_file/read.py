@@ -149,7 +149,8 @@ def _block_clash(name: str, block: dict[str, Any], values: dict[str, Any], words
 
 # ------------------------------------------------------------------------- what this program does not have
 
-UNREAD = ("dataloader_drop_last", "vocabulary_size")  # this program has its own reader of batches
+# This program has its own reader of batches, and compiles with --torch_compile.
+UNREAD = ("dataloader_drop_last", "vocabulary_size", "compile")
 
 
 def _other_ways(config: dict[str, Any]) -> list[str]:
@@ -189,6 +190,10 @@ def _notes(config: dict[str, Any], written: dict[str, Any], args: Namespace) -> 
         unused.append("activation_checkpointing (--gradient_checkpointing is this program's)")
     if unused:
         notes.append(f"not used: {', '.join(unused)}")
+    block = config.get("zero_optimization", {})
+    device = block.get("offload_param", {}).get("device")
+    if device not in (None, "none") and block.get("stage", args.zero_stage) < 3:
+        notes.append("offload_param has no effect below ZeRO 3, which alone divides weights")
     return notes
 
 

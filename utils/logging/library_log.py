@@ -11,11 +11,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# While ranks wait for each other torch's native code writes warnings with the stack of its calls; what they mean is
-# said by the error that follows. Read when torch is imported.
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-# isort: split
 from utils.logging.console import PRINTED, close_run_bar, has_live_line, launcher_rank
 
 LOG_FILE = "library.log"
