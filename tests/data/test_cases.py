@@ -181,6 +181,8 @@ REFUSED = [
     ("qwen", {"conversations": [{"from": "human", "value": "q", "content": "x"}]}, "record 1.*different texts"),
     ("qwen", {"question": "q", "answer": {"label": "a", "id": 1}}, "record 1.*object with label, id.*--columns resp"),
     ("qwen", talk(ASK, call() | {"tool_calls": [{"id": "c1"}]}), r"record 1.*tool_calls\[0\]. is no call"),
+    ("qwen", talk(ASK, call('{"door": "red", "door": "blue"}')),
+     r"record 1.*tool_calls\[0\].function.arguments.: .door. stands twice in one object"),
     ("qwen", talk(ASK, SAY, tools="door"), "no list of functions"),
     ("qwen", {"prompt": "<|im_start|>user\nq", "response": [SAY]}, "record 1.*rendered already, .*in one form"),
     ("qwen", {"chosen": "Human: q Assistant: a"}, "record 1.*no prompt beside it.*--columns text=chosen"),

@@ -123,3 +123,22 @@ def test_answers_that_a_program_wrote_for_a_missing_value(tmp_path):
     assert lines_on(tmp_path / "t.csv", tmp_path) == [
         "3 of 5 rows have an answer that is the word nan, None or null alone, as programs write a missing value"
     ]
+
+
+LEFT = "2 of 2 rows have a prompt or a history that the whole conversation beside it does not hold: not used"
+BESIDE_WHOLE = {
+    "another prompt": ({"prompt": "other"}, [LEFT]),
+    "another task": ({"instruction": "other", "input": "x"}, [LEFT]),
+    "a history": ({"history": [["x", "y"]]}, [LEFT]),
+    "the same prompt": ({"prompt": Q["content"]}, []),
+    "the same prompt as messages": ({"prompt": [Q]}, []),
+    "the same prompt rendered": ({"prompt": f"Human: {Q['content']} Assistant:"}, []),
+    "an empty history": ({"history": []}, []),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_WHOLE)
+def test_what_stands_beside_a_whole_conversation(tmp_path, name):
+    more, lines = BESIDE_WHOLE[name]
+    answer = "output" if "instruction" in more else "chosen"
+    assert lines_on(write(tmp_path / "t.jsonl", [more | {answer: [Q, A]}] * 2), tmp_path) == lines

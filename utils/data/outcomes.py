@@ -57,6 +57,7 @@ class Note(IntEnum):
     DEVELOPER = 47
     OTHER_ANSWERS = 48
     NO_VALUE = 49
+    OTHER_PROMPT = 50
 
 
 REASON_WORDS = {
@@ -95,6 +96,7 @@ NOTE_WORDS = {
     Note.LEFT_CALL: "have a call of a tool that the chat template leaves out",
     Note.DEVELOPER: "have a turn of the role developer, which is written as system: the format has no place for it",
     Note.OTHER_ANSWERS: "have other answers than the first: not used",
+    Note.OTHER_PROMPT: "have a prompt or a history that the whole conversation beside it does not hold: not used",
     Note.NO_VALUE: "have an answer that is the word nan, None or null alone, as programs write a missing value",
 }
 

@@ -68,6 +68,24 @@ class Rows(NamedTuple):
             return isinstance(answer, (list, dict))
         return isinstance(answer, list) and to_messages(answer[:1], "answer")[0]["role"] not in ("assistant", "tool")
 
+    def leaves_prompt(self, sample: Sample) -> bool:
+        """Whether the row's answer is a whole conversation, which does not hold the prompt or history beside it.
+
+        Raises:
+            Malformed: a column holds something else.
+        """
+        answer = self.answer(sample)
+        if not isinstance(answer, list) or self.role_of(TALK_ROLES) is not None or not self.is_talk(sample, whole=True):
+            return False
+        if self._history(sample):
+            return True
+        prompt = self.prompt_text(sample) if self.role_of(PROMPT_ROLES) is not None else None
+        if _is_nothing(prompt):
+            return False
+        asked = _as_messages(prompt, "user", self.roles, PROMPT_ROLES)[-1]["content"].strip()
+        held = [message["content"].strip() for message in to_messages(answer, "")]
+        return not any(text and (text in asked or asked in text) for text in held)
+
     def read(self, sample: Sample, rejected: bool = False) -> tuple[Conversation | None, int]:
         """Return the row as a conversation, None where there is nothing to learn; and the turns after its last answer.
 

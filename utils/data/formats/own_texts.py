@@ -201,7 +201,9 @@ class OwnTexts(PromptRawDataset):
         found = self._labelled(talk, text) if labels else [(text, [])]
         shown = text if len(found) == 1 else "\n".join(part for part, _ in found)
         has_others, fields = self.rows.beside_answer(sample)
-        notes = _notes_on(talk, unanswered, len(found), has_others) + tuple(sorted(left_out(self.chat, talk, shown)))
+        notes = _notes_on(talk, unanswered, len(found), has_others)
+        notes += (Note.OTHER_PROMPT,) * self.rows.leaves_prompt(sample)
+        notes += tuple(sorted(left_out(self.chat, talk, shown)))
         unread = (*unread_fields(self.chat, talk, text), *fields)
         texts, spans = [(text,) for text, _ in found], [ranges for _, ranges in found]
         if labels and not any(spans):

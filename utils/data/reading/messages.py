@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from utils.data.reading.whole_values import without_nulls
+from utils.data.reading.whole_values import RepeatedName, object_of, without_nulls
 
 Message = dict[str, Any]
 
@@ -204,6 +204,16 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     return [_call(parsed(call), f"{where}[{place}]") for place, call in enumerate(calls)]
 
 
+def _arguments(text: str, where: str) -> Any:
+    """Return what a text of JSON holds; raises Malformed where a name stands twice in it."""
+    try:
+        return json.loads(text, object_pairs_hook=object_of)
+    except RepeatedName as err:
+        raise Malformed(f'"{where}": {err}') from err
+    except (ValueError, RecursionError):
+        return parsed(text)
+
+
 def _call(call: Any, where: str) -> dict[str, Any]:
     """Return a call as `{"type": "function", "function": {"name", "arguments"}}`, its other fields kept."""
     if isinstance(call, dict) and "function" not in call and "name" in call:
@@ -214,7 +224,9 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     # Llama's and Anthropic's names for the same.
     name = next((name for name in ("arguments", "parameters", "input") if name in function), "arguments")
     given = function.get(name, {})
-    arguments = parsed(given) if isinstance(given, str) and given.strip() else given or {}
+    arguments = (
+        _arguments(given, f"{where}.function.{name}") if isinstance(given, str) and given.strip() else given or {}
+    )
     arguments = arguments if isinstance(arguments, dict) else given
     others = {field: value for field, value in function.items() if field != name}
     return {**call, "function": {**others, "arguments": arguments}}
