@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from utils.module.experts import describe_joined_experts
 from utils.module.lora import check_lora_module_name, convert_linear_layer_to_lora, only_optimize_lora_parameters
+from utils.module.router_loss import Router, balance
 
 EXPERTS = 4
 CONFIG = MixtralConfig(
@@ -37,3 +38,11 @@ def test_experts_that_are_layers_are_wrapped(model):
     names = check_lora_module_name(model, "auto")
     assert sum(".mlp.experts." in name for name in names) == 2 * EXPERTS
     assert describe_joined_experts(model) is None
+
+
+def test_a_token_may_skip_the_experts():
+    """A router like Zaya's has one logit more than there are experts, which is one more choice."""
+    logits = torch.full((6, 5), -1e4)
+    logits[:2, 4] = logits[2:, 1] = 0.0
+    loss, tokens = balance(Router(4, 1, 0.0), (logits,), None)
+    assert tokens.tolist() == [[0, 4, 0, 0, 2]] and loss.item() == pytest.approx(5 * (4 / 6 * 4 / 6 + 2 / 6 * 2 / 6))

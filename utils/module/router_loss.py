@@ -91,23 +91,23 @@ def balance(
     """Return the auxiliary loss, before its coefficient, and the tokens of each expert; nothing waits for the device.
 
     Args:
-        logits: of each layer with experts, [tokens, experts].
+        logits: of each layer with experts, [tokens, experts]; one more where a token may skip the experts (Zaya).
         attention_mask: [batch, length], 0 at padding, which does not count; None: every token counts.
 
     Returns:
         A float32 scalar with a gradient, and [layers, experts] in float32 without.
     """
-    counts, shares, tokens = [], [], 0
+    counts, shares, tokens, choices = [], [], 0, logits[0].shape[-1]
     for layer in logits:
         chances = layer.reshape(-1, layer.shape[-1]).float().softmax(-1)
         weights = chances.new_ones(len(chances)) if attention_mask is None else attention_mask.reshape(-1).to(chances)
         chosen = chances.detach().topk(router.experts_per_token).indices
         each = weights[:, None].expand_as(chosen).reshape(-1)
-        counts.append(chances.new_zeros(router.experts).scatter_add_(0, chosen.reshape(-1), each))
+        counts.append(chances.new_zeros(choices).scatter_add_(0, chosen.reshape(-1), each))
         shares.append((chances * weights[:, None]).sum(0))
         tokens = tokens + weights.sum()
     by_layer = torch.stack(counts)
-    loss = router.experts * (by_layer.sum(0) / tokens * (torch.stack(shares).sum(0) / tokens)).sum()
+    loss = choices * (by_layer.sum(0) / tokens * (torch.stack(shares).sum(0) / tokens)).sum()
     return loss, by_layer
 
 
