@@ -6,9 +6,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from utils.data.formats.conversations import ANSWER_ROLES, INPUT_ROLES, PROMPT_ROLES, TALK_ROLES, Rows
+from utils.data.formats.conversations import ANSWER_ROLES, INPUT_ROLES, OF_TOKENS, PROMPT_ROLES, TALK_ROLES, Rows
 from utils.data.formats.roles import BESIDE, OPTIONAL
-from utils.data.formats.token_rows import OF_TOKENS
 from utils.data.reading.data_files import is_parquet, iter_records
 from utils.data.reading.messages import Malformed, conversation_fault, to_messages
 from utils.data.reading.schema import Kind, Schema, TextOrValue

@@ -11,6 +11,7 @@ PROMPT_ROLES = ("prompt", "instruction", "question", "query")
 ANSWER_ROLES = ("chosen", "response", "completion", "output", "answer", "answers", "human_answers")
 TALK_ROLES = ("messages", "conversations")
 INPUT_ROLES = ("input", "context")
+OF_TOKENS = ("labels", "loss_mask", "attention_mask")  # columns with a value for each of the row's input_ids
 REASONING = ("reasoning_content", "reasoning", "thinking")
 ANSWER_FIELDS = ("text", "value")  # of an object that is an answer
 _SHOWN_FIELDS = " or ".join(f'"{name}"' for name in ANSWER_FIELDS)

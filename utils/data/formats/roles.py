@@ -1,7 +1,6 @@
 """The roles that columns of the user's own data can have, and `--columns`, which gives columns roles."""
 
-from utils.data.formats.conversations import ANSWER_ROLES, INPUT_ROLES, PROMPT_ROLES, TALK_ROLES
-from utils.data.formats.token_rows import OF_TOKENS
+from utils.data.formats.conversations import ANSWER_ROLES, INPUT_ROLES, OF_TOKENS, PROMPT_ROLES, TALK_ROLES
 from utils.errors import UserError
 
 BESIDE = ("system", "history", "tools")  # what may stand beside a prompt and its answer

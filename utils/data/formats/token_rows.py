@@ -3,11 +3,10 @@
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.formats.column_text import Sample
-from utils.data.formats.conversations import Rows
+from utils.data.formats.conversations import OF_TOKENS, Rows
 from utils.errors import UserError
 
 IGNORED = -100
-OF_TOKENS = ("labels", "loss_mask", "attention_mask")  # columns with a value for each token
 
 
 def read_token_row(
