@@ -1,4 +1,4 @@
-"""Compile the kernels of DeepSpeed that the tests need, side by side, where they are not compiled yet.
+"""Compile the kernels of DeepSpeed that the tests need, side by side, where they are not compiled or no longer fit.
 
 Compiled by the first tests that want them, they would keep both workers waiting for one lock, some for too long.
 """
@@ -26,11 +26,11 @@ def main() -> None:
     """A kernel that can't be compiled is left to the tests: they say what becomes of a run without it."""
     folder = extension_folder()
     clear_stale_build_locks(folder)
-    missing = [name for name in BUILDERS if not (folder / name / f"{name}.so").is_file()]
-    if missing:
-        print(f"compiling {', '.join(missing)} in {folder} ...", flush=True)
+    print(f"compiling {', '.join(BUILDERS)} in {folder}, where they are not up to date ...", flush=True)
+    # All of them: those of an environment that was made anew are there, and are compiled again when they are loaded.
     compilers = [
-        subprocess.Popen([sys.executable, "-c", LOAD, BUILDERS[name]], stdout=subprocess.DEVNULL) for name in missing
+        subprocess.Popen([sys.executable, "-c", LOAD, builder], stdout=subprocess.DEVNULL)
+        for builder in BUILDERS.values()
     ]
     for compiler in compilers:
         compiler.wait()

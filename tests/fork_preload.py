@@ -5,6 +5,8 @@ from importlib import import_module
 
 from deepspeed.ops.op_builder.cpu import FusedAdamBuilder
 
+from utils.machine.cpu_info import cache_cpu_info
+
 for name in (
     "main",
     "matplotlib.pyplot",
@@ -13,5 +15,6 @@ for name in (
     "pytest",  # for test modules that hold a program of their own
 ):
     import_module(name)
-FusedAdamBuilder().cxx_args()  # the processor's name, which utils/engine/engine.py lets it ask once
+cache_cpu_info()
+FusedAdamBuilder().cxx_args()  # asks for the processor's description, a second in every run otherwise
 gc.freeze()  # a run's own collections, half a second each, needn't look at all this
