@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Iterator
 
-from utils.data.reading.text_files import BAD_FILES, TAB_SUFFIXES, not_utf8, not_whole, open_text, unreadable
+from utils.data.reading.text_files import TAB_SUFFIXES, read_text
 from utils.errors import UserError
 
 LONGEST_FIELD = 1 << 30  # the csv module's default limit, 128 KiB, is less than a long document
@@ -22,7 +22,7 @@ def iter_csv_records(path: str) -> Iterator[tuple[int, int, dict[str, str]]]:
     csv.field_size_limit(LONGEST_FIELD)
     before, mark = 0, _separator(path)
     try:
-        with open_text(path, newline="") as stream:
+        with read_text(path, newline="") as stream:
             # Files that were put together from several have a byte order mark at the beginning of each.
             lines = (line.removeprefix("\ufeff") for line in stream)
             rows = csv.reader(lines, strict=True, delimiter=mark)
@@ -43,14 +43,8 @@ def iter_csv_records(path: str) -> Iterator[tuple[int, int, dict[str, str]]]:
                         )
                     yield number, line, dict(zip(header, fields, strict=True))
                 line = before + rows.line_num + 1
-    except UnicodeDecodeError as err:
-        raise not_utf8(path, err) from err
     except csv.Error as err:
         raise UserError(f"{path}, line {before + rows.line_num} is not valid CSV ({err}): {CSV_ADVICE}.") from err
-    except BAD_FILES as err:
-        raise not_whole(path, err) from err
-    except OSError as err:
-        raise unreadable(path, err) from err
 
 
 def csv_columns(path: str) -> list[str]:
@@ -65,16 +59,10 @@ def csv_has_spaces(path: str) -> bool:
 
 def _read_header(path: str) -> tuple[bool, list[str]]:
     try:
-        with open_text(path, newline="") as stream:
+        with read_text(path, newline="") as stream:
             return _header(next(csv.reader(stream, delimiter=_separator(path)), []), path)
-    except UnicodeDecodeError as err:
-        raise not_utf8(path, err) from err
     except csv.Error as err:
         raise UserError(f"{path}, line 1 is not valid CSV ({err}): {CSV_ADVICE}.") from err
-    except BAD_FILES as err:
-        raise not_whole(path, err) from err
-    except OSError as err:
-        raise unreadable(path, err) from err
 
 
 def _separator(path: str) -> str:

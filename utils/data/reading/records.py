@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from utils.data.reading.text_files import BAD_FILES, LIST_SUFFIXES, not_utf8, not_whole, open_text, unreadable
+from utils.data.reading.text_files import BAD_FILES, LIST_SUFFIXES, open_text, read_text
 from utils.data.reading.whole_values import RepeatedName, object_of
 from utils.errors import UserError
 
@@ -38,15 +38,8 @@ def iter_json_records(path: str) -> Iterator[tuple[int, int, dict]]:
     Raises:
         UserError: the file is missing, empty, not UTF-8, not JSON, cut off, or holds something but objects.
     """
-    try:
-        with open_text(path) as stream:
-            yield from _records(_Reader(stream), path)
-    except UnicodeDecodeError as err:
-        raise not_utf8(path, err) from err
-    except BAD_FILES as err:
-        raise not_whole(path, err) from err
-    except OSError as err:
-        raise unreadable(path, err) from err
+    with read_text(path) as stream:
+        yield from _records(_Reader(stream), path)
 
 
 def lone_object_names(path: str) -> set[str]:

@@ -9,7 +9,8 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, TextIO
 
 from utils.errors import UserError
@@ -64,6 +65,24 @@ def open_bytes(path: str) -> IO[bytes]:
 def open_text(path: str, newline: str | None = None) -> TextIO:
     """Open a file of UTF-8 text, unpacked as its name says, without a byte order mark at its beginning."""
     return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline=newline)
+
+
+@contextmanager
+def read_text(path: str, newline: str | None = None) -> Iterator[TextIO]:
+    """Open a file as `open_text` does, and close it at the end.
+
+    Raises:
+        UserError: what is read of it is not UTF-8, can't be unpacked, or the system can't read it.
+    """
+    try:
+        with open_text(path, newline) as stream:
+            yield stream
+    except UnicodeDecodeError as err:
+        raise not_utf8(path, err) from err
+    except BAD_FILES as err:
+        raise not_whole(path, err) from err
+    except OSError as err:
+        raise unreadable(path, err) from err
 
 
 def _packing(path: str) -> str:
